@@ -1,0 +1,23 @@
+"""The exceptions of this package. Each message says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class Ctfp8Error(Exception):
+    """Base of every exception raised by ctfp8_compile."""
+
+
+class CheckpointError(Ctfp8Error, ValueError):
+    """A checkpoint file is damaged, incomplete or contradicts its own config."""
+
+
+class SchemeError(Ctfp8Error, ValueError):
+    """A quantization scheme is unknown to us, or does not fit the tensor it is meant for."""
+
+
+class TargetError(Ctfp8Error, ValueError):
+    """A target is misspelled, or asks for something this machine has not got."""
+
+
+class UsageError(Ctfp8Error, RuntimeError):
+    """A model or function of this package was used in a way that would silently lose the FP8 weights."""

@@ -1,0 +1,209 @@
+"""Small tools for reading and building ATen graphs: nodes with fake values, and weights traced back to their marker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+
+aten = torch.ops.aten
+
+
+def value(node: Any) -> Any:
+    """The fake tensor (or number) a node stands for."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
+    """Appends `op(*args)` at the graph's insertion point with its fake value; metadata of `like` is kept.
+
+    Shapes, dtypes and strides come from the operator's own meta function, so nothing has to be declared twice.
+    """
+    node = graph.call_function(op, args)
+    if like is not None:
+        node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "eager_input_vals")}
+    fakes = [value(a) for a in fx.node.map_arg(args, lambda n: n)]
+    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None) or detect_fake_mode(fakes)
+    resolved = fx.node.map_arg(args, value)
+    if mode is None:
+        node.meta["val"] = op(*resolved)
+    else:
+        with mode:
+            node.meta["val"] = op(*resolved)
+    return node
+
+
+@contextmanager
+def before(graph: fx.Graph, node: fx.Node) -> Iterator[None]:
+    """Builds new nodes right before `node`."""
+    with graph.inserting_before(node):
+        yield
+
+
+MARKER = torch.ops.ctfp8.dequantize.default
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A consumer's weight operand, traced back to its marker through views.
+
+    Attributes:
+        marker: the `ctfp8::dequantize` node.
+        transposed: the operand is `[..., K, N]`.
+        broadcast: a `[N, K]` weight was expanded over batch dimensions.
+        matrix: index of the one expert selected, where the marker holds several.
+        ids: node with the int expert of each row (`[T]`), where the operand was gathered by row.
+    """
+
+    marker: fx.Node
+    transposed: bool = False
+    broadcast: bool = False
+    matrix: Any = None
+    ids: fx.Node | None = None
+
+    @property
+    def name(self) -> str:
+        return parameter_name(self.marker)
+
+
+def is_marker(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is MARKER
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only looks at a weight in another way (see `trace_weight`)."""
+    return node.op == "call_function" and node.target in _VIEWS
+
+
+def trace_weight(node: Any) -> Weight | None:
+    """Follows a matmul operand back through transposes, broadcasts, selects and gathers to a marker; None if it has none."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if node.target is MARKER:
+        return Weight(node)
+    if node.target not in _VIEWS:
+        return None
+    inner = trace_weight(node.args[0])
+    return None if inner is None else _VIEWS[node.target](node, inner)
+
+
+def _transpose(node: fx.Node, inner: Weight) -> Weight | None:
+    rank = value(node).dim()
+    if node.target is aten.permute.default:
+        order = [d % rank for d in node.args[1]]
+    else:
+        order = list(range(rank))
+        a, b = (d % rank for d in (node.args[1:3] if len(node.args) > 1 else (0, 1)))
+        order[a], order[b] = b, a
+    if order == list(range(rank)):
+        return inner
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    return replace(inner, transposed=not inner.transposed) if order == swapped else None
+
+
+def _reshape(node: fx.Node, inner: Weight) -> Weight | None:
+    """Only what keeps the matrix: broadcasting it, or folding broadcast dimensions into one."""
+    weight_rank = value(inner.marker).dim() - (inner.matrix is not None)
+    same_matrix = value(node).shape[-2:] == value(node.args[0]).shape[-2:] if value(node).dim() >= 2 else False
+    if not same_matrix or inner.ids is not None:
+        return None
+    if value(node).dim() == value(node.args[0]).dim() == weight_rank:
+        return inner if value(node).shape == value(node.args[0]).shape else None
+    return replace(inner, broadcast=True) if weight_rank == 2 else None
+
+
+def _select(node: fx.Node, inner: Weight) -> Weight | None:
+    plain = inner.matrix is None and inner.ids is None and value(inner.marker).dim() == 3
+    return replace(inner, matrix=node.args[2]) if plain and node.args[1] == 0 else None
+
+
+def _gather(node: fx.Node, inner: Weight) -> Weight | None:
+    indices = node.args[1]
+    plain = inner.matrix is None and inner.ids is None and value(inner.marker).dim() == 3
+    if not plain or len(indices) != 1 or indices[0] is None or value(indices[0]).dim() != 1:
+        return None
+    if value(indices[0]).dtype not in (torch.int64, torch.int32):
+        return None
+    return replace(inner, ids=indices[0])
+
+
+def _same(node: fx.Node, inner: Weight) -> Weight:
+    return inner
+
+
+_VIEWS = {
+    aten.permute.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.t.default: _transpose,
+    aten.expand.default: _reshape,
+    aten.view.default: _reshape,
+    aten.reshape.default: _reshape,
+    aten.unsqueeze.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten.select.int: _select,
+    aten.index.Tensor: _gather,
+    aten.clone.default: _same,
+    aten.alias.default: _same,
+    aten.detach.default: _same,
+}
+
+
+def parameter_name(marker: fx.Node) -> str:
+    """The model's name of the parameter a marker dequantizes, from the module stack that tracers keep."""
+    stack = marker.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        owner, found, rest = str(path).partition(".parametrizations.")
+        if found:
+            owner = owner.replace("L['self']", "").replace("L['fn']", "").removeprefix("L['").replace("']", "")
+            owner = owner.replace("[", ".").replace("]", "").replace("'", "").replace("._modules", "").lstrip(".")
+            name = rest.split(".")[0]
+            return f"{owner}.{name}" if owner else name
+    source = marker.args[0]
+    return source.name if isinstance(source, fx.Node) else str(source)
+
+
+def format_graph(graph: fx.Graph) -> str:
+    """One op a line, names normalised, with dtype and shape: what golden tests and reports show."""
+    short = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float16: "f16", torch.float8_e4m3fn: "f8e4m3",
+             torch.int64: "i64", torch.int32: "i32", torch.bool: "b1"}  # fmt: skip
+    names: dict[fx.Node, str] = {}
+    lines = []
+
+    def show(arg: Any) -> str:
+        if isinstance(arg, fx.Node):
+            return names[arg]
+        if isinstance(arg, (list, tuple)):
+            return "[" + ", ".join(show(a) for a in arg) + "]"
+        return str(arg).removeprefix("torch.")
+
+    def describe(v: Any) -> str:
+        if isinstance(v, torch.Tensor):
+            return f"{short.get(v.dtype, str(v.dtype))}[{', '.join(str(s) for s in v.shape)}]"
+        if isinstance(v, (list, tuple)):
+            return "(" + ", ".join(describe(x) for x in v) + ")"
+        return "" if v is None else str(v)
+
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {show(node.args[0])}")
+            continue
+        names[node] = f"%{len(names)}"
+        if node.op in ("placeholder", "get_attr"):
+            lines.append(f"{names[node]} = {node.op} : {describe(value(node))}")
+            continue
+        parts = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items()]
+        lines.append(f"{names[node]} = {_op_name(node)}({', '.join(parts)}) : {describe(value(node))}")
+    return "\n".join(lines)
+
+
+def _op_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, name = target.namespace, target._schema.name.split("::")[1]
+        return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
+    return getattr(target, "__name__", str(target))

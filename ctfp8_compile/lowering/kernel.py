@@ -1,0 +1,77 @@
+"""What a target offers: kernels, each with one gate that answers yes or a sentence.
+
+A `Problem` is all a gate may look at. The sentence it answers with reaches the user's report unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from ..target import Target
+
+KINDS = ("linear", "grouped_mm", "gathered_mm")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One matmul with an FP8 weight.
+
+    Attributes:
+        kind: `linear` (`x @ weight.T + bias`), `grouped_mm` (rows sorted by expert, `offs` their ends) or
+            `gathered_mm` (`ids` the expert of each row).
+        x_shape: `[..., K]`; entries may be symbolic.
+        weight_shape: `[N, K]` or `[E, N, K]`.
+        block: rows and columns that share a weight scale.
+        activation: activation scheme of the checkpoint, one of `scheme.ACTIVATIONS`.
+    """
+
+    kind: str
+    x_dtype: torch.dtype
+    x_shape: tuple[Any, ...]
+    weight_shape: tuple[int, ...]
+    block: tuple[int, int]
+    activation: str
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The nodes a kernel is built from; `extra` is the bias (or None), `offs` or `ids`, by the problem's kind."""
+
+    x: fx.Node
+    weight: fx.Node
+    weight_scale: fx.Node
+    input_scale: fx.Node | None
+    extra: fx.Node | None
+
+
+class Kernel(Protocol):
+    """One way to run a problem on a target."""
+
+    name: str
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        """None if this kernel takes the problem on the target, else the sentence why not."""
+
+    def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
+        """Builds the nodes at the graph's insertion point and returns the one that replaces the matmul."""
+
+    def fingerprint(self) -> str:
+        """What the machine adds to the decision (a library's version, an ISA); enters Inductor's cache key."""
+
+
+def choose(kernels: Sequence[Kernel], problem: Problem, target: Target) -> tuple[Kernel | None, str]:
+    """The first kernel whose gate says yes, with an empty reason; or None with the sentences of all that declined."""
+    reasons: list[str] = []
+    for kernel in kernels:
+        why = kernel.supports(problem, target)
+        if why is None:
+            return kernel, ""
+        if why not in reasons:
+            reasons.append(why)
+    return None, "; ".join(reasons)

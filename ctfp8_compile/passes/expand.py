@@ -1,0 +1,43 @@
+"""Replaces a marker that no rule took with plain ATen, so that the graph is right on any target.
+
+    before                                        after
+    %d = ctfp8.dequantize(%w, %s, …, bf16)        %f = to(%w, f32)
+                                                  %m = mul(%f, %s)
+                                                  %d = to(%m, bf16)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..graph import before, call, value
+
+aten = torch.ops.aten
+_convert = torch.ops.prims.convert_element_type.default
+
+
+def expand_marker(graph: fx.Graph, marker: fx.Node) -> fx.Node:
+    """Builds the arithmetic of `ops.dequantize_reference` in front of the marker and returns its result."""
+    weight, scale, _, block, _, dtype = marker.args
+    with before(graph, marker):
+        for dim, step in ((-2, block[0]), (-1, block[1])):
+            scale = _repeat(graph, scale, dim, step, value(weight).shape[dim], marker)
+        wide = call(graph, _convert, weight, torch.float32, like=marker)
+        product = call(graph, aten.mul.Tensor, wide, scale, like=marker)
+        return product if dtype == torch.float32 else call(graph, _convert, product, dtype, like=marker)
+
+
+def _repeat(graph: fx.Graph, scale: fx.Node, dim: int, step: int, size: int, like: fx.Node) -> fx.Node:
+    """Repeats each entry of `scale` along `dim` `step` times, up to `size`, out of views."""
+    shape = list(value(scale).shape)
+    if shape[dim] == 1 or step == 1:
+        return scale
+    at = len(shape) + dim
+    wide = call(graph, aten.unsqueeze.default, scale, at + 1, like=like)
+    wide = call(graph, aten.expand.default, wide, [*shape[: at + 1], step, *shape[at + 1 :]], like=like)
+    wide = call(graph, aten.clone.default, wide, like=like)
+    flat = call(graph, aten.reshape.default, wide, [*shape[:at], shape[at] * step, *shape[at + 1 :]], like=like)
+    return flat if shape[at] * step == size else call(graph, aten.slice.Tensor, flat, at, 0, size, like=like)
+
+

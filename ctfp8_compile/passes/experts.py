@@ -1,0 +1,71 @@
+"""Replaces the two forms in which transformers runs stacked experts with a matmul on the stacked FP8 weights.
+
+Grouped (prefill; tokens sorted by expert):
+
+    before                                              after
+    %d = ctfp8.dequantize(%w, %s, …)    [E, N, K]       %y = ctfp8.dequantized_grouped_mm(%x, %w, %s, %offs, block)
+    %t = permute(%d, [0, 2, 1])
+    %y = _grouped_mm(%x, %t, %offs)
+
+Gathered (decode; one weight per row):
+
+    %d = ctfp8.dequantize(%w, %s, …)    [E, N, K]       %y = ctfp8.dequantized_gathered_mm(%x, %w, %s, %ids, block)
+    %g = index(%d, [%ids])              [T, N, K]
+    %y = bmm(%g, unsqueeze(%x, -1))     [T, N, 1]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import trace_weight, value
+from .rule import Match, Rule
+
+aten = torch.ops.aten
+
+
+def grouped_mm_ops() -> tuple[Any, ...]:
+    """ATen's grouped matmul, and the fallback transformers registers for dtypes it does not take."""
+    import transformers.integrations.moe  # noqa: F401 - registers transformers::grouped_mm_fallback
+
+    return aten._grouped_mm.default, torch.ops.transformers.grouped_mm_fallback.default
+
+
+class GroupedExpertsRule(Rule):
+    """`_grouped_mm(x, weight, offs)`."""
+
+    name = "grouped experts"
+    roots = grouped_mm_ops()
+
+    def pattern(self, node: fx.Node) -> Match | None:
+        x, w = node.args[:2]
+        offs = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+        weight = trace_weight(w)
+        if weight is None or weight.ids is not None or not weight.transposed or not isinstance(offs, fx.Node):
+            return None
+        if value(weight.marker).dim() != 3 or weight.matrix is not None or value(x).dim() != 2:
+            return None
+        if len(node.args) > 3 and any(a is not None for a in node.args[3:]):
+            return None  # a bias or another output dtype
+        return Match(node, "grouped_mm", x, weight, offs)
+
+
+class GatheredExpertsRule(Rule):
+    """`bmm(weight[ids], x[:, :, None])`, or `bmm(x[:, None], weight[ids])` where the model keeps experts transposed."""
+
+    name = "gathered experts"
+    roots = (aten.bmm.default,)
+
+    def pattern(self, node: fx.Node) -> Match | None:
+        for operand, column in ((0, True), (1, False)):
+            weight, x = trace_weight(node.args[operand]), node.args[1 - operand]
+            if weight is None or weight.ids is None or weight.transposed == column:
+                continue
+            one = 2 if column else 1
+            if value(x).shape[one] != 1:
+                return None  # several rows per expert: not a gather
+            return Match(node, "gathered_mm", x, weight, weight.ids, squeeze_x=one, unsqueeze_out=one)
+        return None

@@ -1,0 +1,64 @@
+"""Replaces `linear(x, dequantize(w))`, in each of the forms tracers give it, with a matmul on the FP8 weight.
+
+    before                                              after
+    %d = ctfp8.dequantize(%w, %s, …)                    %y = ctfp8.dequantized_linear(%x, %w, %s, %b, block)
+    %t = permute(%d, [1, 0])
+    %y = addmm(%b, %x, %t)          (or mm, linear, or bmm over a broadcast weight)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import trace_weight, value
+from .rule import Match, Rule
+
+aten = torch.ops.aten
+
+
+class LinearRule(Rule):
+    """`aten.linear`, as `torch.export` keeps it."""
+
+    name = "linear"
+    roots = (aten.linear.default,)
+
+    def pattern(self, node: fx.Node) -> Match | None:
+        x, w, *bias = node.args
+        return _linear(node, x, w, bias[0] if bias else None, transposed=False)
+
+
+class MatmulRule(Rule):
+    """`mm` and `addmm`: a linear after decomposition, its input flattened to two dimensions."""
+
+    name = "linear"
+    roots = (aten.mm.default, aten.addmm.default)
+
+    def pattern(self, node: fx.Node) -> Match | None:
+        bias, (x, w) = (None, node.args) if node.target is aten.mm.default else (node.args[0], node.args[1:])
+        if bias is not None and (node.kwargs or value(bias).dim() != 1):
+            return None  # a scaled or full addend is not a bias
+        return _linear(node, x, w, bias, transposed=True)
+
+
+class BatchedMatmulRule(Rule):
+    """`bmm` with a broadcast weight: a linear whose input was not contiguous, so that it could not be flattened."""
+
+    name = "linear"
+    roots = (aten.bmm.default,)
+
+    def pattern(self, node: fx.Node) -> Match | None:
+        x, w = node.args
+        match = _linear(node, x, w, None, transposed=True)
+        return match if match is not None and match.weight.broadcast else None
+
+
+def _linear(node: fx.Node, x: Any, w: Any, bias: Any, transposed: bool) -> Match | None:
+    weight = trace_weight(w)
+    if weight is None or weight.ids is not None or weight.transposed != transposed:
+        return None
+    if value(weight.marker).dim() - (weight.matrix is not None) != 2:
+        return None
+    return Match(node, "linear", x, weight, bias)

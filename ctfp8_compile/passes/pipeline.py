@@ -1,0 +1,108 @@
+"""The passes, in order, with the reason for the order.
+
+1. **Rules**: every matmul whose weight is a marker is offered to each rule that starts at its op. Linears come before
+   experts because both may start at `bmm`, and the linear's test (a broadcast weight) is the cheaper one.
+2. **Expand**: what no rule took becomes plain ATen. After the rules, because a rule needs to see the marker.
+3. **Clean up**: dead views and markers go. Last, once, because removing nodes while walking them is quadratic.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from ..graph import is_marker, is_view, parameter_name, trace_weight, value
+from ..lowering import kernels_of
+from ..report import Entry, Report
+from ..target import Target
+from .expand import expand_marker
+from .experts import GatheredExpertsRule, GroupedExpertsRule
+from .linear import BatchedMatmulRule, LinearRule, MatmulRule
+from .rule import Rule
+
+RULES: tuple[Rule, ...] = (
+    LinearRule(),
+    MatmulRule(),
+    BatchedMatmulRule(),
+    GroupedExpertsRule(),
+    GatheredExpertsRule(),
+)
+
+
+def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] = RULES) -> Report:
+    """Rewrites a graph in place for a target and says what it did.
+
+    Args:
+        graph: an ATen graph with fake values in `node.meta["val"]`, from Inductor's post-grad hook or `torch.export`.
+    """
+    if not any(is_marker(node) for node in graph.nodes):
+        return Report(str(target), (), ())
+    kernels = kernels_of(target)
+    by_root = defaultdict(list)
+    for rule in rules:
+        for root in rule.roots:
+            by_root[root].append(rule)
+    entries: list[Entry] = []
+    declined: dict[fx.Node, tuple[str, str]] = {}
+    for node in list(graph.nodes):
+        for rule in by_root.get(node.target, ()):
+            match = rule.pattern(node)
+            if match is None:
+                continue
+            plan = rule.check(match, target, kernels)
+            if isinstance(plan, str):
+                declined.setdefault(match.marker, (rule.name, plan))
+                continue
+            new = rule.rewrite(graph, match, plan)
+            node.replace_all_uses_with(new, propagate_meta=False)
+            graph.erase_node(node)
+            entries.append(_entry(match.marker, rule.name, kernel=plan.kernel.name))
+            break
+    _sweep(graph)
+    for marker in [node for node in graph.nodes if is_marker(node)]:
+        rule_name, why = declined.get(marker) or ("", _unmatched(marker))
+        entries.append(_entry(marker, rule_name, reason=why))
+        marker.replace_all_uses_with(expand_marker(graph, marker), propagate_meta=False)
+        graph.erase_node(marker)
+    return _report(target, entries)
+
+
+def _entry(marker: fx.Node, rule: str, kernel: str = "", reason: str = "") -> Entry:
+    weight, _, _, block, activation, _ = marker.args
+    return Entry(parameter_name(marker), rule, kernel, reason, tuple(value(weight).shape), tuple(block), activation)
+
+
+def _report(target: Target, entries: Sequence[Entry]) -> Report:
+    """One entry a parameter; where it is used several times, a use that stayed dequantized decides."""
+    by_name: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_name[entry.name].append(entry)
+    merged = [
+        replace(next((u for u in uses if u.reason), uses[0]), uses=len(uses)) for uses in by_name.values()
+    ]
+    return Report(str(target), tuple(e for e in merged if not e.reason), tuple(e for e in merged if e.reason))
+
+
+def _unmatched(marker: fx.Node) -> str:
+    """Why no pattern matched: names the operations that consume the weight."""
+    seen, frontier, consumers = set(), [marker], []
+    while frontier:
+        for user in frontier.pop().users:
+            if user in seen:
+                continue
+            seen.add(user)
+            if trace_weight(user) is not None:
+                frontier.append(user)
+            else:
+                consumers.append(str(user.target) if user.op == "call_function" else "the graph's output")
+    return f"no rule knows this use of a weight: {', '.join(sorted(set(consumers)))}"
+
+
+def _sweep(graph: fx.Graph) -> None:
+    """Erases views of weights, and markers, that nothing uses any more."""
+    for node in reversed(graph.nodes):
+        if not node.users and (is_marker(node) or is_view(node)):
+            graph.erase_node(node)
