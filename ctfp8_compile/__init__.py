@@ -10,7 +10,7 @@ from . import ops  # defines the ctfp8:: operators  # isort: skip
 from .backend import backend, compiled_reports
 from .errors import CheckpointError, Ctfp8Error, SchemeError, TargetError, UsageError
 from .export import explain, lower
-from .hub import from_pretrained, save_pretrained
+from .hub import from_pretrained, prepare, save_pretrained
 from .quantized import load_state_dict
 from .report import Entry, Report
 from .target import Target
@@ -33,5 +33,6 @@ __all__ = [
     "load_state_dict",
     "lower",
     "ops",
+    "prepare",
     "save_pretrained",
 ]

@@ -56,7 +56,11 @@ def backend(
     wrapper = torch._TorchCompileInductorWrapper(mode, theirs, None)
     config = dict(wrapper.config)
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"))
-    return compile_fx(gm, list(example_inputs), config_patches=config)
+    before = len(_reports)
+    compiled = compile_fx(gm, list(example_inputs), config_patches=config)
+    if marked and len(_reports) == before:
+        log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", len(marked), target)
+    return compiled
 
 
 class Fp8Pass(CustomGraphPass):

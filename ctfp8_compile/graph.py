@@ -157,8 +157,9 @@ def parameter_name(marker: fx.Node) -> str:
     """The model's name of the parameter a marker dequantizes, from the module stack that tracers keep."""
     stack = marker.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
-        owner, found, rest = str(path).partition(".parametrizations.")
+        owner, found, rest = f".{path}".partition(".parametrizations.")
         if found:
+            owner = owner.removeprefix(".")
             owner = owner.replace("L['self']", "").replace("L['fn']", "").removeprefix("L['").replace("']", "")
             owner = owner.replace("[", ".").replace("]", "").replace("'", "").replace("._modules", "").lstrip(".")
             name = rest.split(".")[0]

@@ -1,58 +1,23 @@
-"""Loading and saving through transformers: its loader does the work, a private quantizer tells it what stays FP8.
-
-The safetensors headers decide what is FP8, the config says the scheme. Every conversion transformers applies while
-loading (merging experts, renaming, transposing) is traced once with row numbers (see `layout`), and then done for FP8
-parameters by placing rows into one preallocated tensor. Scales never pass through transformers: they are read, checked
-and laid out before the first weight is loaded.
-"""
+"""Loading and saving through transformers. Its loader does the work; `quantizer` tells it what stays FP8."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationMethod
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from . import checkpoint as ckpt
-from .errors import CheckpointError, SchemeError
-from .layout import Layout, identity, trace
+from .errors import CheckpointError, SchemeError, UsageError
+from .layout import identity
 from .ops import FP8
-from .quantized import (
-    QuantizedParameter,
-    attach,
-    dequantize_,
-    plan,
-    protect,
-    quantized_parameters,
-    read_scales,
-    stored_weight,
-)
+from .quantized import attach, dequantize_, plan, protect, read_scales
+from .quantizer import METHOD, Config, Quantizer
 from .scheme import Schemes
 
-_METHOD = "ctfp8"  # the private name under which transformers finds our quantizer while it loads
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                   "trust_remote_code", "code_revision")  # fmt: skip
 
@@ -107,136 +72,65 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
         model: loaded by `from_pretrained` or prepared by `prepare`.
         **transformers_kwargs: as for `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
     """
+    source = getattr(model.config, "_name_or_path", "")
+    if source and Path(folder).resolve() == Path(source).resolve():
+        raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
     model.save_pretrained(folder, **transformers_kwargs)
 
 
-@register_quantization_config(_METHOD)
-class _Config(CompressedTensorsConfig):  # type: ignore[misc]
-    """compressed-tensors' config under our name. What is saved says compressed-tensors again."""
+def prepare(model: Any) -> Any:
+    """Takes over a model that transformers loaded from a compressed-tensors FP8 checkpoint and that has not run yet.
 
-    def __init__(self, *args: Any, quant_method: str | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.quant_method = _METHOD
+    transformers keeps the FP8 weights of Linears until the first forward pass; this replaces that decompression by our
+    parametrization, in place.
 
+    Returns:
+        `model`, as `from_pretrained` would have returned it.
 
-@register_quantizer(_METHOD)
-class _Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Tells transformers' loader which parameters are FP8, and how to fill them."""
-
-    requires_calibration = True
-    is_trainable = False
-    is_compileable = True
-
-    def __init__(self, quantization_config: _Config, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
-        # from here on everybody, the saved config included, sees the stock method
-        quantization_config.quant_method = QuantizationMethod.COMPRESSED_TENSORS
-        self.schemes = Schemes(quantization_config.quantization_config.model_dump())
-        self.plans: dict[str, QuantizedParameter] = {}
-        self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        return None if str(param.get_dtype()) == ckpt.FP8_DTYPE else dtype
-
-    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        return param.element_size()
-
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        tensors = ckpt.Checkpoint(checkpoint_files or ())
-        for info in tensors.values():
-            ckpt.check_weight(info)
-        _refuse_other_formats(tensors, self.schemes)
-        declared = model.state_dict()
-        with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
-            for target, layout in _layouts(model, tensors, declared).items():
-                self.plans[target] = plan(tensors, self.schemes, layout, declared[target].dtype)
-            self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
-        for target, info in self.plans.items():
-            path, _, leaf = target.rpartition(".")
-            stored = torch.empty(info.layout.shape, dtype=FP8, device="meta")
-            model.get_submodule(path)._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
-            model.all_tied_weights_keys.pop(target, None)  # the file has its own FP8 copy: not tied to a bf16 one
-        # the scales were read above; the loader finds no place for them, which is as it should be
-        ours = {r"(^|[._])(weight_scale|input_scale)$"}
-        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
-
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        conversions = [*weight_conversions, *_per_expert_conversions(model, weight_conversions)]
-        return [
-            c.copy(c._original_source_patterns, c._original_target_patterns, operations=[_PlaceRows(self.plans, c.operations)])
-            if isinstance(c, WeightConverter)
-            else c
-            for c in conversions
-        ]
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for target, info in self.plans.items():
-            path, _, leaf = target.rpartition(".")
-            attach(model.get_submodule(path), leaf, info, *self.scales.pop(target))
-        return model
-
-
-class _PlaceRows(ConversionOps):  # type: ignore[misc]
-    """Fills FP8 parameters by their layout; every other parameter goes through transformers' own operations.
-
-    transformers stacks, then concatenates, which peaks at two copies of a layer's experts; placing rows peaks at one.
+    Raises:
+        UsageError: the weights were already decompressed (by a forward pass, or, for MoE experts, while loading).
+        CheckpointError: a scale is missing or not usable.
     """
-
-    supports_many_to_many = True
-
-    def __init__(self, plans: Mapping[str, QuantizedParameter], operations: list[ConversionOps]):
-        self.plans, self.operations = plans, operations
-        self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PlaceRows:
-        return _PlaceRows(self.plans, copy.deepcopy(self.operations, memo))
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
-        if any(name in self.plans for name in targets.values()):
-            return {pattern: self._place(self.plans[name], input_dict, source_patterns) for pattern, name in targets.items()}
-        for operation in self.operations:
-            input_dict = operation.convert(
-                input_dict, source_patterns=source_patterns, target_patterns=target_patterns,
-                full_layer_name=full_layer_name, **kwargs,
-            )  # fmt: skip
-        return input_dict
-
-    @staticmethod
-    def _place(info: QuantizedParameter, collected: dict[str, Any], source_patterns: list[str]) -> Tensor:
-        tensors = [t for pattern in source_patterns if pattern in collected for t in _as_list(collected[pattern])]
-        return info.layout.weight(dict(zip(info.layout.sources, tensors, strict=True)))
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Chain([op.reverse_op for op in reversed(self.operations)])
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        raise UsageError("this model was not loaded from a quantized checkpoint. Use ctfp8.from_pretrained.")
+    quantizer = Quantizer(Config.from_dict({**(config if isinstance(config, dict) else config.to_dict())}))
+    weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+    fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
+    _refuse_decompressed(model, quantizer.schemes, fp8)
+    found = []
+    for name, module in fp8.items():
+        own = {f"{name}.{k}": v for k, v in module.state_dict().items()}
+        tensors = ckpt.InMemory(own)
+        info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype)
+        found.append((module, info, *read_scales(tensors, info)))
+    for module, info, weight_scale, input_scale in found:
+        for leaf in ("weight_scale", "input_scale", "weight_zero_point"):
+            module._parameters.pop(leaf, None)
+        for attribute in ("quantization_scheme", "quantization_status"):
+            module.__dict__.pop(attribute, None)
+        attach(module, "weight", info, weight_scale, input_scale)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if getattr(hook, "__module__", "").startswith("compressed_tensors"):
+            del model._forward_pre_hooks[key]  # it would decompress the weights on the first forward
+    model.hf_quantizer = quantizer
+    quantizer.take_over_saving(model)
+    protect(model)
+    return model
 
 
-class _Chain(ConversionOps):  # type: ignore[misc]
-    """Operations run one after the other: how `_PlaceRows` undoes those it wraps."""
-
-    def __init__(self, operations: list[ConversionOps]):
-        self.operations = operations
-        self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        for operation in self.operations:
-            input_dict = operation.convert(input_dict, **kwargs)
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Chain([op.reverse_op for op in reversed(self.operations)])
+def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]) -> None:
+    """Raises if a weight that the config says is FP8 is not FP8 any more."""
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        expert = parameter.dim() == 3 and schemes.group(f"{module}.0.gate_proj") is not None
+        linear = isinstance(model.get_submodule(module), nn.Linear) and name.endswith(".weight") and not fp8
+        if parameter.dtype != FP8 and (expert or (linear and schemes.group(module) is not None)):
+            raise UsageError(
+                f"{name} was quantized in the checkpoint, but transformers has decompressed it to {parameter.dtype} "
+                f"({'it does so with experts while loading' if expert else 'on the first forward pass'}). "
+                "Load the checkpoint with ctfp8.from_pretrained, which keeps it in FP8."
+            )
 
 
 def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> PretrainedConfig:
@@ -255,7 +149,7 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> Pretraine
         if not isinstance(quantization, dict):
             quantization = quantization.to_dict()
         Schemes(quantization)  # says what is wrong with it, in our words
-        holder.quantization_config = {**quantization, "quant_method": _METHOD}
+        holder.quantization_config = {**quantization, "quant_method": METHOD}
         found = True
     if not found:
         raise SchemeError(
@@ -263,123 +157,6 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> Pretraine
             "Load it with transformers' own from_pretrained."
         )
     return config
-
-
-def _layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """For each parameter of the model that the checkpoint holds in FP8: what its rows come from."""
-    conversions = get_model_conversion_mapping(model)
-    conversions += _per_expert_conversions(model, conversions)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    arrivals: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
-    for name in sorted(tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
-        if target not in declared and name in declared:
-            target, pattern = name, None
-        if target in declared:
-            arrivals[target].append((name, pattern))
-    layouts: dict[str, Layout] = {}
-    traced: dict[Any, dict[str, Layout]] = {}
-    for target, sources in arrivals.items():
-        fp8 = [tensors[name].dtype == ckpt.FP8_DTYPE for name, _ in sources]
-        if not any(fp8):
-            continue
-        if not all(fp8):
-            raise CheckpointError(
-                f"{tensors[sources[fp8.index(False)][0]]} is not FP8, but {tensors[sources[fp8.index(True)][0]]} is, and "
-                f"both are part of {target}. Quantize all of them, or none."
-            )
-        pattern = sources[0][1]
-        if pattern is None:
-            info = tensors[sources[0][0]]
-            if len(info.shape) < 2 or info.shape != tuple(declared[target].shape):
-                raise CheckpointError(f"{info}: the model declares {target} as {list(declared[target].shape)}.")
-            layouts[target] = identity(info.name, info.shape)
-            continue
-        layouts |= _trace_converter(model, by_pattern[pattern], target, sources, tensors, declared, traced)
-    return layouts
-
-
-def _trace_converter(
-    model: Any,
-    converter: WeightConverter,
-    target: str,
-    sources: list[tuple[str, str | None]],
-    tensors: ckpt.Checkpoint,
-    declared: Mapping[str, Tensor],
-    traced: dict[Any, dict[str, Layout]],
-) -> dict[str, Layout]:
-    """Layouts of what one converter makes for one layer. Layers of equal shapes are traced once."""
-    # the order in which `_PlaceRows` will see them
-    order = [name for pattern in converter.source_patterns for name, p in sources if p == pattern]
-    shapes = {name: tensors[name].shape for name in order}
-    targets = {p: target.replace(converter.target_patterns[0], p) for p in converter.target_patterns}
-    wanted = {name: tuple(declared[name].shape) for name in targets.values() if name in declared}
-    key = (id(converter), tuple(shapes.values()), tuple(p for _, p in sources), tuple(wanted.values()))
-    if key in traced:
-        first = traced[key]
-        return {n: _renamed(layout, order) for n, layout in zip(wanted, first.values(), strict=True)}
-
-    def convert(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        probe = copy.deepcopy(converter)
-        for name, pattern in sources:
-            probe.add_tensor(target, name, pattern, numbers[name])
-        return {k: _as_list(v)[0] for k, v in probe.convert(target, model=model, config=model.config).items()}
-
-    try:
-        result = trace(shapes, wanted, convert)
-    except (CheckpointError, SchemeError):
-        raise
-    except Exception as error:  # an operation of transformers met shapes it does not expect
-        raise CheckpointError(
-            f"{target} {list(next(iter(wanted.values())))}: its checkpoint tensors, such as {tensors[order[0]]}, cannot be "
-            f"merged into it ({error}). A tensor is missing or has another shape than the config says."
-        ) from error
-    traced[key] = {name: result[name] for name in wanted}
-    return traced[key]
-
-
-def _renamed(layout: Layout, order: list[str]) -> Layout:
-    """The same layout for the tensors of another layer, given in the same order."""
-    names = dict(zip(layout.sources, order, strict=True))
-    placements = tuple(type(p)(names[p.source], p.index, p.start, p.step, p.rows) for p in layout.placements)
-    return Layout(layout.shape, layout.transposed, placements)
-
-
-def _per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> list[WeightConverter]:
-    """Conversions for checkpoints with one Linear per expert, where transformers only knows experts merged or as w1/w2/w3.
-
-    llm-compressor turns every MoE into per-expert `gate_proj`, `up_proj` and `down_proj` before it quantizes.
-    """
-    known = {s for c in conversions if isinstance(c, WeightConverter) for s in c.source_patterns}
-    if any(s.replace("\\", "").endswith("experts.*.gate_proj.weight") for s in known):
-        return []
-    experts = next((m for m in model.modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)), None)
-    if experts is None or experts.gate_up_proj.dim() != 3:
-        return []
-    interleave: list[ConversionOps] = [] if getattr(experts, "is_concatenated", True) else [Interleave(dim=1, inverse=True)]
-    transpose: list[ConversionOps] = [Transpose(1, 2)] if getattr(experts, "is_transposed", False) else []
-    merge: list[ConversionOps] = [MergeModulelist(dim=0), Concatenate(dim=1), *interleave]
-    gate, up, down = (r"experts.*.gate_proj", r"experts.*.up_proj", r"experts.*.down_proj")
-    out = [
-        WeightConverter([f"{gate}.weight", f"{up}.weight"], "experts.gate_up_proj", [*merge, *transpose]),
-        WeightConverter(f"{down}.weight", "experts.down_proj", [MergeModulelist(dim=0), *transpose]),
-    ]
-    if getattr(experts, "has_bias", False) or hasattr(experts, "gate_up_proj_bias"):
-        out.append(WeightConverter([f"{gate}.bias", f"{up}.bias"], "experts.gate_up_proj_bias", merge))
-        out.append(WeightConverter(f"{down}.bias", "experts.down_proj_bias", [MergeModulelist(dim=0)]))
-    return out
-
-
-def _refuse_other_formats(tensors: ckpt.Checkpoint, schemes: Schemes) -> None:
-    for name, info in tensors.items():
-        if name.endswith((".weight_packed", ".weight_global_scale")) or (name.endswith(".weight") and info.dtype == "I8"):
-            module = name.rpartition(".")[0]
-            raise SchemeError(
-                f"{info}: {module} is quantized in another format than FP8 (group {schemes.group(module)!r} of "
-                "quantization_config); only FP8 weights are supported. Load the checkpoint with transformers."
-            )
 
 
 def _check_complete(path_or_id: str | Path, info: Any) -> None:
@@ -395,7 +172,3 @@ def _check_complete(path_or_id: str | Path, info: Any) -> None:
     if mismatched:
         name, found, declared = mismatched[0]
         raise CheckpointError(f"{name}: {list(found)} in the checkpoint, {list(declared)} in the model's config.")
-
-
-def _as_list(value: Any) -> list[Tensor]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -72,6 +72,18 @@ class Dequantize(nn.Module):
         )
         return out.transpose(-1, -2) if self.info.layout.transposed else out
 
+    def static_scale(self, source: str) -> Tensor:
+        """The static activation scale of one checkpoint tensor: float32, no dimensions."""
+        assert self.input_scale is not None
+        groups = self.input_scale.view(-1, self.input_scale.shape[-1])
+        seen = [0] * groups.shape[0]
+        for p in self.info.layout.placements:  # the order in which `read_scales` grouped them
+            group = p.start // self.info.layout.shape[-2]
+            if p.source == source:
+                return groups[group, seen[group]]
+            seen[group] += 1
+        raise KeyError(source)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dequantize:
         # a cast of the model (autocast helpers, .float()) must not round the scales
         if fn(torch.empty(0, dtype=FP8, device=self.weight_scale.device)).dtype != FP8:
@@ -97,6 +109,12 @@ class _KeepsFP8:
         if device is not None and fn(torch.empty(0, dtype=FP8, device=device)).dtype != FP8:
             raise UsageError(_CAST)
         return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _refuse_cast(self) -> Any:
+        raise UsageError(_CAST)
+
+    # transformers overrides these two with a message of its own, so `_apply` alone would not be asked
+    half = float = _refuse_cast
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         if requires_grad:

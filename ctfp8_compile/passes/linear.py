@@ -31,13 +31,13 @@ class LinearRule(Rule):
 
 
 class MatmulRule(Rule):
-    """`mm` and `addmm`: a linear after decomposition, its input flattened to two dimensions."""
+    """`mm` and `addmm`: a linear after decomposition, its input flattened to two dimensions; `matmul` where it is kept."""
 
     name = "linear"
-    roots = (aten.mm.default, aten.addmm.default)
+    roots = (aten.mm.default, aten.addmm.default, aten.matmul.default)
 
     def pattern(self, node: fx.Node) -> Match | None:
-        bias, (x, w) = (None, node.args) if node.target is aten.mm.default else (node.args[0], node.args[1:])
+        bias, (x, w) = (node.args[0], node.args[1:]) if node.target is aten.addmm.default else (None, node.args)
         if bias is not None and (node.kwargs or value(bias).dim() != 1):
             return None  # a scaled or full addend is not a bias
         return _linear(node, x, w, bias, transposed=True)

@@ -1,0 +1,95 @@
+"""Shared fixtures: checkpoints under tests/data, each loaded once, and a compiler without state from other tests."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ctfp8_compile as ctfp8
+
+DATA = Path(__file__).parent / "data"
+FAMILIES = ("llama", "qwen3", "mixtral", "qwen3moe")
+SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK")
+CHECKPOINTS = [f"{family}/{scheme}" for family in FAMILIES for scheme in SCHEMES]
+#: FP8 parameters of each family's model: 2 layers of q, k, v, o and either three MLP matrices or two stacks of experts.
+FP8_PARAMETERS = {"llama": 14, "qwen3": 14, "mixtral": 12, "qwen3moe": 12}
+IDS = torch.arange(5, 45).reshape(2, 20)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[..., Any]:
+    """`load("llama/FP8")`: that checkpoint's model, loaded once a session."""
+
+    @functools.cache
+    def cached(name: str, **kwargs: Any) -> Any:
+        return ctfp8.from_pretrained(DATA / name, **kwargs)
+
+    return cached
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.float()
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def fp8_config(
+    strategy: str = "channel", activation: str | None = "token", block: tuple[int, int] = (128, 128), **extra: Any
+) -> dict[str, Any]:
+    """A compressed-tensors quantization_config with one group of Linears."""
+    weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
+    if strategy == "block":
+        weights["block_structure"] = list(block)
+    inputs: dict[str, Any] | None = None
+    if activation == "token":
+        inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    elif activation == "tensor":
+        inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}, **extra}
+
+
+def quantize(
+    weight: torch.Tensor, strategy: str = "channel", block: tuple[int, int] = (128, 128)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(float8 weight, float32 scale)` by compressed-tensors' own arithmetic."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy=strategy,
+                            block_structure=list(block) if strategy == "block" else None)  # fmt: skip
+    rows, cols = weight.shape
+    if strategy == "tensor":
+        low, high = weight.min().reshape(1), weight.max().reshape(1)
+    elif strategy == "channel":
+        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    else:
+        padded = torch.zeros(-(-rows // block[0]) * block[0], -(-cols // block[1]) * block[1], dtype=weight.dtype)
+        padded[:rows, :cols] = weight
+        tiles = padded.view(padded.shape[0] // block[0], block[0], padded.shape[1] // block[1], block[1])
+        low, high = tiles.amin((1, 3)), tiles.amax((1, 3))
+    scale, zero = calculate_qparams(low, high, args)
+    return ct_quantize(weight, scale, zero, args, dtype=torch.float8_e4m3fn), scale.float()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_code_cache() -> Iterator[None]:
+    """Our passes run only when Inductor compiles, so a cache hit from an earlier run would test nothing."""
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield

@@ -1,0 +1,150 @@
+"""Bad files: one exception of ours that names the tensor and the cure, never a random initialisation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import DATA
+from safetensors.torch import load_file, save_file
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.checkpoint import has_nan_code
+from ctfp8_compile.ops import FP8
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+GATE = "model.layers.0.mlp.experts.1.gate_proj.weight"
+
+
+def _refused(tmp_path, name, edit, match, error=ctfp8.CheckpointError):
+    folder = tmp_path / "bad"
+    shutil.copytree(DATA / name, folder)
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    edit(tensors, config)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=match):
+        ctfp8.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda t, c: t.pop(Q), "the model needs model.layers.0.self_attn.q_proj.weight"),
+        (lambda t, c: t.pop(Q + "_scale"), "q_proj.weight_scale is not in the checkpoint"),
+        (lambda t, c: t.pop("model.norm.weight"), "the model needs model.norm.weight"),
+        (lambda t, c: t.update({Q + "_scale": t[Q + "_scale"][:64].clone()}), r"q_proj.weight_scale .*\[64, 1\].*expected shape"),
+        (lambda t, c: t.update({Q + "_scale": t[Q + "_scale"].to(torch.int32)}), "a scale must be float32"),
+        (lambda t, c: t[Q + "_scale"][5].fill_(float("nan")), r"q_proj.weight_scale .*scale nan at index \[5, 0\]"),
+        (lambda t, c: t[Q + "_scale"][0].fill_(float("inf")), "scale inf"),
+        (lambda t, c: t[Q + "_scale"][0].zero_(), "scale 0.0"),
+        (lambda t, c: t[Q + "_scale"][0].neg_(), "scale -"),
+        (lambda t, c: t[Q].view(torch.uint8)[3, 5].fill_(0xFF), "q_proj.weight: holds NaN codes"),
+        (lambda t, c: t.update({Q: t[Q].float().to(torch.float8_e5m2)}), "q_proj.weight .*float8_e5m2"),
+        (lambda t, c: t.update({Q: t[Q][:, :64].contiguous()}), r"q_proj.weight .*declares .*\[128, 128\]"),
+        (lambda t, c: c["quantization_config"]["ignore"].append("re:.*q_proj"), "no group that covers it"),
+    ],
+)
+def test_dense(tmp_path, edit, match):
+    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, match, ctfp8.Ctfp8Error)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda t, c: t.pop(GATE), "experts"),
+        (lambda t, c: t.pop(GATE + "_scale"), "experts.1.gate_proj.weight_scale is not in the checkpoint"),
+        (lambda t, c: t.update({GATE: t[GATE].to(torch.bfloat16)}), "experts.1.gate_proj.weight .* is not FP8, but"),
+        (lambda t, c: c["quantization_config"]["ignore"].append("re:.*experts.1.gate_proj"), "experts.1.gate_proj"),
+    ],
+)
+def test_experts(tmp_path, edit, match):
+    _refused(tmp_path, "qwen3moe/FP8_DYNAMIC", edit, match, ctfp8.Ctfp8Error)
+
+
+def test_mixtral_without_any_expert(tmp_path):
+    def edit(tensors, config):
+        for name in [n for n in tensors if ".experts." in n]:
+            del tensors[name]
+
+    _refused(tmp_path, "mixtral/FP8_DYNAMIC", edit, "the model needs model.layers.0.mlp.experts")
+
+
+def test_static_scheme_without_input_scale(tmp_path):
+    name = Q.removesuffix("weight") + "input_scale"
+    _refused(tmp_path, "llama/FP8", lambda t, c: t.pop(name), "q_proj.input_scale is missing")
+
+
+def test_wrong_block_size(tmp_path):
+    def edit(tensors, config):
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["block_structure"] = [64, 64]
+
+    _refused(tmp_path, "llama/FP8_BLOCK", edit, "expected shape")
+
+
+def test_no_quantization_config(tmp_path):
+    _refused(tmp_path, "llama/FP8_DYNAMIC", lambda t, c: c.pop("quantization_config"), "no quantization_config", ctfp8.SchemeError)
+
+
+def test_another_method(tmp_path):
+    def edit(tensors, config):
+        config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "quant_method='fp8'", ctfp8.SchemeError)
+
+
+def test_a_layer_in_another_format_is_named(tmp_path):
+    def edit(tensors, config):
+        del tensors[Q], tensors[Q + "_scale"]
+        tensors[Q + "_packed"] = torch.zeros(128, 16, dtype=torch.int32)
+
+    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "q_proj is quantized in another format", ctfp8.SchemeError)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 5000, -1])
+def test_truncated_file(tmp_path, keep):
+    shutil.copytree(DATA / "llama/FP8_DYNAMIC", tmp_path / "bad")
+    file = tmp_path / "bad" / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:keep])
+    with pytest.raises(ctfp8.CheckpointError, match="model.safetensors: not a readable safetensors file"):
+        ctfp8.from_pretrained(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("shard", "match"),
+    [
+        ("gone.safetensors", "names the shard gone.safetensors, which is missing"),
+        ("../llama/model.safetensors", "leaves the checkpoint's folder"),
+        ("/etc/model.safetensors", "leaves the checkpoint's folder"),
+    ],
+)
+def test_index_that_points_elsewhere(tmp_path, shard, match):
+    folder = tmp_path / "bad"
+    shutil.copytree(DATA / "llama/FP8_DYNAMIC", folder)
+    names = load_file(folder / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {n: "model.safetensors" for n in names} | {Q: shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ctfp8.CheckpointError, match=match):
+        ctfp8.from_pretrained(folder)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ctfp8.CheckpointError, match="neither model.safetensors nor"):
+        ctfp8.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("offset", range(0, 9))
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_nan_codes_are_found_at_any_alignment(offset, code):
+    data = torch.arange(5000, dtype=torch.int64).to(torch.uint8)
+    data[(data & 0x7F) == 0x7F] = 0x7E
+    weight = data[offset:4900].view(FP8)
+    assert not has_nan_code(weight)
+    for at in (0, 17, weight.numel() - 1):
+        changed = data.clone()
+        changed[offset + at] = code
+        assert has_nan_code(changed[offset:4900].view(FP8))
