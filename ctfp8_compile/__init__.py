@@ -1,9 +1,9 @@
 """ctfp8: a torch.compile backend that runs compressed-tensors FP8 checkpoints in FP8.
 
-    import ctfp8_compile as ctfp8
+import ctfp8_compile as ctfp8
 
-    model = ctfp8.from_pretrained("a-checkpoint-FP8-dynamic")
-    model.forward = torch.compile(model.forward, backend="ctfp8")
+model = ctfp8.from_pretrained("a-checkpoint-FP8-dynamic")
+model.forward = torch.compile(model.forward, backend="ctfp8")
 """
 
 from . import ops  # defines the ctfp8:: operators  # isort: skip

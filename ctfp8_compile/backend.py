@@ -44,7 +44,9 @@ def backend(
         TargetError: the target is not the device the weights are on.
     """
     ours, theirs = _split_options(options)
-    marked = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in (MARKER, MARKER.overloadpacket)]
+    marked = [
+        node for node in gm.graph.nodes if node.op == "call_function" and node.target in (MARKER, MARKER.overloadpacket)
+    ]
     if not marked:
         _warn_no_fp8()
     elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):

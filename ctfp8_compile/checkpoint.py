@@ -107,7 +107,9 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     if not index.is_file():
         if (folder / SINGLE_FILE).is_file():
             return [folder / SINGLE_FILE]
-        raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there. Is this a checkpoint folder?")
+        raise CheckpointError(
+            f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there. Is this a checkpoint folder?"
+        )
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted({str(shard) for shard in weight_map.values()})
@@ -149,7 +151,9 @@ def check_scale(checkpoint: Checkpoint, weight: TensorInfo, scheme: Scheme) -> N
     """
     name = scale_name(weight.name)
     if name not in checkpoint:
-        raise CheckpointError(f"{weight}: FP8 weight without a scale; {name} is not in the checkpoint. Quantize it again.")
+        raise CheckpointError(
+            f"{weight}: FP8 weight without a scale; {name} is not in the checkpoint. Quantize it again."
+        )
     scale = checkpoint[name]
     if scale.dtype not in SCALE_DTYPES:
         raise CheckpointError(f"{scale}: a scale must be float32, bfloat16 or float16 (U8 would be an MX format).")

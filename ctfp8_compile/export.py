@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,8 +63,11 @@ def _lower(
     if not isinstance(target, Target):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         target = Target.detect(device) if target is None else Target.parse(target)
-    with torch.no_grad():
-        program = torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch.export's own
+        program = torch.export.export(
+            model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+        )
         # an empty table functionalises and keeps linear and attention whole; the default one would decompose them
         program = program.run_decompositions({})
     report = passes.run(program.graph, target)

@@ -169,7 +169,10 @@ def parameter_name(marker: fx.Node) -> str:
 
 
 def format_graph(graph: fx.Graph) -> str:
-    """One op a line, names normalised, with dtype and shape: what golden tests and reports show."""
+    """One op a line, names normalised, with dtype and shape: what golden tests and reports show.
+
+    Assertions that export adds about metadata are left out.
+    """
     short = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float16: "f16", torch.float8_e4m3fn: "f8e4m3",
              torch.int64: "i64", torch.int32: "i32", torch.bool: "b1"}  # fmt: skip
     names: dict[fx.Node, str] = {}
@@ -192,6 +195,8 @@ def format_graph(graph: fx.Graph) -> str:
     for node in graph.nodes:
         if node.op == "output":
             lines.append(f"return {show(node.args[0])}")
+            continue
+        if node.target is aten._assert_tensor_metadata.default:
             continue
         names[node] = f"%{len(names)}"
         if node.op in ("placeholder", "get_attr"):

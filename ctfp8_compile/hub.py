@@ -52,7 +52,9 @@ def from_pretrained(
         ckpt.Checkpoint(ckpt.checkpoint_files(folder))
     config = _private_config(path_or_id, transformers_kwargs)
     try:
-        model, info = auto_class.from_pretrained(path_or_id, config=config, output_loading_info=True, **transformers_kwargs)
+        model, info = auto_class.from_pretrained(
+            path_or_id, config=config, output_loading_info=True, **transformers_kwargs
+        )
     except SafetensorError as error:
         raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
     _check_complete(path_or_id, info)

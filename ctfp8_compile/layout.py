@@ -194,7 +194,9 @@ def _placements(target: str, numbers: Tensor, owners: list[tuple[int, str, tuple
                 raise SchemeError(f"{target}: loading rearranges the rows of {name} in a way FP8 scales cannot follow.")
             placements.append(Placement(name, None if len(shape) == 2 else i, int(at[0]), step, height))
     if sum(p.rows for p in placements) != numbers.numel():
-        raise SchemeError(f"{target}: loading splits or repeats rows of its checkpoint tensors, which FP8 cannot follow.")
+        raise SchemeError(
+            f"{target}: loading splits or repeats rows of its checkpoint tensors, which FP8 cannot follow."
+        )
     return tuple(placements)
 
 

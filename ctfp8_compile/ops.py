@@ -95,7 +95,9 @@ def _(
     return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _dequantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int]) -> Tensor:
+def _dequantized_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int]
+) -> Tensor:
     w = dequantize_reference(weight, weight_scale, block, x.dtype)
     return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
 

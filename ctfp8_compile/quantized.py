@@ -88,7 +88,7 @@ class Dequantize(nn.Module):
         # a cast of the model (autocast helpers, .float()) must not round the scales
         if fn(torch.empty(0, dtype=FP8, device=self.weight_scale.device)).dtype != FP8:
             raise UsageError(_CAST)
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.info.scheme}, block={tuple(self.block)}, {self.info.dtype}"
@@ -167,13 +167,14 @@ def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Deq
     for path, module in model.named_modules():
         if isinstance(parametrizations := getattr(module, "parametrizations", None), nn.ModuleDict):
             for name, chain in parametrizations.items():
-                if isinstance(chain[0], Dequantize):
-                    yield (f"{path}.{name}" if path else name), module, chain[0]
+                dequantize = next(iter(chain.children()), None)
+                if isinstance(dequantize, Dequantize):
+                    yield (f"{path}.{name}" if path else name), module, dequantize
 
 
 def stored_weight(module: nn.Module, name: str) -> Tensor:
     """The float8_e4m3fn tensor behind parameter `name` (no dots) of `module`."""
-    return module.parametrizations[name].original  # type: ignore[index,union-attr,return-value]
+    return module.parametrizations[name].original  # type: ignore[index,union-attr]
 
 
 def attach(
@@ -247,7 +248,9 @@ def load_state_dict(
             plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype)
             used |= {ckpt.scale_name(name), ckpt.input_scale_name(name)}
     if extra := sorted(set(tensors) - used):
-        raise CheckpointError(f"{extra[0]}: in the state dict, but the module has no such parameter ({len(extra)} in all).")
+        raise CheckpointError(
+            f"{extra[0]}: in the state dict, but the module has no such parameter ({len(extra)} in all)."
+        )
     scales = {name: read_scales(tensors, info) for name, info in plans.items()}
     for name in own:
         path, _, leaf = name.rpartition(".")
@@ -256,16 +259,16 @@ def load_state_dict(
         if leaf in owner._buffers:
             owner._buffers[leaf] = value.to(own[name].dtype)
             continue
-        owner._parameters[leaf] = nn.Parameter(value if name in plans else value.to(own[name].dtype), requires_grad=False)
+        owner._parameters[leaf] = nn.Parameter(
+            value if name in plans else value.to(own[name].dtype), requires_grad=False
+        )
         if name in plans:
             attach(owner, leaf, plans[name], *scales[name])
     protect(module)
     return module
 
 
-def plan(
-    tensors: ckpt.Checkpoint, schemes: Schemes, layout: Layout, dtype: torch.dtype
-) -> QuantizedParameter:
+def plan(tensors: ckpt.Checkpoint, schemes: Schemes, layout: Layout, dtype: torch.dtype) -> QuantizedParameter:
     """Decides how one parameter is quantized and checks all that it needs, from headers alone.
 
     Raises:
@@ -284,7 +287,9 @@ def plan(
     first = layout.sources[0]
     for source, scheme in found.items():
         if scheme != found[first]:
-            raise SchemeError(f"{source} ({scheme}) and {first} ({found[first]}) are merged, but differ in their scheme.")
+            raise SchemeError(
+                f"{source} ({scheme}) and {first} ({found[first]}) are merged, but differ in their scheme."
+            )
 
     def stored(name: str) -> StoredScale:
         return StoredScale(ckpt.SCALE_DTYPES[tensors[name].dtype], tensors[name].shape)

@@ -45,7 +45,7 @@ METHOD = "ctfp8"  #: the private name under which transformers finds this quanti
 
 
 @register_quantization_config(METHOD)
-class Config(CompressedTensorsConfig):  # type: ignore[misc]
+class Config(CompressedTensorsConfig):
     """compressed-tensors' config under our name. What is saved says compressed-tensors again."""
 
     def __init__(self, *args: Any, quant_method: str | None = None, **kwargs: Any):
@@ -54,7 +54,7 @@ class Config(CompressedTensorsConfig):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class Quantizer(HfQuantizer):  # type: ignore[misc]
+class Quantizer(HfQuantizer):
     """Tells transformers' loader which parameters are FP8, and how to fill them."""
 
     requires_calibration = True
@@ -80,8 +80,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         tensors = ckpt.Checkpoint(checkpoint_files or ())
-        for info in tensors.values():
-            ckpt.check_weight(info)
+        for tensor in tensors.values():
+            ckpt.check_weight(tensor)
         _refuse_other_formats(tensors, self.schemes)
         declared = model.state_dict()
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
@@ -100,7 +100,11 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *_per_expert_conversions(model, weight_conversions)]
         return [
-            c.copy(c._original_source_patterns, c._original_target_patterns, operations=[_PlaceRows(self.plans, c.operations)])
+            c.copy(
+                c._original_source_patterns,
+                c._original_target_patterns,
+                operations=[_PlaceRows(self.plans, c.operations)],
+            )
             if isinstance(c, WeightConverter)
             else c
             for c in conversions
@@ -147,7 +151,7 @@ def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Ten
     return out
 
 
-class _PlaceRows(ConversionOps):  # type: ignore[misc]
+class _PlaceRows(ConversionOps):
     """Fills FP8 parameters by their layout; every other parameter goes through transformers' own operations.
 
     transformers stacks, then concatenates, which peaks at two copies of a layer's experts; placing rows peaks at one.
@@ -172,7 +176,9 @@ class _PlaceRows(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Any]:
         targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
         if any(name in self.plans for name in targets.values()):
-            return {pattern: self._place(self.plans[name], input_dict, source_patterns) for pattern, name in targets.items()}
+            return {
+                pattern: self._place(self.plans[name], input_dict, source_patterns) for pattern, name in targets.items()
+            }
         for operation in self.operations:
             input_dict = operation.convert(
                 input_dict, source_patterns=source_patterns, target_patterns=target_patterns,
@@ -190,7 +196,7 @@ class _PlaceRows(ConversionOps):  # type: ignore[misc]
         return _Chain([op.reverse_op for op in reversed(self.operations)])
 
 
-class _Chain(ConversionOps):  # type: ignore[misc]
+class _Chain(ConversionOps):
     """Operations run one after the other: how `_PlaceRows` undoes those it wraps."""
 
     def __init__(self, operations: list[ConversionOps]):
@@ -300,7 +306,9 @@ def _per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> l
     experts = next((m for m in model.modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)), None)
     if experts is None or experts.gate_up_proj.dim() != 3:
         return []
-    interleave: list[ConversionOps] = [] if getattr(experts, "is_concatenated", True) else [Interleave(dim=1, inverse=True)]
+    interleave: list[ConversionOps] = (
+        [] if getattr(experts, "is_concatenated", True) else [Interleave(dim=1, inverse=True)]
+    )
     transpose: list[ConversionOps] = [Transpose(1, 2)] if getattr(experts, "is_transposed", False) else []
     merge: list[ConversionOps] = [MergeModulelist(dim=0), Concatenate(dim=1), *interleave]
     gate, up, down = (r"experts.*.gate_proj", r"experts.*.up_proj", r"experts.*.down_proj")
@@ -316,7 +324,9 @@ def _per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> l
 
 def _refuse_other_formats(tensors: ckpt.Checkpoint, schemes: Schemes) -> None:
     for name, info in tensors.items():
-        if name.endswith((".weight_packed", ".weight_global_scale")) or (name.endswith(".weight") and info.dtype == "I8"):
+        if name.endswith((".weight_packed", ".weight_global_scale")) or (
+            name.endswith(".weight") and info.dtype == "I8"
+        ):
             module = name.rpartition(".")[0]
             raise SchemeError(
                 f"{info}: {module} is quantized in another format than FP8 (group {schemes.group(module)!r} of "

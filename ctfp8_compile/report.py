@@ -90,7 +90,15 @@ def _shape(entry: Entry) -> str:
 
 
 def _row(e: Entry) -> str:
-    cells = (e.name, _shape(e), "×".join(str(b) for b in e.block), e.activation, e.rule, e.kernel or "dequantized", e.reason)
+    cells = (
+        e.name,
+        _shape(e),
+        "×".join(str(b) for b in e.block),
+        e.activation,
+        e.rule,
+        e.kernel or "dequantized",
+        e.reason,
+    )
     kind = "kept" if e.reason else "done"
     return f'<tr class="{kind}">' + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>\n"
 

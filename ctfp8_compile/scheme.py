@@ -141,7 +141,9 @@ def _activation(args: QuantizationArgs | None) -> str:
         return "token"
     if strategy == "group" and dynamic is True and args.group_size == 128:
         return "group"
-    raise SchemeError(f"activation strategy {strategy!r} with dynamic={dynamic}, group_size={args.group_size} is unknown")
+    raise SchemeError(
+        f"activation strategy {strategy!r} with dynamic={dynamic}, group_size={args.group_size} is unknown"
+    )
 
 
 def _is_fp8(args: QuantizationArgs) -> bool:

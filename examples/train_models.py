@@ -144,8 +144,12 @@ def save_fp8(model: PreTrainedModel, folder: Path) -> None:
         state[name] = quantize(weight, scale, zero, scheme.weights, dtype=torch.float8_e4m3fn)
         state[name + "_scale"] = scale.to(torch.bfloat16)
     scheme.format = "float-quantized"
-    quantization = QuantizationConfig(config_groups={"group_0": scheme}, format="float-quantized",
-                                      quantization_status=QuantizationStatus.COMPRESSED, ignore=[*ignored, "lm_head"])  # fmt: skip
+    quantization = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format="float-quantized",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=list(dict.fromkeys([*ignored, "lm_head"])),
+    )
     config["quantization_config"] = json.loads(quantization.model_dump_json())
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -163,7 +167,9 @@ def main() -> None:
     args = parser.parse_args()
     training, heldout = corpus()
     model = build(args.kind)
-    print(f"{args.kind}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, training)) / 1e6:.2f} MB of text")
+    print(
+        f"{args.kind}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, training)) / 1e6:.2f} MB of text"
+    )
     train(model.train(), encode(training), args.minutes)
     model.eval()
     test = encode(heldout)[:HELDOUT_BYTES]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile import lowering
 
 DATA = Path(__file__).parent / "data"
 FAMILIES = ("llama", "qwen3", "mixtral", "qwen3moe")
@@ -39,6 +40,12 @@ def load() -> Callable[..., Any]:
     return cached
 
 
+@pytest.fixture
+def kernel_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU gate says yes on every machine; where no kernel is built, operators run their reference implementation."""
+    monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda self, problem, target: None)
+
+
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
         return model(ids, use_cache=False).logits.float()
@@ -61,7 +68,12 @@ def fp8_config(
     elif activation == "tensor":
         inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}, **extra}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+        **extra,
+    }
 
 
 def quantize(

@@ -16,17 +16,18 @@ from transformers import (
     PretrainedConfig,
 )
 
+SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16")
 VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 4, 2, 4
 IMAGE_TOKEN, VISION_START, VISION_END, VIDEO_TOKEN = 250, 251, 252, 253
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The widths that decide how weights fall on 128×128 blocks."""
+    """The widths that decide how weights fall on 128×128 blocks; by default whole ones, several each way."""
 
-    hidden: int = 128
-    intermediate: int = 256
-    expert: int = 128
+    hidden: int = 256
+    intermediate: int = 384
+    expert: int = 256
 
 
 #: Every weight ends in a partial block in both directions, and gate/up halves do not end on a block.
@@ -84,7 +85,8 @@ class Family:
     experts: Experts | None = None
     ignore: tuple[str, ...] = ("lm_head",)
     inputs: Callable[[PretrainedConfig], Inputs] = _text
-    schemes: tuple[str, ...] = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16")
+    schemes: tuple[str, ...] = SCHEMES
+    odd: Sizes = ODD
 
 
 def _settings(s: Sizes) -> dict[str, Any]:
@@ -132,6 +134,17 @@ _HYBRID = {
     "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
     "shared_expert_intermediate_size": _expert_width,
+}  # fmt: skip
+#: Mamba in layer 0, attention and experts in layer 1.
+_JAMBA = {
+    "num_experts": EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+    "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 16,
+}  # fmt: skip
+#: One layer each of Mamba 2, experts (without a gate) and attention.
+_NEMOTRON = {
+    "head_dim": 32, "n_routed_experts": EXPERTS, "moe_shared_expert_intermediate_size": _expert_width,
+    "layers_block_type": ["mamba", "moe", "attention"], "num_hidden_layers": 3, "mamba_num_heads": 4,
+    "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 16,
 }  # fmt: skip
 _QWEN_TOKENS = {
     "image_token_id": IMAGE_TOKEN, "video_token_id": VIDEO_TOKEN, "vision_start_token_id": VISION_START,
@@ -181,7 +194,8 @@ def _llama4(s: Sizes) -> PretrainedConfig:
                                 eoi_token_index=VISION_END, tie_word_embeddings=False)  # fmt: skip
 
 
-_ROUTERS = ("lm_head", r"re:.*mlp\.gate$", r"re:.*router.*", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$")
+_GATES = (r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$")
+_ROUTERS = ("lm_head", "re:.*router.*", *_GATES)
 _VISION = ("re:.*lm_head", r"re:.*visual\..*", "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
 _LLAMA4 = ("re:.*lm_head", "re:.*self_attn", "re:.*router", "re:.*vision_model.*", "re:.*multi_modal_projector.*")
 _IMAGES = AutoModelForImageTextToText
@@ -198,7 +212,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(_model("phi3")),
     "bert": Family(_model("bert", num_labels=7), AutoModelForSequenceClassification, ignore=("classifier",)),
     "mixtral": Family(_local_moe("mixtral"), experts=Experts(), ignore=_ROUTERS),
-    # What llm-compressor wrote while transformers itself kept Mixtral's experts as Linears.
+    # What llm-compressor wrote while it was for transformers 4, where the experts were Linears of these names.
     "mixtral_w123": Family(_local_moe("mixtral"), experts=Experts(names=("w1", "w3", "w2")), ignore=_ROUTERS),
     "qwen2_moe": Family(
         _moe("qwen2_moe", shared_expert_intermediate_size=_expert_width), experts=Experts(), ignore=_ROUTERS
@@ -208,27 +222,35 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(_moe("deepseek_v3", **_DEEPSEEK), experts=Experts(), ignore=_ROUTERS),
     "glm4_moe": Family(_moe("glm4_moe", **_grouped), experts=Experts(), ignore=_ROUTERS),
     "granitemoe": Family(_local_moe("granitemoe"), experts=Experts(), ignore=_ROUTERS),
-    # What llm-compressor wrote for Granite before 0.13: per-tensor scales could not be given three dimensions.
+    # What llm-compressor wrote while it was for transformers 4. It could not give a per-tensor scale three dimensions.
     "granitemoe_3d": Family(
         _local_moe("granitemoe"),
         experts=Experts(whole=("input_linear", "output_linear")),
         ignore=_ROUTERS,
         schemes=("FP8_DYNAMIC", "FP8_BLOCK", "W8A16"),
+        odd=Sizes(hidden=128, intermediate=208, expert=192),  # an expert's rows must be whole blocks, columns need not
     ),
     "gpt_oss": Family(
         _local_moe("gpt_oss", **_head_dim), experts=Experts(transposed=True, interleaved=True), ignore=_ROUTERS
     ),
     "llama4": Family(_llama4, _IMAGES, Experts(transposed=True), _LLAMA4),
     "phimoe": Family(_local_moe("phimoe"), experts=Experts(), ignore=_ROUTERS),
-    # Mamba in layer 0, attention in layer 1; experts in layer 1.
-    "jamba": Family(
-        _model(
-            "jamba", num_experts=EXPERTS, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
-            expert_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, mamba_dt_rank=16,
-        ),
+    "jamba": Family(_model("jamba", **_JAMBA), experts=Experts(), ignore=_ROUTERS),
+    "nemotron_h": Family(
+        _moe("nemotron_h", **_NEMOTRON), experts=Experts(gated=False), ignore=(*_ROUTERS, r"re:.*mixer\.gate$")
+    ),
+    "minimax_m2": Family(_local_moe("minimax_m2", **_head_dim), experts=Experts(), ignore=_ROUTERS),
+    "ernie4_5_moe": Family(
+        _moe("ernie4_5_moe", moe_num_experts=EXPERTS, moe_k=2, moe_num_shared_experts=1),
         experts=Experts(),
         ignore=_ROUTERS,
-    ),  # fmt: skip
+    ),
+    # A short convolution in layer 0, which is dense; attention and experts in layer 1.
+    "lfm2_moe": Family(
+        _moe("lfm2_moe", num_dense_layers=1, layer_types=["conv", "full_attention"]),
+        experts=Experts(),
+        ignore=(*_ROUTERS, r"re:.*feed_forward\.gate$"),
+    ),
     "qwen3_5_moe": Family(_moe("qwen3_5_moe_text", **_HYBRID), experts=Experts(), ignore=_ROUTERS),
     "qwen2_vl": Family(_qwen2_vl, _IMAGES, ignore=_VISION, inputs=_qwen_image),
     "qwen3_vl_moe": Family(_qwen3_vl_moe, _IMAGES, Experts(), (*_VISION, *_ROUTERS), _qwen_image),

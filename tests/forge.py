@@ -29,7 +29,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant
 from compressed_tensors.utils import match_named_modules
-from families import FAMILIES, ODD, Experts, Family, Sizes
+from families import FAMILIES, SCHEMES, Experts, Family, Sizes
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,8 +37,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
 __all__ = ["FAMILIES", "SCHEMES", "Family", "Forged", "Sizes", "forge"]
-
-SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def forge(
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
-    scale_dtype: torch.dtype | None = torch.bfloat16,
+    scale_dtype: torch.dtype = torch.bfloat16,
     odd: bool = False,
     sizes: Sizes | None = None,
     shards: int = 1,
@@ -76,24 +74,23 @@ def forge(
     spec = FAMILIES[family]
     if scheme not in spec.schemes:
         raise ValueError(f"llm-compressor cannot write {family} as {scheme}")
-    torch.manual_seed(seed)
-    config = spec.config(sizes or (ODD if odd else Sizes()))
-    reference = spec.auto_class.from_config(config, dtype=dtype).eval().requires_grad_(False)
-    _spread(reference)
+    config = spec.config(sizes or (spec.odd if odd else Sizes()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reference = spec.auto_class.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        _spread(reference, transposed=spec.experts is not None and spec.experts.transposed)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in spec.inputs(config).items()}
 
     linearised, homes = _linearise(reference, spec.experts)
-    scale_dtype = scale_dtype or dtype
     quantization = _scheme(scheme, spec.experts)
-    for name, linear in match_named_modules(linearised, quantization.targets, spec.ignore):
+    quantized = dict(match_named_modules(linearised, quantization.targets, spec.ignore))
+    for name, linear in quantized.items():
         _quantize(linear, quantization, scale_dtype, input_key=f"{seed} {_input_of(name)}")
-        linear.forged = True
     compressor = ModelCompressor.from_pretrained_model(_with_conversions(linearised))
     compressor.compress_model(linearised)
-    for name, linear in linearised.named_modules():
-        if hasattr(linear, "forged"):
-            homes[name].copy_(_dequantized(linear))
-            _as_file_has_it(linear)
+    for name, linear in quantized.items():
+        homes[name].copy_(_dequantized(linear))
+        _as_file_has_it(linear)
     _save(linearised, folder, shards)
     compressor.update_config(folder)
     return Forged(Path(folder), spec.auto_class, inputs, reference, tuple(_fp8_names(Path(folder))))
@@ -103,7 +100,7 @@ def forge(
 
 
 @torch.no_grad()
-def _spread(model: nn.Module) -> None:
+def _spread(model: nn.Module, transposed: bool) -> None:
     """Give every row, expert and layer its own magnitude, so that a misplaced scale or a swapped half shows."""
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):  # Mamba's decay rates mean something as they are
@@ -111,8 +108,8 @@ def _spread(model: nn.Module) -> None:
         if parameter.dim() < 2:
             parameter.add_(torch.randn_like(parameter) * 0.1)
             continue
-        transposed = parameter.dim() == 3 and parameter.shape[-1] > parameter.shape[-2]
-        rows = parameter.transpose(-1, -2) if transposed else parameter
+        fused = name.endswith("_proj")  # a parameter of the experts module itself, not a Linear's `.weight`
+        rows = parameter.transpose(-1, -2) if transposed and fused and parameter.dim() == 3 else parameter
         magnitude = torch.randn(rows.shape[:-1]).mul(0.4).exp().unsqueeze(-1)
         rows.copy_(torch.randn(rows.shape) * magnitude * rows.shape[-1] ** -0.5)
 
@@ -178,7 +175,9 @@ def _pieces(module: nn.Module, experts: Experts) -> Iterator[dict[str, tuple[Ten
             yield {up: (weight, bias), down: of("down_proj")}
             continue
         half = weight.shape[0] // 2
-        first, second = (slice(0, None, 2), slice(1, None, 2)) if experts.interleaved else (slice(half), slice(half, None))
+        first, second = slice(half), slice(half, None)
+        if experts.interleaved:
+            first, second = slice(0, None, 2), slice(1, None, 2)
         yield {
             gate: (weight[first], None if bias is None else bias[first]),
             up: (weight[second], None if bias is None else bias[second]),
@@ -199,10 +198,11 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _scheme(name: str, experts: Experts | None) -> QuantizationScheme:
     targets = ["Linear"] + (["GraniteMoeHybridParallelExpertsLinear"] if experts and experts.whole else [])
-    if name != "W8A16":  # compressed-tensors' preset of that name is the integer one
-        return preset_name_to_scheme(name, targets)
-    scheme = preset_name_to_scheme("FP8_DYNAMIC", targets)
-    return QuantizationScheme(targets=targets, weights=scheme.weights)
+    weight_only = name == "W8A16"  # compressed-tensors' preset of that name is the integer one
+    preset = preset_name_to_scheme("FP8_DYNAMIC" if weight_only else name, targets)
+    weights = preset.weights.model_copy(update={"observer": "memoryless_minmax"})  # what llm-compressor fills in
+    inputs = None if weight_only else preset.input_activations
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=inputs)
 
 
 def _quantize(linear: nn.Linear, scheme: QuantizationScheme, scale_dtype: torch.dtype, input_key: str) -> None:
@@ -212,8 +212,8 @@ def _quantize(linear: nn.Linear, scheme: QuantizationScheme, scale_dtype: torch.
     scale = _weight_scale(linear.weight.data, scheme.weights, scale_dtype)
     linear.weight_scale = nn.Parameter(scale, requires_grad=False)
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
-        # Calibration would find a largest activation of this order.
-        largest = 8 + 16 * (zlib.crc32(input_key.encode()) / 2**32)
+        # Roomy, as if calibrated on more than the inputs here: nothing saturates, and e4m3 loses nothing by it.
+        largest = 32 + 64 * (zlib.crc32(input_key.encode()) / 2**32)
         linear.input_scale = nn.Parameter(torch.tensor([largest / 448], dtype=scale_dtype), requires_grad=False)
 
 

@@ -36,7 +36,10 @@ def _refused(tmp_path, name, edit, match, error=ctfp8.CheckpointError):
         (lambda t, c: t.pop(Q), "the model needs model.layers.0.self_attn.q_proj.weight"),
         (lambda t, c: t.pop(Q + "_scale"), "q_proj.weight_scale is not in the checkpoint"),
         (lambda t, c: t.pop("model.norm.weight"), "the model needs model.norm.weight"),
-        (lambda t, c: t.update({Q + "_scale": t[Q + "_scale"][:64].clone()}), r"q_proj.weight_scale .*\[64, 1\].*expected shape"),
+        (
+            lambda t, c: t.update({Q + "_scale": t[Q + "_scale"][:64].clone()}),
+            r"q_proj.weight_scale .*\[64, 1\].*expected shape",
+        ),
         (lambda t, c: t.update({Q + "_scale": t[Q + "_scale"].to(torch.int32)}), "a scale must be float32"),
         (lambda t, c: t[Q + "_scale"][5].fill_(float("nan")), r"q_proj.weight_scale .*scale nan at index \[5, 0\]"),
         (lambda t, c: t[Q + "_scale"][0].fill_(float("inf")), "scale inf"),
@@ -86,7 +89,13 @@ def test_wrong_block_size(tmp_path):
 
 
 def test_no_quantization_config(tmp_path):
-    _refused(tmp_path, "llama/FP8_DYNAMIC", lambda t, c: c.pop("quantization_config"), "no quantization_config", ctfp8.SchemeError)
+    _refused(
+        tmp_path,
+        "llama/FP8_DYNAMIC",
+        lambda t, c: c.pop("quantization_config"),
+        "no quantization_config",
+        ctfp8.SchemeError,
+    )
 
 
 def test_another_method(tmp_path):
@@ -126,7 +135,7 @@ def test_index_that_points_elsewhere(tmp_path, shard, match):
     folder = tmp_path / "bad"
     shutil.copytree(DATA / "llama/FP8_DYNAMIC", folder)
     names = load_file(folder / "model.safetensors")
-    index = {"metadata": {}, "weight_map": {n: "model.safetensors" for n in names} | {Q: shard}}
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors") | {Q: shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ctfp8.CheckpointError, match=match):
         ctfp8.from_pretrained(folder)
@@ -137,7 +146,7 @@ def test_empty_folder(tmp_path):
         ctfp8.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("offset", range(0, 9))
+@pytest.mark.parametrize("offset", range(9))
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_nan_codes_are_found_at_any_alignment(offset, code):
     data = torch.arange(5000, dtype=torch.int64).to(torch.uint8)

@@ -43,7 +43,9 @@ def test_close_to_the_dense_twin(name, load):
 @pytest.mark.parametrize("name", [c for c in CHECKPOINTS if not c.startswith("mixtral")])
 def test_same_logits_as_transformers_dequantized(name, load):
     """transformers initialises Mixtral's experts at random from these files, so it is no witness there."""
-    stock = AutoModelForCausalLM.from_pretrained(DATA / name, quantization_config=CompressedTensorsConfig(dequantize=True))
+    stock = AutoModelForCausalLM.from_pretrained(
+        DATA / name, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
     assert torch.equal(logits(load(name)), logits(stock.eval()))
 
 

@@ -97,7 +97,11 @@ def test_gathered():
 def test_metas_agree_with_implementations():
     weight, scale, _ = _experts()
     block = [1, 64]
-    x, offs, ids = torch.randn(9, 64), torch.tensor([3, 3, 8, 9], dtype=torch.int32), torch.tensor([3, 0, 0, 2, 3, 1, 1, 1, 0])
+    x, offs, ids = (
+        torch.randn(9, 64),
+        torch.tensor([3, 3, 8, 9], dtype=torch.int32),
+        torch.tensor([3, 0, 0, 2, 3, 1, 1, 1, 0]),
+    )
     tests = ("test_faketensor",)  # test_schema multiplies its inputs, which torch has no FP8 kernel for
     for op, args in [
         (torch.ops.ctfp8.dequantize.default, (weight, scale, None, block, "token", torch.bfloat16)),

@@ -18,10 +18,7 @@ from ctfp8_compile.target import Target
 T = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def _kernel_everywhere(monkeypatch):
-    """Rules are tested on their own: the operators run through their reference implementation where no kernel is built."""
-    monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda self, problem, target: None)
+pytestmark = pytest.mark.usefixtures("kernel_everywhere")
 
 
 class Linears(nn.Module):
@@ -187,13 +184,16 @@ def test_choose_collects_the_sentences_of_all_kernels():
 class Golden(TestCase):
     def test_linear(self):
         program = ctfp8.lower(_loaded(Linears(lambda a, x: a(x))), (torch.randn(4, 32, dtype=T),))
-        self.assertExpectedInline(format_graph(program.graph), """\
+        self.assertExpectedInline(
+            format_graph(program.graph),
+            """\
 %0 = placeholder : bf16[16]
 %1 = placeholder : f8e4m3[16, 32]
 %2 = placeholder : f32[16, 1]
 %3 = placeholder : bf16[4, 32]
 %4 = ctfp8.dequantized_linear(%3, %1, %2, %0, [1, 32]) : bf16[4, 16]
-return [%4]""")
+return [%4]""",
+        )
 
     def test_expanded_block_scale(self):
         """A weight no rule takes: plain ATen, block scales repeated to its 160 rows and columns."""
@@ -203,7 +203,9 @@ return [%4]""")
         ctfp8.load_state_dict(module, {"w": weight, "w_scale": scale}, fp8_config("block"))
         module.forward = lambda x: x + module.w
         program = ctfp8.lower(module, (torch.randn(160, 160, dtype=T),))
-        self.assertExpectedInline(format_graph(program.graph), """\
+        self.assertExpectedInline(
+            format_graph(program.graph),
+            """\
 %0 = placeholder : f8e4m3[160, 160]
 %1 = placeholder : f32[2, 2]
 %2 = placeholder : bf16[160, 160]
@@ -221,22 +223,28 @@ return [%4]""")
 %14 = mul(%13, %12) : f32[160, 160]
 %15 = convert_element_type(%14, bfloat16) : bf16[160, 160]
 %16 = add(%2, %15) : bf16[160, 160]
-return [%16]""")
+return [%16]""",
+        )
 
     def test_grouped_experts(self):
         offs = torch.tensor([3, 3, 8, 10], dtype=torch.int32)
         program = ctfp8.lower(_experts("grouped"), (torch.randn(10, 32, dtype=T), offs))
-        self.assertExpectedInline(format_graph(program.graph), """\
+        self.assertExpectedInline(
+            format_graph(program.graph),
+            """\
 %0 = placeholder : f8e4m3[4, 16, 32]
 %1 = placeholder : f32[4, 16, 1]
 %2 = placeholder : bf16[10, 32]
 %3 = placeholder : i32[4]
 %4 = ctfp8.dequantized_grouped_mm(%2, %0, %1, %3, [1, 32]) : bf16[10, 16]
-return [%4]""")
+return [%4]""",
+        )
 
     def test_gathered_experts(self):
         program = ctfp8.lower(_experts("gathered"), (torch.randn(10, 32, dtype=T), torch.zeros(10, dtype=torch.int64)))
-        self.assertExpectedInline(format_graph(program.graph), """\
+        self.assertExpectedInline(
+            format_graph(program.graph),
+            """\
 %0 = placeholder : f8e4m3[4, 16, 32]
 %1 = placeholder : f32[4, 16, 1]
 %2 = placeholder : bf16[10, 32]
@@ -246,4 +254,5 @@ return [%4]""")
 %6 = ctfp8.dequantized_gathered_mm(%5, %0, %1, %3, [1, 32]) : bf16[10, 16]
 %7 = unsqueeze(%6, 2) : bf16[10, 16, 1]
 %8 = squeeze(%7, -1) : bf16[10, 16]
-return [%8]""")
+return [%8]""",
+        )

@@ -1,8 +1,8 @@
 // The float32 kernels, written once over a vector type V; each instruction set's file includes this inside its own
 // target region. V has
-//   F, W                          a vector of W floats
+//   F, W, R                       a vector of W floats; rows of the weight that dot works on at a time
 //   zero, set1, load, fma, mul, add, reduce
-//   decode(p, out)                kChunk codes to kChunk / W vectors, exact
+//   decode(p, out)                kChunk codes to kChunk / W vectors, exactly their values / kUnit
 //   store(v, type, out)           W floats rounded to the type
 //   widen(p, type)                W elements of the type as floats
 #pragma once
@@ -12,8 +12,6 @@
 #include "kernels.h"
 
 namespace ctfp8 {
-
-inline int64_t size_of(Type type) { return type == Type::F32 ? 4 : 2; }
 
 template <class V>
 struct FloatImpl {
@@ -79,7 +77,7 @@ struct FloatImpl {
     }
     for (int r = 0; r < R; ++r) {
       float scale = a.columns.spans == 1 ? a.rows.scale(n + r, 1)[0] : 1.0f;
-      for (int m = 0; m < M; ++m) out[m * a.out_stride + r] = V::reduce(total[r][m]) * scale;
+      for (int m = 0; m < M; ++m) out[m * a.out_stride + r] = V::reduce(total[r][m]) * V::kUnit * scale;
     }
   }
 
@@ -104,17 +102,19 @@ struct FloatImpl {
   static void dequantize(const uint8_t* codes, int64_t n, float scale, Type type, void* out) {
     char* to = static_cast<char*>(out);
     int64_t full = n / kChunk * kChunk, size = size_of(type);
-    F s = V::set1(scale), w[kVectors];
+    F unit = V::set1(V::kUnit), s = V::set1(scale), w[kVectors];
+    // The unit first: a product of it and the scale could overflow, one with the code cannot.
+    auto value = [&](int i) __attribute__((always_inline)) { return V::mul(V::mul(w[i], unit), s); };
     for (int64_t k = 0; k < full; k += kChunk) {
       V::decode(codes + k, w);
-      for (int i = 0; i < kVectors; ++i) V::store(V::mul(w[i], s), type, to + (k + i * W) * size);
+      for (int i = 0; i < kVectors; ++i) V::store(value(i), type, to + (k + i * W) * size);
     }
     if (full < n) {
       alignas(64) uint8_t rest[kChunk] = {};
       alignas(64) char values[kChunk * 4];
       std::memcpy(rest, codes + full, static_cast<size_t>(n - full));
       V::decode(rest, w);
-      for (int i = 0; i < kVectors; ++i) V::store(V::mul(w[i], s), type, values + i * W * size);
+      for (int i = 0; i < kVectors; ++i) V::store(value(i), type, values + i * W * size);
       std::memcpy(to + full * size, values, static_cast<size_t>((n - full) * size));
     }
   }

@@ -1,70 +1,86 @@
-// AVX-512 of 2017 (F, BW, VL, DQ): as AVX2, sixteen lanes at a time. Also serves float32 activations on newer CPUs.
+// The float32 kernels for AVX-512 (F, BW, VL, DQ: every server since Skylake).
 #include "kernels.h"
-#if defined(__x86_64__)
-#include <cstring>
-#include <vector>
 
+#if defined(__x86_64__)
 #include <immintrin.h>
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
-#endif
-#include "table.h"
+
+#include <cstring>
+
+#define CTFP8_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#include "isa_begin.h"
+//
+#include "float_kernels.h"
 
 namespace ctfp8 {
 namespace {
 
 struct Avx512 {
-  using X = float;
-  using Acc = __m512;
-  using Chunk = __m512;
-  static constexpr int step = 16, accumulators = 16, ahead = 512;
-  static constexpr float gain = 256;
+  using F = __m512;
+  static constexpr int W = 16, R = 4;
+  static constexpr int64_t kDotRows = 8;
+  static constexpr float kUnit = 256;
 
-  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
-  static Acc zero() { return _mm512_setzero_ps(); }
-  static Chunk zeros() { return _mm512_setzero_ps(); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static float reduce(F a) { return _mm512_reduce_add_ps(a); }
 
-  // See Avx2::convert.
-  static __m512 convert(__m128i codes) {
-    const __m256i half =
-        _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-    const __m256i top = _mm256_set1_epi16(0x3f80);
-    const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(half, top), top);
-    return _mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, half, _mm256_set1_epi16(0x7f80)));
+  // As in isa_avx2.cpp: through float16, as value / 2^8, and NaN apart.
+  static void decode(const uint8_t* p, F* out) {
+    const __m512i keep = _mm512_set1_epi16(static_cast<short>(0xbf80));
+    for (int i = 0; i < 2; ++i) {
+      __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * i)));
+      __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), keep);
+      out[2 * i] = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+      out[2 * i + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+    }
+    __m512i codes = _mm512_or_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
+    __mmask64 nan = _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(-1));
+    if (__builtin_expect(nan != 0, 0)) {
+      const F value = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000));
+      for (int i = 0; i < 4; ++i) out[i] = _mm512_mask_mov_ps(out[i], static_cast<__mmask16>(nan >> (16 * i)), value);
+    }
   }
-  Chunk decode(const uint8_t* p) const { return convert(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  Chunk decode_tail(const uint8_t* p, int n) const {
-    return convert(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p));
+
+  static void store(F a, Type type, void* out) {
+    if (type == Type::F32) {
+      _mm512_storeu_ps(out, a);
+    } else if (type == Type::F16) {
+      __m256i half = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      _mm256_storeu_si256(static_cast<__m256i*>(out), half);
+    } else {  // not vcvtneps2bf16, which takes subnormals for zero
+      __m512i bits = _mm512_castps_si512(a);
+      __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+      __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+      rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+      _mm256_storeu_si256(static_cast<__m256i*>(out), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
   }
-  static Chunk load(const X* p) { return _mm512_loadu_ps(p); }
-  static void store(X* p, Chunk chunk) { _mm512_storeu_ps(p, chunk); }
-  static Acc dot(Acc sum, Chunk w, Chunk x) { return _mm512_fmadd_ps(w, x, sum); }
-  static Acc scale_add(Acc total, Acc sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total); }
-  static Chunk times(Chunk chunk, float scale) { return _mm512_mul_ps(chunk, _mm512_set1_ps(scale)); }
-  static float reduce(Acc sum) { return _mm512_reduce_add_ps(sum); }
-  static void arrange(const X* from, X* to) { std::memcpy(to, from, step * sizeof(X)); }
-  static void round_f16(const float* row, const float* bias, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = _cvtss_sh(bias ? row[i] + bias[i] : row[i], _MM_FROUND_TO_NEAREST_INT);
+
+  static F widen(const void* p, Type type) {
+    if (type == Type::F32) return _mm512_loadu_ps(p);
+    __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    if (type == Type::F16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
 };
 
 }  // namespace
 
-const Kernels* avx512() {
-  static const Kernels kernels = {"avx512", Avx512::step,    4, 8, kTileCols, prepare<Avx512>, matmul<Avx512>,
-                                  finish<Avx512>, dequantize<Avx512>};
-  return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                 __builtin_cpu_supports("avx512dq")
-             ? &kernels
-             : nullptr;
+const FloatKernels* avx512_kernels() {
+  static constexpr FloatKernels kernels = FloatImpl<Avx512>::table("avx512");
+  bool here = avx2_kernels() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return here ? &kernels : nullptr;
 }
 
 }  // namespace ctfp8
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+
+#include "isa_end.h"
 #else
-const ctfp8::Kernels* ctfp8::avx512() { return nullptr; }
+const ctfp8::FloatKernels* ctfp8::avx512_kernels() { return nullptr; }
 #endif
