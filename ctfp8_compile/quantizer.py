@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -114,6 +115,10 @@ class Quantizer(HfQuantizer):
         for target, info in self.plans.items():
             path, _, leaf = target.rpartition(".")
             attach(model.get_submodule(path), leaf, info, *self.scales.pop(target))
+        for module in model.modules():
+            # models ask for this flag to work around weights they cannot read; ours read like any other
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
         self.take_over_saving(model)
         return model
 

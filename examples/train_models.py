@@ -167,9 +167,8 @@ def main() -> None:
     args = parser.parse_args()
     training, heldout = corpus()
     model = build(args.kind)
-    print(
-        f"{args.kind}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {sum(map(len, training)) / 1e6:.2f} MB of text"
-    )
+    parameters, size = sum(p.numel() for p in model.parameters()), sum(map(len, training))
+    print(f"{args.kind}: {parameters / 1e6:.2f} M parameters, {size / 1e6:.2f} MB of text")
     train(model.train(), encode(training), args.minutes)
     model.eval()
     test = encode(heldout)[:HELDOUT_BYTES]

@@ -1,4 +1,0 @@
-// Closes isa_begin.h. GCC's pragma ends with the file; clang wants its stack empty.
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
