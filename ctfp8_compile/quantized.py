@@ -5,6 +5,7 @@ The module's own code stays as it is. It asks for `self.weight` and gets the deq
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrize
 from . import checkpoint as ckpt
 from .errors import CheckpointError, SchemeError, UsageError
 from .layout import Layout, identity
+from .lowering import cpu_kernels
 from .ops import FP8
 from .scheme import Scheme, Schemes
 
@@ -149,10 +151,15 @@ _TRAIN = (
 
 
 def protect(model: nn.Module) -> None:
-    """Makes the root of a model refuse what would lose its FP8 weights; also sets `eval()` and no gradients."""
+    """Makes the root of a model refuse what would lose its FP8 weights; also sets `eval()` and no gradients.
+
+    If the C++ CPU kernels were built before, eager code takes them from here on; compiling a model builds them.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
+    with contextlib.suppress(cpu_kernels.KernelBuildError):  # the compiler will say so where it matters
+        cpu_kernels.load(build=False)
     cls = type(model)
     if not isinstance(model, _KeepsFP8):
         namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}

@@ -1,29 +1,56 @@
-"""CPU: activations are not quantized; the weight is dequantized inside the matmul (W8A16) where a fused kernel is built."""
+"""CPU: activations are not quantized; the weight is dequantized inside the matmul (W8A16) by a fused C++ kernel.
+
+The kernel is built on first use (`cpu_kernels`). Where it cannot be, graphs are expanded to ATen, which is right but slow,
+and the reason is said once.
+"""
 
 from __future__ import annotations
 
+import functools
+import warnings
+
+import torch
 from torch import fx
 
 from .. import ops
 from ..graph import call
 from ..target import Target
+from . import cpu_kernels
 from .kernel import Operands, Problem
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Builds and loads the fused kernel if need be; the sentence why there is none, or None."""
+    try:
+        cpu_kernels.load()
+    except cpu_kernels.KernelBuildError as error:
+        warnings.warn(f"FP8 weights will be dequantized by slow generic code: {error}", stacklevel=2)
+        return f"the fused CPU kernel could not be built: {str(error).splitlines()[0]}"
+    return None
 
 
 class FusedDequantizeMatmul:
     """`x @ dequantize(weight).T` in one pass over the FP8 weight."""
 
-    name = "fused dequantize-matmul"
+    @property
+    def name(self) -> str:
+        """With the instruction set in use, such as `fused dequantize-matmul (avx512-bf16)`."""
+        return f"fused dequantize-matmul ({cpu_kernels.isa() if cpu_kernels.loaded() else 'reference'})"
 
     def supports(self, problem: Problem, target: Target) -> str | None:
-        return "the fused CPU kernel is not part of this version"
+        if problem.x_dtype not in _DTYPES:
+            return f"the fused CPU kernel takes bfloat16, float16 and float32 activations, not {problem.x_dtype}"
+        return unavailable()
 
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
         args = (operands.x, operands.weight, operands.weight_scale, operands.extra, list(problem.block))
         return call(graph, ops.DEQUANTIZED[problem.kind], *args, like=like)
 
     def fingerprint(self) -> str:
-        return ""
+        return unavailable() or cpu_kernels.isa()
 
 
 KERNELS = (FusedDequantizeMatmul(),)

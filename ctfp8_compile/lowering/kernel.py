@@ -53,7 +53,9 @@ class Operands:
 class Kernel(Protocol):
     """One way to run a problem on a target."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
 
     def supports(self, problem: Problem, target: Target) -> str | None:
         """None if this kernel takes the problem on the target, else the sentence why not."""

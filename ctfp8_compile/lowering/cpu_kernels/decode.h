@@ -1,0 +1,67 @@
+// e4m3 codes and float rounding in plain C++: the truth that the vector paths are checked against.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace ctfp8 {
+namespace {
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// The float32 bits of a code: sign, 4 exponent bits of bias 7, 3 mantissa bits; 0x7f and 0xff are the only NaNs.
+// Every code is also exact in bfloat16, which is the upper half of these bits.
+inline uint32_t float_bits_of_code(uint32_t code) {
+  const uint32_t sign = (code & 0x80) << 24, exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 0x7f) == 0x7f) return sign | 0x7ff00000;
+  if (exponent) return sign | (exponent + 120) << 23 | mantissa << 20;
+  if (!mantissa) return sign;
+  const uint32_t top = mantissa >= 4 ? 2 : mantissa >= 2 ? 1 : 0;  // subnormal: mantissa * 2^-9
+  return sign | (127 - 9 + top) << 23 | (mantissa << (3 - top) & 7) << 20;
+}
+
+// For vector table look-ups: the two bytes of the bfloat16 of each of the 128 non-negative codes.
+struct Tables {
+  alignas(64) uint8_t high[128];
+  alignas(64) uint8_t low[128];
+  float value[256];
+  Tables() {
+    for (uint32_t code = 0; code < 256; ++code) {
+      const uint32_t bits = float_bits_of_code(code);
+      value[code] = float_of_bits(bits);
+      if (code < 128) high[code] = bits >> 24, low[code] = bits >> 16 & 255;
+    }
+  }
+};
+static const Tables tables;
+
+// Integer rounding, unlike vcvtneps2bf16, keeps subnormal results; the compiler vectorises it.
+inline uint16_t bf16_of_float(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+}
+
+inline uint16_t f16_of_float(float value) {
+  uint32_t bits = bits_of_float(value);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
+  if (bits < 0x38800000) {                       // subnormal: let a float addition do the rounding
+    return sign | (bits_of_float(float_of_bits(bits) + 0.5f) - 0x3f000000);
+  }
+  return sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+}
+
+}  // namespace
+}  // namespace ctfp8

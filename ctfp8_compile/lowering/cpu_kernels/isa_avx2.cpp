@@ -1,0 +1,71 @@
+// AVX2 + FMA + F16C: codes become float16 by a shift, then float32; float32 multiply-add.
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#define CTFP8_TARGET "avx2,fma,f16c"
+#include "target_begin.h"
+//
+#include "table.h"
+
+namespace ctfp8 {
+namespace {
+
+struct Avx2 {
+  using X = float;
+  using Acc = __m256;
+  using Chunk = __m256;
+  static constexpr int step = 8, registers = 16, constants = 4, parts = 1, ahead = 512;
+  static constexpr float gain = 256;
+
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  static Acc zero() { return _mm256_setzero_ps(); }
+  static Chunk zeros() { return _mm256_setzero_ps(); }
+
+  // s eeee mmm -> s 0eeee mmm0000000 is the float16 of value / 256, subnormals included, as float16's exponent bias is 15
+  // and not 7. vcvtph2ps reads subnormals whatever the denormals-are-zero flag says.
+  static __m256 convert(__m128i codes) {
+    const __m128i keep = _mm_set1_epi16(static_cast<short>(0xbf80)), top = _mm_set1_epi16(0x3f80);
+    const __m128i half = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7), keep);
+    const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(_mm_and_si128(half, top), top), _mm_set1_epi16(0x7c00));
+    return _mm256_cvtph_ps(_mm_or_si128(half, nan));
+  }
+  Chunk decode(const uint8_t* p) const { return convert(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+  Chunk decode_tail(const uint8_t* p, int n) const {
+    uint64_t codes = 0;
+    std::memcpy(&codes, p, n);
+    return convert(_mm_cvtsi64_si128(static_cast<long long>(codes)));
+  }
+  static Chunk load(const X* p) { return _mm256_loadu_ps(p); }
+  static void store(X* p, Chunk chunk) { _mm256_storeu_ps(p, chunk); }
+  static Acc dot(Acc sum, Chunk w, Chunk x) { return _mm256_fmadd_ps(w, x, sum); }
+  static Acc scale_add(Acc total, Acc sum, float scale) { return _mm256_fmadd_ps(sum, _mm256_set1_ps(scale), total); }
+  static Chunk times(Chunk chunk, float scale) { return _mm256_mul_ps(chunk, _mm256_set1_ps(scale)); }
+  static float reduce(Acc sum) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static void arrange(const X* from, X* to) { std::memcpy(to, from, step * sizeof(X)); }
+  static void round_f16(const float* row, const float* bias, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = _cvtss_sh(bias ? row[i] + bias[i] : row[i], _MM_FROUND_TO_NEAREST_INT);
+  }
+};
+
+}  // namespace
+
+const Kernels* avx2() {
+  using V = Avx2;
+  static const Kernels kernels = {"avx2", 4, kTileCols, bytes<V>, prepare<V>, matmul<V>, finish<V>, dequantize<V>};
+  const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return here ? &kernels : nullptr;
+}
+
+}  // namespace ctfp8
+#include "target_end.h"
+#else
+const ctfp8::Kernels* ctfp8::avx2() { return nullptr; }
+#endif

@@ -1,0 +1,89 @@
+// AVX-512 VBMI + BF16 (Zen 4, Sapphire Rapids and later): codes become bfloat16 by two byte look-ups; bfloat16 dot products.
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#define CTFP8_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16"
+#include "target_begin.h"
+//
+#include "table.h"
+
+namespace ctfp8 {
+namespace {
+
+struct Avx512Bf16 {
+  using X = uint16_t;
+  using Acc = __m512;
+  struct Chunk {
+    __m512i first, second;
+  };
+  static constexpr int step = 64, registers = 32, constants = 5, parts = 2, ahead = 512;
+  static constexpr float gain = 1;
+
+  __m512i high0, high1, low0, low1;
+
+  Avx512Bf16() {  // not member initialisers: GCC compiles an implicit constructor without the target
+    high0 = _mm512_load_si512(tables.high), high1 = _mm512_load_si512(tables.high + 64);
+    low0 = _mm512_load_si512(tables.low), low1 = _mm512_load_si512(tables.low + 64);
+  }
+
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  static Acc zero() { return _mm512_setzero_ps(); }
+
+  // Unpacking works within 128-bit lanes, so `first` holds columns 0-7, 16-23, 32-39, 48-55 and `second` the others.
+  // Activations are arranged in the same order once, rather than every weight chunk put right.
+  Chunk expand(__m512i codes) const {
+    __m512i high = _mm512_permutex2var_epi8(high0, codes, high1);
+    const __m512i low = _mm512_permutex2var_epi8(low0, codes, low1);
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // high | codes & sign
+    return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+  }
+  Chunk decode(const uint8_t* p) const { return expand(_mm512_loadu_si512(p)); }
+  static __m512i load_tail(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_epi8((1ull << n) - 1, p); }
+  Chunk decode_tail(const uint8_t* p, int n) const { return expand(load_tail(p, n)); }
+
+  // To 64 consecutive bfloat16s in the order of the columns.
+  void decode_in_order(__m512i codes, X* to) const {
+    const Chunk chunk = expand(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes));
+    _mm512_storeu_si512(to, chunk.first);
+    _mm512_storeu_si512(to + 32, chunk.second);
+  }
+
+  static Chunk load(const X* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 32)}; }
+  static Acc dot(Acc sum, Chunk w, Chunk x) { return dot(dot(sum, w.first, x.first), w.second, x.second); }
+  static Acc dot(Acc sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+  static Acc scale_add(Acc total, Acc sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total); }
+  static float reduce(Acc sum) { return _mm512_reduce_add_ps(sum); }
+  static void arrange(const X* from, X* to) {
+    for (int lane = 0; lane < 4; ++lane) {
+      std::memcpy(to + lane * 8, from + lane * 16, 16);
+      std::memcpy(to + 32 + lane * 8, from + lane * 16 + 8, 16);
+    }
+  }
+  static void round_f16(const float*, const float*, int64_t, uint16_t*) {}  // activations, hence outputs, are bfloat16
+};
+
+}  // namespace
+}  // namespace ctfp8
+#include "panel.h"
+
+namespace ctfp8 {
+
+void set_brgemm(Brgemm function) { brgemm = function; }
+
+const Kernels* avx512_bf16() {
+  using V = Avx512Bf16;
+  static const Kernels kernels = {"avx512-bf16", 2, kPanelCols, panel_bytes<V>, panel_prepare<V>, panel_matmul<V>, finish<V>, nullptr};
+  const bool here = avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  return here ? &kernels : nullptr;
+}
+
+}  // namespace ctfp8
+#include "target_end.h"
+#else
+const ctfp8::Kernels* ctfp8::avx512_bf16() { return nullptr; }
+void ctfp8::set_brgemm(Brgemm) {}
+#endif

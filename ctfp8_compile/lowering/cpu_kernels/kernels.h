@@ -1,0 +1,59 @@
+// What an instruction-set file offers to ops.cpp. No torch header is included on this side: those files are compiled with
+// `#pragma GCC target`, and an inline function of torch compiled there could end up in the binary for every CPU.
+#pragma once
+#include <cstdint>
+
+namespace ctfp8 {
+
+enum class Dtype { bf16, f16, f32 };
+
+// One expert's weight: `rows x cols` e4m3 codes and a scale for each `block_rows x block_cols` of them. A row is cut into
+// `segments` of `block_cols` columns, each with one scale; a scale per row is one segment.
+struct Weight {
+  const uint8_t* codes;
+  int64_t row_stride;
+  const float* scale;
+  int64_t scale_stride;
+  int64_t rows, cols;
+  int64_t block_rows, block_cols;
+  int64_t segments;
+
+  const float* scale_of(int64_t row) const { return scale + row / block_rows * scale_stride; }
+  int64_t length_of(int64_t segment) const {
+    const int64_t left = cols - segment * block_cols;
+    return left < block_cols ? left : block_cols;
+  }
+};
+
+struct Kernels {
+  const char* name;
+  int64_t item;  // bytes of an activation as `prepare` takes it: 2 for bfloat16, 4 for float32
+  int64_t cols;  // weight rows that `matmul` likes to take at a time
+
+  // A block of `m` activation rows is first brought into the layout that `matmul` reads: `bytes` long, a slice of 16 rows
+  // at a time (`rows` points to the `count` rows from `begin` on), so that threads can share the work.
+  int64_t (*bytes)(const Weight& w, int64_t m);
+  void (*prepare)(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared);
+
+  // y[i * ldy + n - begin] = sum_k x[i, k] * weight[n, k] * scale for a prepared block of `m` rows and n in [begin, end).
+  void (*matmul)(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy);
+
+  // out[n] = dtype(row[n] + bias[n]), rounded to nearest even; bias may be null.
+  void (*finish)(const float* row, const float* bias, int64_t n, void* out, Dtype dtype);
+
+  // row[k] = float(code) * scale for one weight row: exactly what the reference computes.
+  void (*dequantize)(const Weight& w, int64_t n, float* row);
+};
+
+// Null where this CPU, or this build, lacks the instructions.
+const Kernels* portable();
+const Kernels* avx2();
+const Kernels* avx512();
+const Kernels* avx512_bf16();  // bfloat16 activations only; no dequantize
+
+// C[m, n] (+)= A[m, k] B[k, n] in bfloat16 with B in pairs of rows (VNNI): torch's, which uses AMX tiles where they exist.
+// While it is set, avx512_bf16 multiplies blocks of many rows with it.
+using Brgemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b, float* c);
+void set_brgemm(Brgemm brgemm);
+
+}  // namespace ctfp8

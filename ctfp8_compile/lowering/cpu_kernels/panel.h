@@ -1,0 +1,219 @@
+// Many activation rows in bfloat16: out^T = weight x^T.
+//
+// The weight is the left operand as it lies in memory, so a tile of it is only decoded, never transposed. Activations are
+// the right operand: packed once into panels of up to 64 rows, pairs of columns together, as vdpbf16ps and AMX want them.
+// Products are of unscaled codes, exact in bfloat16; each scale multiplies the float32 sum over its columns.
+#pragma once
+#include "buffer.h"
+#include "gemv.h"
+
+namespace ctfp8 {
+namespace {
+
+constexpr int64_t kPanelCols = 96;   // weight rows of a tile: a multiple of the 24, 12, 8 and 6 of `panel_rows`
+constexpr int64_t kPanel = 64;       // activation rows of a panel
+constexpr int64_t kPiece = 128;      // columns multiplied at a time: a panel of them fits the first-level cache
+constexpr int64_t kGroup = 4;        // pieces decoded at a time, so that memory is read in longer runs
+
+Brgemm brgemm = nullptr;
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+int64_t pairs(const Weight& w) { return (w.block_cols + 1) / 2; }  // of a segment
+
+template <class V>
+int64_t panel_bytes(const Weight& w, int64_t m) {
+  return m <= kFew ? bytes<V>(w, m) : round_up(m, 16) * w.segments * pairs(w) * 4;
+}
+
+// As 32-bit elements: row i, column j goes to row j, column i.
+inline void transpose(__m512i* v) {
+  __m512i t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // Lane l of v[4 g + c] now holds column 4 l + c of rows 4 g to 4 g + 3: transpose lanes against g.
+#pragma GCC unroll 16
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), b = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd), e = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_i32x4(a, b, 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// Panel p of a block begins at pair 64 p * segments * pairs; in it, pair q of all its rows is one line of `width` pairs.
+template <class V>
+void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
+  if (m <= kFew) return prepare<V>(w, rows, begin, count, m, prepared);
+  const int64_t panel = begin / kPanel, left = round_up(m, 16) - panel * kPanel, width = left < kPanel ? left : kPanel;
+  auto* out = static_cast<uint32_t*>(prepared) + panel * kPanel * w.segments * pairs(w) + begin % kPanel;
+  for (int64_t segment = 0; segment < w.segments; ++segment) {
+    const int64_t length = w.length_of(segment);
+    for (int64_t pair = 0; pair < pairs(w); pair += 16) {
+      const int64_t rest = length - pair * 2;
+      const __mmask32 mask = rest >= 32 ? 0xffffffff : rest <= 0 ? 0 : (1u << rest) - 1;
+      __m512i v[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        v[i] = i < count && mask ? _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(rows[i]) + segment * w.block_cols + pair * 2)
+                                 : _mm512_setzero_si512();
+      }
+      transpose(v);
+      uint32_t* to = out + (segment * pairs(w) + pair) * width;
+      for (int64_t i = 0; i < 16 && pair + i < pairs(w); ++i) _mm512_storeu_si512(to + i * width, v[i]);
+    }
+  }
+}
+
+// sums[r, :] += scale[r] * (tile[r, :] . panel) for R weight rows and Z * 16 activation rows.
+template <class V, int R, int Z>
+inline void panel_block(const uint16_t* tile, int64_t tile_stride, const uint32_t* x, int64_t count, const float* scale, float* sums,
+                        int64_t sums_stride) {
+  __m512 sum[R][Z];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int z = 0; z < Z; ++z) sum[r][z] = V::zero();
+  for (int64_t pair = 0; pair < count; ++pair) {
+    __m512i xs[Z];
+#pragma GCC unroll 4
+    for (int z = 0; z < Z; ++z) xs[z] = _mm512_loadu_si512(x + pair * Z * 16 + z * 16);
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r) {
+      int32_t both;
+      std::memcpy(&both, tile + r * tile_stride + pair * 2, 4);
+      const __m512i weight = _mm512_set1_epi32(both);
+#pragma GCC unroll 4
+      for (int z = 0; z < Z; ++z) sum[r][z] = V::dot(sum[r][z], weight, xs[z]);
+    }
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int z = 0; z < Z; ++z) {
+      float* to = sums + r * sums_stride + z * 16;
+      _mm512_storeu_ps(to, V::scale_add(_mm512_loadu_ps(to), sum[r][z], scale[r]));
+    }
+}
+
+template <class V, int Z>
+void panel_rows(const uint16_t* tile, int64_t tile_stride, int64_t rows, const uint32_t* x, int64_t count, const float* scale,
+                float* sums, int64_t sums_stride) {
+  constexpr int R = 24 / Z;
+  for (int64_t r = 0; r < rows; r += R)
+    panel_block<V, R, Z>(tile + r * tile_stride, tile_stride, x, count, scale + r, sums + r * sums_stride, sums_stride);
+}
+
+void brgemm_rows(const uint16_t* tile, int64_t tile_stride, int64_t rows, const uint32_t* x, int64_t width, int64_t count,
+                 const float* scale, float* sums, int64_t sums_stride) {
+  alignas(64) float product[kPanelCols * kPanel];
+  brgemm(rows, width, count * 2, tile_stride, width, width, tile, x, product);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < width; ++i) sums[r * sums_stride + i] += product[r * width + i] * scale[r];
+}
+
+// Columns of one segment that are multiplied together.
+struct Piece {
+  int64_t segment, offset, length;
+};
+
+// Each piece of a weight row to its own place in the tile, with zeros to a multiple of 64.
+template <class V>
+inline void decode_pieces(const V& v, const Weight& w, const uint8_t* row, const Piece* pieces, int64_t count, uint16_t* to) {
+  for (int64_t g = 0; g < count; ++g) {
+    const uint8_t* p = row + pieces[g].segment * w.block_cols + pieces[g].offset;
+    uint16_t* q = to + g * kPiece;
+    int64_t k = 0;
+    for (; k + 64 <= pieces[g].length; k += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(p + k + kGroup * kPiece), _MM_HINT_T1);
+      v.decode_in_order(_mm512_loadu_si512(p + k), q + k);
+    }
+    if (k < pieces[g].length) v.decode_in_order(V::load_tail(p + k, pieces[g].length - k), q + k);
+  }
+}
+
+template <class V>
+void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y, int64_t ldy) {
+  static thread_local Buffer sums_buffer;
+  alignas(64) static thread_local uint16_t tile[kPanelCols * (kGroup * kPiece + 32)];
+  constexpr int64_t tile_stride = kGroup * kPiece + 32;  // not a power of two: rows use different cache sets
+  const V v;
+  const int64_t rows = end - begin, wide = round_up(m, 16), segment_pairs = pairs(w);
+  auto* sums = static_cast<float*>(sums_buffer.get(kPanelCols * wide * 4));
+  std::memset(sums, 0, static_cast<size_t>(kPanelCols * wide * 4));
+  // Rows past the end are multiplied too.
+  if (rows < kPanelCols) std::memset(tile + rows * tile_stride, 0, static_cast<size_t>((kPanelCols - rows) * tile_stride * 2));
+  const float* scales[kPanelCols];
+  for (int64_t r = 0; r < rows; ++r) scales[r] = w.scale_of(begin + r);
+  float scale[kPanelCols] = {};
+
+  // brgemm blocks for the caches itself, and a call of it is not cheap.
+  const bool whole = brgemm && w.block_cols > kPiece;
+  const int64_t step = whole ? kGroup * kPiece : kPiece, most = whole ? 1 : kGroup;
+  Piece pieces[kGroup];
+  int64_t segment = 0, offset = 0;  // of the next piece
+  while (segment < w.segments) {
+    int64_t count = 0;
+    for (; count < most && segment < w.segments; ++count) {
+      const int64_t left = w.length_of(segment) - offset;
+      pieces[count] = {segment, offset, left < step ? left : step};
+      offset += step;
+      if (left <= step) ++segment, offset = 0;
+    }
+    for (int64_t r = 0; r < rows; ++r) decode_pieces(v, w, w.codes + (begin + r) * w.row_stride, pieces, count, tile + r * tile_stride);
+    for (int64_t g = 0; g < count; ++g) {
+      const Piece& piece = pieces[g];
+      const int64_t piece_pairs = (piece.length + 1) / 2;
+      for (int64_t r = 0; r < rows; ++r) scale[r] = scales[r][piece.segment];
+      const uint16_t* from = tile + g * kPiece;
+      for (int64_t i = 0; i < wide; i += kPanel) {
+        const int64_t width = wide - i < kPanel ? wide - i : kPanel;
+        const uint32_t* xs = x + i * w.segments * segment_pairs + (piece.segment * segment_pairs + piece.offset / 2) * width;
+        float* to = sums + i;
+        if (brgemm) {
+          brgemm_rows(from, tile_stride, rows, xs, width, piece_pairs, scale, to, wide);
+        } else if (width == 64) {
+          panel_rows<V, 4>(from, tile_stride, rows, xs, piece_pairs, scale, to, wide);
+        } else if (width == 48) {
+          panel_rows<V, 3>(from, tile_stride, rows, xs, piece_pairs, scale, to, wide);
+        } else if (width == 32) {
+          panel_rows<V, 2>(from, tile_stride, rows, xs, piece_pairs, scale, to, wide);
+        } else {
+          panel_rows<V, 1>(from, tile_stride, rows, xs, piece_pairs, scale, to, wide);
+        }
+      }
+    }
+  }
+  for (int64_t n = 0; n < rows; n += 16) {
+    const __mmask16 mask = rows - n >= 16 ? 0xffff : (1u << (rows - n)) - 1;
+    for (int64_t i = 0; i < m; i += 16) {
+      __m512i t[16];
+      for (int64_t j = 0; j < 16; ++j) t[j] = _mm512_loadu_si512(sums + (n + j) * wide + i);
+      transpose(t);
+      for (int64_t j = 0; j < 16 && i + j < m; ++j) _mm512_mask_storeu_epi32(y + (i + j) * ldy + n, mask, t[j]);
+    }
+  }
+}
+
+template <class V>
+void panel_matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
+  if (m <= kFew) return gemv<V>(w, begin, end, static_cast<const typename V::X*>(prepared), m, y, ldy);
+  for (int64_t n = begin; n < end; n += kPanelCols) {
+    panel_multiply<V>(w, n, end - n < kPanelCols ? end : n + kPanelCols, static_cast<const uint32_t*>(prepared), m, y + n - begin, ldy);
+  }
+}
+
+}  // namespace
+}  // namespace ctfp8

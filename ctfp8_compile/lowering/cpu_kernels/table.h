@@ -1,0 +1,87 @@
+// The entries of `Kernels` that are written once for every vector type `V`.
+#pragma once
+#include <cstring>
+
+#include "decode.h"
+#include "gemm.h"
+#include "gemv.h"
+#include "kernels.h"
+
+namespace ctfp8 {
+namespace {
+
+template <class V>
+void prepare_row(const Weight& w, const typename V::X* row, typename V::X* prepared) {
+  const int64_t pad = padded<V>(w);
+  for (int64_t segment = 0; segment < w.segments; ++segment) {
+    const typename V::X* from = row + segment * w.block_cols;
+    typename V::X* to = prepared + segment * pad;
+    const int64_t length = w.length_of(segment);
+    for (int64_t k = 0; k < pad; k += V::step) {
+      alignas(64) typename V::X chunk[V::step] = {};
+      if (k < length) std::memcpy(chunk, from + k, (length - k < V::step ? length - k : V::step) * sizeof(typename V::X));
+      V::arrange(chunk, to + k);
+    }
+  }
+}
+
+template <class V>
+int64_t bytes(const Weight& w, int64_t m) {
+  return m * stride<V>(w) * static_cast<int64_t>(sizeof(typename V::X));
+}
+
+template <class V>
+void prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t, void* prepared) {
+  using X = typename V::X;
+  for (int64_t i = 0; i < count; ++i)
+    prepare_row<V>(w, static_cast<const X*>(rows[i]), static_cast<X*>(prepared) + (begin + i) * stride<V>(w));
+}
+
+template <class V>
+void finish(const float* row, const float* bias, int64_t n, void* out, Dtype dtype) {
+  if (dtype == Dtype::bf16) {
+    auto* to = static_cast<uint16_t*>(out);
+    if (bias) {
+      for (int64_t i = 0; i < n; ++i) to[i] = bf16_of_float(row[i] + bias[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = bf16_of_float(row[i]);
+    }
+  } else if (dtype == Dtype::f16) {
+    V::round_f16(row, bias, n, static_cast<uint16_t*>(out));
+  } else {
+    auto* to = static_cast<float*>(out);
+    for (int64_t i = 0; i < n; ++i) to[i] = bias ? row[i] + bias[i] : row[i];
+  }
+}
+
+template <class V>
+void matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
+  const auto* rows = static_cast<const typename V::X*>(prepared);
+  if (m <= kFew) {
+    gemv<V>(w, begin, end, rows, m, y, ldy);
+  } else {
+    gemm<V>(w, begin, end, rows, m, y, ldy);
+  }
+}
+
+// For vector types whose chunks are float32 in the order of the columns.
+template <class V>
+void dequantize(const Weight& w, int64_t n, float* row) {
+  const V v;
+  alignas(64) float tail[V::step];
+  for (int64_t segment = 0; segment < w.segments; ++segment) {
+    const float scale = w.scale_of(n)[segment];
+    const int64_t length = w.length_of(segment);
+    const uint8_t* p = w.codes + n * w.row_stride + segment * w.block_cols;
+    float* q = row + segment * w.block_cols;
+    int64_t k = 0;
+    for (; k + V::step <= length; k += V::step) V::store(q + k, V::times(V::times(v.decode(p + k), V::gain), scale));
+    if (k < length) {
+      V::store(tail, V::times(V::times(v.decode_tail(p + k, static_cast<int>(length - k)), V::gain), scale));
+      std::memcpy(q + k, tail, (length - k) * sizeof(float));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ctfp8
