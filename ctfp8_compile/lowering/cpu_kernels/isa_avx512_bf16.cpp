@@ -20,7 +20,7 @@ struct Avx512Bf16 {
   struct Chunk {
     __m512i first, second;
   };
-  static constexpr int step = 64, registers = 32, constants = 5, parts = 2, ahead = 512;
+  static constexpr int step = 64, registers = 32, constants = 5, parts = 2, ahead = 1024;
   static constexpr float gain = 1;
 
   __m512i high0, high1, low0, low1;
