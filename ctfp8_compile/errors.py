@@ -21,3 +21,11 @@ class TargetError(Ctfp8Error, ValueError):
 
 class UsageError(Ctfp8Error, RuntimeError):
     """A model or function of this package was used in a way that would silently lose the FP8 weights."""
+
+
+class ArtifactError(Ctfp8Error, ValueError):
+    """An artifact file is damaged, was edited, or is not one that ctfp8.export wrote."""
+
+
+class InputError(Ctfp8Error, TypeError):
+    """A loaded artifact was called with inputs it was not exported for."""

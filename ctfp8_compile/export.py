@@ -1,18 +1,32 @@
-"""Ahead of time: the same rules and lowering on a graph from `torch.export`."""
+"""Ahead of time: the same rules and lowering on a graph from `torch.export`, and the file it is saved in."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 import warnings
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._inductor import aot_compile
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import package_pt2
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils import _pytree as pytree
 
-from . import passes
+from . import passes, sites
+from .artifact import inputs_of, ranges_of
+from .errors import TargetError, UsageError
+from .manifest import NAME, Manifest
+from .quantized import quantized_parameters
 from .report import Report
 from .target import Target
+
+aten = torch.ops.aten
 
 
 def lower(
@@ -57,19 +71,155 @@ def explain(
     return _lower(model, args, kwargs, target, dynamic_shapes)[1]
 
 
-def _lower(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, target: Any, dynamic_shapes: Any
-) -> tuple[ExportedProgram, Report]:
-    if not isinstance(target, Target):
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        target = Target.detect(device) if target is None else Target.parse(target)
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    path: str | Path = "model.pt2",
+    target: str | Target | None = None,
+    dynamic_shapes: Any = None,
+    package: str | None = None,
+) -> Report:
+    """Writes a model, rewritten for a target, to one `.pt2` file that `ctfp8.load` runs without transformers.
+
+    The file is torch.export's own archive with a manifest (`ctfp8_compile.manifest`) in it. FP8 weights stay FP8. For cpu and
+    xpu its graph is plain ATen, so `torch.export.load` runs it without this package too; `ctfp8.load` puts the CPU kernels of
+    its machine back (`ctfp8_compile.sites`). For cuda it may name operators of fbgemm.
+
+    For a language model with a static cache see `StaticCacheDecoder`.
+
+    Args:
+        model: with FP8 weights, from `from_pretrained`, `prepare` or `load_state_dict`.
+        args, kwargs: example inputs, as the model is called. What is no tensor (`use_cache=False`) is fixed in the file.
+        path: a file name that ends in `.pt2`; what is there is replaced.
+        target: such as `"cpu"` or `"cuda:sm90"`, which need not be on this machine; default: the device the model is on.
+        dynamic_shapes: as for `torch.export.export`; a dimension that is not named there has its example's size for good.
+        package: None for a program, `"aoti"` for AOTInductor's machine code for this machine.
+
+    Returns:
+        What became of each FP8 weight, as from `explain`.
+
+    Raises:
+        TargetError: not a target, or `package="aoti"` for another machine.
+        UsageError: the call takes or returns objects that only transformers can rebuild.
+    """
+    path, target = Path(path), _target(model, target)
+    if path.suffix != ".pt2":
+        raise UsageError(f"{path}: artifacts are .pt2 files; give the path that suffix.")
+    if package not in (None, "aoti"):
+        raise UsageError(f"package={package!r}: it is None for a program or 'aoti' for AOTInductor's machine code.")
+    if package == "aoti" and target != _target(model, None):
+        raise TargetError(f"package='aoti' compiles for the machine at hand, {_target(model, None)}, not for {target}.")
+    program = _trace(model, args, kwargs, dynamic_shapes)
+    positional = tuple(inspect.signature(model.forward).parameters)[: len(args)]
+    _plain_call(program)
+    if package is None and target.device == "cpu":
+        report = passes.run(_copy(program.graph), target)
+        sites.record(program.graph, passes.RULES)
+        passes.run(program.graph, target, rules=())
+    else:
+        report = passes.run(program.graph, target)
+    _clean(program)
+    manifest = Manifest(
+        package=package or "program",
+        target=str(target),
+        schemes=dict(Counter(str(q.info.scheme) for _, _, q in quantized_parameters(model))),
+        kernels=dict(Counter(e.kernel for e in report.rewritten)),
+        report=report.to_dict(),
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        positional=positional,
+        inputs=inputs_of(program),
+        ranges=ranges_of(program),
+    )
+    extra = {NAME: manifest.to_json()}
+    if package == "aoti":
+        package_pt2(str(path), aoti_files={"model": _compile(program)}, extra_files=extra)
+    else:
+        program._example_inputs = None  # they would be pickled
+        package_pt2(str(path), exported_programs={"model": program}, extra_files=extra)
+    return report
+
+
+_PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
+
+
+def _target(model: nn.Module, target: str | Target | None) -> Target:
+    if isinstance(target, Target):
+        return target
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Target.detect(device) if target is None else Target.parse(target)
+
+
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> ExportedProgram:
+    """The model as a functional ATen graph in which each use of an FP8 weight is a marker."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch.export's own
         program = torch.export.export(
             model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
         )
         # an empty table functionalises and keeps linear and attention whole; the default one would decompose them
-        program = program.run_decompositions({})
+        return program.run_decompositions({})
+
+
+def _lower(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, target: Any, dynamic_shapes: Any
+) -> tuple[ExportedProgram, Report]:
+    target = _target(model, target)
+    program = _trace(model, args, kwargs, dynamic_shapes)
     report = passes.run(program.graph, target)
     program.graph_module.recompile()
     return program, report
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def _plain_call(program: ExportedProgram) -> None:
+    """Makes the call's containers Python's own, so that a process without transformers can build them."""
+    signature = program.module_call_graph[0].signature
+    assert signature is not None
+    signature.in_spec = _plain(signature.in_spec, "takes")
+    signature.out_spec = _plain(signature.out_spec, "returns")
+
+
+def _plain(spec: pytree.TreeSpec, what: str) -> pytree.TreeSpec:
+    children = [_plain(child, what) for child in spec.children()]
+    if spec.is_leaf() or spec.type in (tuple, list, dict):
+        return spec if spec.is_leaf() else pytree.TreeSpec(spec.type, spec.context, children)
+    if what == "returns" and issubclass(spec.type, dict) and isinstance(spec.context, list):
+        return pytree.TreeSpec(dict, spec.context, children)  # transformers' ModelOutput
+    raise UsageError(
+        f"the model {what} a {spec.type.__name__}, which a process without transformers cannot build. Pass use_cache=False, "
+        "or export ctfp8.StaticCacheDecoder(model, ...), which keeps its cache in the artifact."
+    )
+
+
+def _clean(program: ExportedProgram) -> None:
+    """Leaves out what a file must not hold or cannot run without transformers.
+
+    Tracing metadata names files of this machine and is numbered at random, assertions on metadata repeat what the graph
+    says, and transformers' grouped matmul has an ATen operator of the same meaning.
+    """
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    for node in list(program.graph.nodes):
+        node.meta = {k: v for k, v in node.meta.items() if k in ("val", "custom", "nn_module_stack")}
+        if node.target is aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+        elif fallback is not None and node.target is fallback.default:
+            node.target = aten._grouped_mm.default
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    used = {symbol for node in program.graph.nodes for symbol in free_symbols(node.meta.get("val"))}
+    program._range_constraints = {s: ends for s, ends in program.range_constraints.items() if s in used}
+
+
+def _compile(program: ExportedProgram) -> list[Any]:
+    assert program.example_inputs is not None
+    args, kwargs = program.example_inputs
+    files = aot_compile(program.module(check_guards=False), args, kwargs, options={"aot_inductor.package": True})
+    return list(files)

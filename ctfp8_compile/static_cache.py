@@ -1,0 +1,72 @@
+"""A language model with its key-value cache inside, for export: one program for the prompt and for every token after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.configuration_utils import get_head_shapes
+
+from .errors import UsageError
+
+_STATE = ("keys", "values", "cumulative_length")
+
+
+class StaticCacheDecoder(nn.Module):
+    """`logits = decoder(input_ids, position)`, the cache being buffers that each call updates.
+
+    One entry point serves prefill and decode, with the number of tokens as a dynamic dimension:
+
+        decoder = ctfp8.StaticCacheDecoder(model, batch_size=1, max_length=256)
+        tokens = torch.export.Dim("tokens", max=256)
+        ctfp8.export(decoder, (ids, torch.tensor(0)), path="model.pt2", dynamic_shapes=({1: tokens}, None))
+
+        module = ctfp8.load("model.pt2")
+        logits = module(prompt, torch.tensor(0))                    # prefill
+        logits = module(token, torch.tensor(prompt.shape[1]))       # decode, and so on
+
+    Two entry points would have to share weights and cache, but torch's archive stores, and its loader allocates, each
+    program's tensors on their own: a second program would double the file and leave two caches. Two artifacts would too.
+    A program for a fixed number of tokens, should a device want one, is the same export without `dynamic_shapes`.
+
+    Args:
+        model: a causal language model of transformers with FP8 weights.
+        batch_size, max_length: of the cache. Its zeros are part of the file.
+    """
+
+    def __init__(self, model: Any, batch_size: int = 1, max_length: int = 1024):
+        super().__init__()
+        config = model.config.get_text_config(decoder=True)
+        self.model = model
+        self.max_length = max_length
+        self.cache = StaticCache(config=config, max_cache_len=max_length)
+        odd = {type(layer).__name__ for layer in self.cache.layers if type(layer) is not StaticLayer}
+        if odd:
+            raise UsageError(
+                f"the cache of {type(model).__name__} has layers of type {', '.join(sorted(odd))}, which depend on values that "
+                "torch.export cannot trace. Export the model without a cache: kwargs={'use_cache': False}."
+            )
+        heads, dims = get_head_shapes(config)
+        self.cache.early_initialization(batch_size, heads, dims, model.dtype, model.device)
+        for i, layer in enumerate(self.cache.layers):
+            for name in _STATE:
+                self.register_buffer(f"{name}_{i}", getattr(layer, name), persistent=False)
+        self.eval()
+
+    def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """Logits of all tokens given.
+
+        Args:
+            input_ids: `[batch, tokens]`.
+            position: of the first token, int64 without dimensions; 0 begins a new text.
+        """
+        for i, layer in enumerate(self.cache.layers):
+            for name in _STATE:  # torch.export knows only state that is reached through the module
+                setattr(layer, name, getattr(self, f"{name}_{i}"))
+            layer.cumulative_length.copy_(position)
+        positions = position + torch.arange(input_ids.shape[1], device=input_ids.device)
+        out = self.model(input_ids=input_ids, position_ids=positions[None], past_key_values=self.cache, use_cache=True)
+        return out.logits
