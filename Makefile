@@ -10,7 +10,7 @@ demo: $(READY)
 	$(PY) examples/quickstart.py
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4
 
 lint: $(READY)
 	$(PY) -m ruff check .

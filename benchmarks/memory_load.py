@@ -64,12 +64,14 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
         state[name] = torch.randn(1024, HIDDEN, generator=generator).bfloat16()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     scheme = {
-        "targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+        "format": "float-quantized", "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
         "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
     }  # fmt: skip
     quantization = {
         "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme}, "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {"group_0": scheme}, "ignore": ["lm_head", "re:.*mlp.gate$"], "kv_cache_scheme": None,
+        "global_compression_ratio": None, "sparsity_config": {}, "transform_config": {}, "version": "0.19.0",
     }  # fmt: skip
     (folder / "config.json").write_text(
         json.dumps(config.to_dict() | {"quantization_config": quantization}, default=str)
@@ -106,7 +108,7 @@ def measure(way: str, folder: str) -> None:
     sampler.start()
     model = (AutoModelForCausalLM if way == "transformers" else ctfp8).from_pretrained(folder)
     loaded = peak
-    forward = torch.compile(model.forward, backend="ctfp8") if way == "ctfp8 compiled" else model.forward
+    forward = torch.compile(model.forward, backend="ctfp8") if way == "ctfp8 compiled" else model
     with torch.no_grad():
         forward(torch.arange(64)[None], use_cache=False)
     stop.set()
@@ -132,7 +134,7 @@ def main() -> None:
         for way in WAYS:
             with console.status(f"{way} …"):
                 command = [sys.executable, __file__, "--measure", way, folder]
-                out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(out.splitlines()[-1])
             table.add_row(way, f"{result['load'] / size:.2f}×", f"{result['peak'] / size:.2f}×")
     console.print(f"file: {size / 1e9:.2f} GB")
