@@ -64,7 +64,10 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"{path}: no such file.")
     try:
         with zipfile.ZipFile(path) as archive:
-            return _look_over(path, archive)
+            manifest = _look_over(path, archive)
+            if damaged := archive.testzip():  # torch does not compare the checksums of weights
+                raise ArtifactError(f"{path}: {damaged} is damaged. Copy or export the file again.")
+            return manifest
     except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, NotImplementedError) as error:
         raise ArtifactError(f"{path}: truncated or damaged ({error}). Copy or export the file again.") from error
 

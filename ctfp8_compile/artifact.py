@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def load(path: str | Path, device: torch.device | str | None = None) -> Artifact
     if manifest.package == "aoti":
         return _load_aoti(path, manifest, device)
     program = _read(path).exported_programs["model"]
+    spec, exported = _call_of(path, manifest, program.call_spec.in_spec), read_report(path, manifest)
     if manifest.inputs != inputs_of(program) or dict(manifest.ranges) != ranges_of(program):
         raise ArtifactError(f"{path}: its manifest describes other inputs than its graph takes. It was edited.")
     if device.type != "cpu":
@@ -55,9 +57,7 @@ def load(path: str | Path, device: torch.device | str | None = None) -> Artifact
     entries = sites.pick(program.graph, target)
     program.graph_module.recompile()
     module = program.module(check_guards=False)  # guards are stored as source code; our own checks replace them
-    report = merge(target, entries) if target.device == "cpu" else read_report(path, manifest)
-    assert program.call_spec.in_spec is not None
-    return Artifact(manifest, report, program.call_spec.in_spec, module, device)
+    return Artifact(manifest, merge(target, entries) if target.device == "cpu" else exported, spec, module, device)
 
 
 class Artifact(nn.Module):
@@ -188,20 +188,24 @@ def ranges_of(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
 
 
 def merge(target: Target, entries: Sequence[Entry]) -> Report:
-    """A report with one entry a parameter."""
+    """A report with one entry a parameter; where it is used several times, a use that stayed dequantized decides."""
     by_name: dict[str, Entry] = {}
     for entry in entries:
-        if entry.name not in by_name or entry.reason:
-            by_name[entry.name] = entry
-    done, kept = ([e for e in by_name.values() if bool(e.reason) == want] for want in (False, True))
-    return Report(str(target), tuple(done), tuple(kept))
+        first = by_name.get(entry.name)
+        kept = entry if first is None or (entry.reason and not first.reason) else first
+        by_name[entry.name] = replace(kept, uses=1 if first is None else first.uses + 1)
+    done = tuple(e for e in by_name.values() if not e.reason)
+    return Report(str(target), done, tuple(e for e in by_name.values() if e.reason))
 
 
 def read_report(path: Path, manifest: Manifest) -> Report:
     """The report of the exporting machine."""
     try:
-        parts = ([Entry(**e) for e in manifest.report[key]] for key in ("rewritten", "kept"))
-        return Report(manifest.target, *(tuple(p) for p in parts))
+        rewritten, kept = (
+            tuple(Entry(**{**e, "shape": tuple(e["shape"]), "block": tuple(e["block"])}) for e in manifest.report[key])
+            for key in ("rewritten", "kept")
+        )
+        return Report(manifest.target, rewritten, kept)
     except (TypeError, KeyError) as error:
         raise ArtifactError(f"{path}: the report in its manifest was edited ({error}).") from None
 
@@ -212,11 +216,19 @@ def _load_aoti(path: Path, manifest: Manifest, device: torch.device) -> Artifact
     )  # its calls find our operators by name: build or load them first
     index = -1 if device.index is None else device.index
     runner = _read(path, device_index=index).aoti_runners["model"]
-    spec = pytree.treespec_loads(runner.loader.get_call_spec()[0])
-    tensors = [i.dtype is not None for i in manifest.inputs]
-    if len(tensors) != spec.num_leaves:
-        raise ArtifactError(f"{path}: its manifest describes other inputs than its code takes. It was edited.")
+    spec = _call_of(path, manifest, pytree.treespec_loads(runner.loader.get_call_spec()[0]))
     return Artifact(manifest, read_report(path, manifest), spec, runner, device)
+
+
+def _call_of(path: Path, manifest: Manifest, spec: pytree.TreeSpec | None) -> pytree.TreeSpec:
+    """How arguments are nested, if the manifest describes the same."""
+    if (
+        spec is None
+        or spec.num_leaves != len(manifest.inputs)
+        or spec.child(0).num_children != len(manifest.positional)
+    ):
+        raise ArtifactError(f"{path}: its manifest describes other inputs than it takes. It was edited.")
+    return spec
 
 
 def _read(path: Path, **options: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -110,7 +111,12 @@ def export(
         raise UsageError(f"package={package!r}: it is None for a program or 'aoti' for AOTInductor's machine code.")
     if package == "aoti" and target != _target(model, None):
         raise TargetError(f"package='aoti' compiles for the machine at hand, {_target(model, None)}, not for {target}.")
-    program = _trace(model, args, kwargs, dynamic_shapes)
+    try:
+        program = _trace(model, args, kwargs, dynamic_shapes)
+    except RuntimeError as error:
+        if match := re.search(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type", str(error)):
+            raise UsageError(f"the model returns a {match[1]}, {_ONLY_THERE}") from error
+        raise
     positional = tuple(inspect.signature(model.forward).parameters)[: len(args)]
     _plain_call(program)
     if package is None and target.device == "cpu":
@@ -140,6 +146,10 @@ def export(
     return report
 
 
+_ONLY_THERE = (
+    "which a process without transformers cannot build. Pass use_cache=False, or export "
+    "ctfp8.StaticCacheDecoder(model, ...), which keeps its cache in the artifact."
+)
 _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
 
 
@@ -193,10 +203,7 @@ def _plain(spec: pytree.TreeSpec, what: str) -> pytree.TreeSpec:
         return spec if spec.is_leaf() else pytree.TreeSpec(spec.type, spec.context, children)
     if what == "returns" and issubclass(spec.type, dict) and isinstance(spec.context, list):
         return pytree.TreeSpec(dict, spec.context, children)  # transformers' ModelOutput
-    raise UsageError(
-        f"the model {what} a {spec.type.__name__}, which a process without transformers cannot build. Pass use_cache=False, "
-        "or export ctfp8.StaticCacheDecoder(model, ...), which keeps its cache in the artifact."
-    )
+    raise UsageError(f"the model {what} a {spec.type.__name__}, {_ONLY_THERE}")
 
 
 def _clean(program: ExportedProgram) -> None:

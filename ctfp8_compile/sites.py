@@ -16,6 +16,7 @@ whose notes were stripped is still right. Rules are not needed, so loading needs
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -26,7 +27,8 @@ from torch import fx
 
 from .errors import ArtifactError
 from .graph import before, call, value
-from .lowering import Operands, Problem, choose, kernels_of
+from .lowering import KINDS, Operands, Problem, choose, kernels_of
+from .ops import FP8
 from .report import Entry
 from .target import Target
 
@@ -74,6 +76,8 @@ class Site:
             raise ArtifactError(
                 f"{node}: its note for ctfp8 is not one that ctfp8 wrote. Export the model again."
             ) from None
+        if site.kind not in KINDS:
+            raise ArtifactError(f"{node}: its note for ctfp8 is of an unknown kind, {site.kind!r}.")
         names = (site.rule, site.kind, site.parameter, site.x, site.weight, site.weight_scale, site.activation)
         numbers = [n for n in (site.matrix, site.squeeze_x, site.unsqueeze_out) if n is not None] + [*site.block]
         if not all(isinstance(n, str) for n in names) or not all(isinstance(n, int) for n in numbers):
@@ -120,7 +124,9 @@ def pick(graph: fx.Graph, target: Target) -> list[Entry]:
         site = Site.read(note, node.name)
         operands = Operands(*(_node(nodes, name, node) for name in
                               (site.x, site.weight, site.weight_scale, site.input_scale, site.extra)))  # fmt: skip
-        x, weight = value(operands.x), value(operands.weight)
+        x, weight, scale = value(operands.x), value(operands.weight), value(operands.weight_scale)
+        if not _fits(site.block, weight, scale):
+            raise ArtifactError(f"{node}: its note for ctfp8 does not fit its weight. Export the model again.")
         problem = Problem(
             kind=site.kind,
             x_dtype=x.dtype,
@@ -132,8 +138,11 @@ def pick(graph: fx.Graph, target: Target) -> list[Entry]:
         )
         kernel, why = choose(kernels, problem, target)
         if kernel is not None:
-            with before(graph, node):
-                new = _emit(graph, kernel, problem, operands, site, node)
+            try:
+                with before(graph, node):
+                    new = _emit(graph, kernel, problem, operands, site, node)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ArtifactError(f"{node}: its note for ctfp8 does not fit the graph ({error}).") from error
             node.replace_all_uses_with(new, propagate_meta=False)
             nodes[node.name] = new  # a later note may name it as its input
             graph.erase_node(node)
@@ -151,6 +160,13 @@ def _node(nodes: dict[str, fx.Node], name: str | None, site: fx.Node) -> Any:
     if name not in nodes:
         raise ArtifactError(f"{site.name}: its note for ctfp8 names {name!r}, which is not in the graph.")
     return nodes[name]
+
+
+def _fits(block: tuple[int, int], weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    if weight.dtype != FP8 or scale.dtype != torch.float32 or min(block) < 1:
+        return False
+    rows, cols = weight.shape[-2:]
+    return scale.shape == (*weight.shape[:-2], math.ceil(rows / block[0]), math.ceil(cols / block[1]))
 
 
 def _emit(graph: fx.Graph, kernel: Any, problem: Problem, operands: Operands, site: Site, like: fx.Node) -> fx.Node:
