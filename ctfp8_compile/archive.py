@@ -1,8 +1,9 @@
 """Looks a `.pt2` file over before `torch.export.load` sees it, which trusts what it reads.
 
 torch's loader unpickles payloads that ask for it, resolves operator names by `getattr` on `torch`, evaluates symbolic sizes
-with sympy (Python's `eval`) and loads shared libraries. None of that occurs in what `ctfp8.export` writes, apart from the
-libraries of an AOTInductor package, so a file that asks for it is refused. See docs/security.md for what remains.
+with sympy (Python's `eval`), writes names into the source of a `forward` function, and loads shared libraries. Nothing that
+`ctfp8.export` writes needs to be trusted with that, apart from the libraries of an AOTInductor package, so a file that is
+other is refused. See docs/security.md for what remains.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import importlib
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,9 @@ _SIZE_CALLS = re.compile(
     r"|(Strict)?(Less|Greater)Than|And|Or|Not"
 )
 _SIZE_NODES = (ast.Expression, ast.Call, ast.Name, ast.Load, ast.keyword, ast.Constant, ast.UnaryOp, ast.USub)
+#: Names of nodes and arguments, and of tensors in the module: they become source code.
+_NAME, _PATH = re.compile(r"[A-Za-z_]\w*"), re.compile(r"[\w.\-/]+")
+_PATHS = {"parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
 _FILES = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt"
     r"|data/weights/(weight_\d+|model_weights_config\.json)|data/constants/(tensor_\d+|model_constants_config\.json)"
@@ -54,47 +60,61 @@ _AOTI_FILES = re.compile(
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of an artifact, once its whole file list has been found in order.
+    """The manifest of an artifact; nothing else of the file is read.
 
     Raises:
-        ArtifactError: not readable as a `.pt2`, not ours, or holding what `ctfp8.export` never writes.
-        TargetError: it names operators of a library that is not installed here.
+        ArtifactError: not readable as a `.pt2`, or not ours.
     """
+    with _open(path) as (archive, root):
+        if f"{root}extra/{NAME}" not in archive.namelist():
+            raise ArtifactError(
+                f"{path}: has no {NAME}, so ctfp8.export did not write it. Load another tool's .pt2 with that tool."
+            )
+        return Manifest.from_json(archive.read(f"{root}extra/{NAME}"), path)
+
+
+def look_over(path: Path, manifest: Manifest) -> None:
+    """Returns if the file holds nothing but what `ctfp8.export` writes, undamaged.
+
+    Raises:
+        ArtifactError: saying what it holds.
+        TargetError: its graph names operators of a library that is not installed here.
+    """
+    with _open(path) as (archive, root):
+        names = archive.namelist()
+        known = _FILES if manifest.package == "program" else _AOTI_FILES
+        count = Counter(names)
+        for name in names:
+            if not name.startswith(root) or not known.fullmatch(name[len(root) :]) or count[name] > 1:
+                raise ArtifactError(
+                    f"{path}: holds {name!r}, which ctfp8.export does not write. It was edited; not loaded."
+                )
+        if manifest.package == "program":
+            _look_over_program(path, archive, root)
+        if damaged := archive.testzip():  # torch does not compare the checksums of weights
+            raise ArtifactError(f"{path}: {damaged} is damaged. Copy or export the file again.")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[zipfile.ZipFile, str]]:
+    """The archive and the folder that all its records are in."""
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file.")
     try:
         with zipfile.ZipFile(path) as archive:
-            manifest = _look_over(path, archive)
-            if damaged := archive.testzip():  # torch does not compare the checksums of weights
-                raise ArtifactError(f"{path}: {damaged} is damaged. Copy or export the file again.")
-            return manifest
+            names = archive.namelist()
+            yield archive, names[0].split("/")[0] + "/" if names else ""
     except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, NotImplementedError) as error:
         raise ArtifactError(f"{path}: truncated or damaged ({error}). Copy or export the file again.") from error
 
 
-def _look_over(path: Path, archive: zipfile.ZipFile) -> Manifest:
-    names = archive.namelist()
-    root = names[0].split("/")[0] + "/" if names else ""
-    if f"{root}extra/{NAME}" not in names:
-        raise ArtifactError(
-            f"{path}: has no {NAME}, so ctfp8.export did not write it. Load another tool's .pt2 with that tool."
-        )
-    manifest = Manifest.from_json(archive.read(f"{root}extra/{NAME}"), path)
-    known = _FILES if manifest.package == "program" else _AOTI_FILES
-    for name in names:
-        if not name.startswith(root) or not known.fullmatch(name[len(root) :]):
-            raise ArtifactError(
-                f"{path}: holds {name!r}, which ctfp8.export does not write. It was edited; not loaded."
-            )
-    if manifest.package == "program":
-        for which in ("weights", "constants"):
-            _check_payloads(path, _json(path, archive, f"{root}data/{which}/model_{which}_config.json"))
-        if f"{root}data/sample_inputs/model.pt" in names and archive.read(f"{root}data/sample_inputs/model.pt"):
-            raise ArtifactError(
-                f"{path}: holds pickled sample inputs, which could run code. It was edited; not loaded."
-            )
-        _check_graph(path, _json(path, archive, f"{root}models/model.json"))
-    return manifest
+def _look_over_program(path: Path, archive: zipfile.ZipFile, root: str) -> None:
+    for which in ("weights", "constants"):
+        _check_payloads(path, _json(path, archive, f"{root}data/{which}/model_{which}_config.json"))
+    inputs = f"{root}data/sample_inputs/model.pt"
+    if inputs in archive.namelist() and archive.read(inputs):
+        raise ArtifactError(f"{path}: holds pickled sample inputs, which could run code. It was edited; not loaded.")
+    _check_graph(path, _json(path, archive, f"{root}models/model.json"))
 
 
 def _json(path: Path, archive: zipfile.ZipFile, name: str) -> Any:
@@ -119,6 +139,11 @@ def _check_graph(path: Path, model: Any) -> None:
             raise ArtifactError(f"{path}: its graph passes functions or objects around. It was edited; not loaded.")
         if "expr_str" in found:
             _check_size(path, found["expr_str"])
+        names = [found.get("name"), found.get("as_name"), *(found.get("forward_arg_names") or [])]
+        if any(isinstance(name, str) and name and not _NAME.fullmatch(name) for name in names):
+            raise ArtifactError(f"{path}: its graph has names that are no identifiers. It was edited; not loaded.")
+        if any(not _PATH.fullmatch(str(found[key])) for key in _PATHS & found.keys()):
+            raise ArtifactError(f"{path}: its graph has tensors that no module could have. It was edited; not loaded.")
         for spec in ("in_spec", "out_spec"):
             if isinstance(found.get(spec), str):
                 _check_tree(path, found[spec])

@@ -45,6 +45,7 @@ def load(path: str | Path, device: torch.device | str | None = None) -> Artifact
     path = Path(path)
     manifest = archive.read_manifest(path)
     device = _device(path, Target.parse(manifest.target), device)
+    archive.look_over(path, manifest)
     if manifest.package == "aoti":
         return _load_aoti(path, manifest, device)
     program = _read(path).exported_programs["model"]
