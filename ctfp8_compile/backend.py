@@ -23,7 +23,7 @@ from .target import Target
 
 log = logging.getLogger("ctfp8_compile")
 
-OPTIONS = ("ctfp8.target",)
+OPTIONS = ("ctfp8.target", "ctfp8.kernels")
 
 
 def backend(
@@ -37,7 +37,7 @@ def backend(
 
     Args:
         mode, options: as for Inductor. Options of ours: `ctfp8.target`, such as `"cuda:sm90"`; default: the device the
-            FP8 weights are on.
+            FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"` or `"scaled_mm"`.
 
     Raises:
         UsageError: the graph needs gradients, or an option is unknown.
@@ -55,6 +55,8 @@ def backend(
             "Call the model under torch.no_grad(), or detach the input."
         )
     target = _target(ours.get("ctfp8.target"), marked)
+    if "ctfp8.kernels" in ours:
+        target = target.limited_to(ours["ctfp8.kernels"])
     wrapper = torch._TorchCompileInductorWrapper(mode, theirs, None)
     config = dict(wrapper.config)
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"))

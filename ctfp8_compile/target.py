@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .errors import TargetError
 
-_SPELLING = re.compile(r"(cpu|xpu|cuda)(?::sm(\d+)(\d))?")
+_SPELLING = re.compile(r"(cpu|xpu|cuda)(?::sm(\d+)(\d))?(?:\+(\w+))?")
+#: Libraries a target's kernels may be limited to; `auto` takes the first whose gate says yes.
+LIBRARIES = ("auto", "fbgemm", "mslk", "scaled_mm")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device kind and, for CUDA, its compute capability.
+    """A device kind, for CUDA its compute capability, and which library's kernels may be used.
 
     Attributes:
         device: `cpu`, `cuda` or `xpu`.
         capability: `(9, 0)` for sm90; None where the device kind has none.
+        kernels: one of `LIBRARIES`.
     """
 
     device: str
     capability: tuple[int, int] | None = None
+    kernels: str = "auto"
 
     @staticmethod
     def parse(text: str) -> Target:
         """From `cpu`, `xpu`, `cuda:sm90` and the like; plain `cuda` means the GPU of this machine.
+
+        A library may follow, `cuda:sm90+scaled_mm`: see `limited_to`.
 
         Raises:
             TargetError: not a target, or plain `cuda` on a machine without one.
@@ -35,8 +41,20 @@ class Target:
         if match is None or (match[2] and match[1] != "cuda"):
             raise TargetError(f"{text!r} is not a target; write cpu, xpu, cuda, or cuda:smXY such as cuda:sm90.")
         if match[1] == "cuda" and match[2] is None:
-            return Target.detect(torch.device("cuda"))
-        return Target(match[1], (int(match[2]), int(match[3])) if match[2] else None)
+            target = Target.detect(torch.device("cuda"))
+        else:
+            target = Target(match[1], (int(match[2]), int(match[3])) if match[2] else None)
+        return target if match[4] is None else target.limited_to(match[4])
+
+    def limited_to(self, kernels: str) -> Target:
+        """The same target with the kernels of one library only.
+
+        Raises:
+            TargetError: not one of `LIBRARIES`.
+        """
+        if kernels not in LIBRARIES:
+            raise TargetError(f"{kernels!r} is not a kernel library; choose one of {', '.join(LIBRARIES)}.")
+        return replace(self, kernels=kernels)
 
     @staticmethod
     def detect(device: torch.device | str = "cpu") -> Target:
@@ -55,4 +73,5 @@ class Target:
         raise TargetError(f"no lowering for device type {device.type!r}; supported are cpu, cuda and xpu.")
 
     def __str__(self) -> str:
-        return self.device if self.capability is None else f"{self.device}:sm{self.capability[0]}{self.capability[1]}"
+        capability = "" if self.capability is None else f":sm{self.capability[0]}{self.capability[1]}"
+        return f"{self.device}{capability}{'' if self.kernels == 'auto' else f'+{self.kernels}'}"

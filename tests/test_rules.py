@@ -12,7 +12,7 @@ from torch import nn
 import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering
 from ctfp8_compile.graph import format_graph, is_marker
-from ctfp8_compile.lowering.kernel import Problem, choose
+from ctfp8_compile.lowering.kernel import KINDS, SCALINGS, Problem, choose
 from ctfp8_compile.target import Target
 
 T = torch.bfloat16
@@ -171,6 +171,8 @@ def test_gate_sentences_reach_the_report(monkeypatch):
 
 def test_choose_collects_the_sentences_of_all_kernels():
     class No:
+        kinds, scalings = KINDS, SCALINGS
+
         def __init__(self, why):
             self.why = why
 

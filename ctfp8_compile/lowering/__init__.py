@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..target import Target
-from . import cpu
+from . import cpu, cuda, xpu
 from .kernel import KINDS, Kernel, Operands, Problem, choose
 
 __all__ = ["KINDS", "Kernel", "Operands", "Problem", "choose", "fingerprint", "kernels_of"]
@@ -11,7 +11,11 @@ __all__ = ["KINDS", "Kernel", "Operands", "Problem", "choose", "fingerprint", "k
 
 def kernels_of(target: Target) -> tuple[Kernel, ...]:
     """The kernels of a target, best first; the gate of each decides per problem."""
-    return {"cpu": cpu.KERNELS}.get(target.device, ())
+    tables: dict[str, tuple[Kernel, ...]] = {"cpu": cpu.KERNELS, "cuda": cuda.KERNELS, "xpu": xpu.KERNELS}
+    kernels = tables[target.device]
+    if target.kernels == "auto":
+        return kernels
+    return tuple(kernel for kernel in kernels if kernel.library == target.kernels)
 
 
 def fingerprint(target: Target) -> str:

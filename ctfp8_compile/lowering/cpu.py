@@ -16,7 +16,7 @@ from .. import ops
 from ..graph import call
 from ..target import Target
 from . import cpu_kernels
-from .kernel import Operands, Problem
+from .kernel import KINDS, SCALINGS, Operands, Problem
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,6 +34,10 @@ def unavailable() -> str | None:
 
 class FusedDequantizeMatmul:
     """`x @ dequantize(weight).T` in one pass over the FP8 weight."""
+
+    library = "auto"
+    kinds = KINDS
+    scalings = SCALINGS
 
     @property
     def name(self) -> str:

@@ -15,6 +15,9 @@ from torch import fx
 from ..target import Target
 
 KINDS = ("linear", "grouped_mm", "gathered_mm")
+#: Scales of weight and activation: per output feature (a scale per tensor was spread over them at load) and token;
+#: 128x128 blocks and groups of 128; any other groups; activations that are not quantized.
+SCALINGS = ("rowwise", "blockwise", "groupwise", "weight-only")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,15 @@ class Problem:
     activation: str
     bias: bool
 
+    @property
+    def scaling(self) -> str:
+        """How a matmul of FP8 with FP8 would be scaled; one of `SCALINGS`."""
+        if self.activation == "none":
+            return "weight-only"
+        if self.activation == "group":
+            return "blockwise" if self.block == (128, 128) else "groupwise"
+        return "groupwise" if self.block[1] < self.weight_shape[-1] else "rowwise"
+
 
 @dataclass(frozen=True)
 class Operands:
@@ -57,8 +69,20 @@ class Kernel(Protocol):
     def name(self) -> str:
         """What the report calls it."""
 
+    @property
+    def library(self) -> str:
+        """One of `target.LIBRARIES`, by which users may limit the choice."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The `KINDS` of problem it is for."""
+
+    @property
+    def scalings(self) -> tuple[str, ...]:
+        """The `SCALINGS` it is for."""
+
     def supports(self, problem: Problem, target: Target) -> str | None:
-        """None if this kernel takes the problem on the target, else the sentence why not."""
+        """None if this kernel takes a problem it is for on the target, else the sentence why not."""
 
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
         """Builds the nodes at the graph's insertion point and returns the one that replaces the matmul."""
@@ -68,12 +92,17 @@ class Kernel(Protocol):
 
 
 def choose(kernels: Sequence[Kernel], problem: Problem, target: Target) -> tuple[Kernel | None, str]:
-    """The first kernel whose gate says yes, with an empty reason; or None with the sentences of all that declined."""
+    """The first kernel for this problem whose gate says yes, with an empty reason; or None with why each declined."""
     reasons: list[str] = []
     for kernel in kernels:
+        if problem.kind not in kernel.kinds or problem.scaling not in kernel.scalings:
+            continue
         why = kernel.supports(problem, target)
         if why is None:
             return kernel, ""
         if why not in reasons:
             reasons.append(why)
-    return None, "; ".join(reasons)
+    if not reasons and problem.scaling == "weight-only":
+        return None, "the checkpoint does not quantize activations (W8A16)"
+    what = "a linear" if problem.kind == "linear" else "experts"
+    return None, "; ".join(reasons) or f"there is no kernel for {what} with {problem.scaling} scales on {target}"

@@ -2,8 +2,10 @@
 
 1. **Rules**: every matmul whose weight is a marker is offered to each rule that starts at its op. Linears come before
    experts because both may start at `bmm`, and the linear's test (a broadcast weight) is the cheaper one.
-2. **Expand**: what no rule took becomes plain ATen. After the rules, because a rule needs to see the marker.
-3. **Clean up**: dead views and markers go. Last, once, because removing nodes while walking them is quadratic.
+2. **Clean up**: dead views and markers go. Once, because removing nodes while walking them is quadratic.
+3. **Expand**: what no rule took becomes plain ATen. After the rules, because a rule needs to see the marker.
+4. **Share**: matmuls with the same input share its quantization. Before lowering, while a quantization is one node.
+5. **Lower**: scaled matmuls and quantizations become the target's operators. `lower=False` stops before, for a reader.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from ..target import Target
 from .expand import expand_marker
 from .experts import GatheredExpertsRule, GroupedExpertsRule
 from .linear import BatchedMatmulRule, LinearRule, MatmulRule
+from .lower import lower_scaled, share_quantization
 from .rule import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -32,11 +35,12 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] = RULES) -> Report:
+def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] = RULES, lower: bool = True) -> Report:
     """Rewrites a graph in place for a target and says what it did.
 
     Args:
         graph: an ATen graph with fake values in `node.meta["val"]`, from Inductor's post-grad hook or `torch.export`.
+        lower: whether to end with the target's own operators, or with the `ctfp8::` ones that any machine can run.
     """
     if not any(is_marker(node) for node in graph.nodes):
         return Report(str(target), (), ())
@@ -67,6 +71,9 @@ def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] = RULES) -> Repor
         entries.append(_entry(marker, rule_name, reason=why))
         marker.replace_all_uses_with(expand_marker(graph, marker), propagate_meta=False)
         graph.erase_node(marker)
+    share_quantization(graph)
+    if lower:
+        lower_scaled(graph)
     return _report(target, entries)
 
 

@@ -1,0 +1,126 @@
+"""Prefill, decode and peak anonymous memory of whole models on this CPU: ctfp8 against bfloat16, eager and Inductor.
+
+    python benchmarks/cpu_models.py [--models llama moe] [--rounds 2]
+
+Writes a random 1.1B Llama and a ~1 GB Qwen3-MoE FP8_DYNAMIC checkpoint to a temporary folder. Every way runs in a fresh
+process, all ways once per round; times are the best round's medians, memory is the worst round's peak of `RssAnon` over
+load, compile and generation, above the baseline after imports. Prompt of 256 tokens, then 32 tokens one at a time, batch 1,
+static cache of 320. The bfloat16 model is the same checkpoint, dequantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import export_memory
+import memory_load
+import torch
+from memory_load import anonymous
+from rich.console import Console
+from rich.table import Table
+
+WAYS = ("ctfp8", "bf16 eager", "bf16 Inductor")
+CHECKPOINTS = {
+    "llama": lambda f: export_memory.write_checkpoint(f, 22),
+    "moe": lambda f: memory_load.write_checkpoint(f, 1.0),
+}
+PROMPT, TOKENS, CACHE = 256, 32, 320
+
+
+def steps(model: Any, forward: Any) -> tuple[float, list[float]]:
+    """One generation: seconds of the prefill, and of each decode step."""
+    from transformers import StaticCache
+
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=CACHE)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache.early_initialization(1, config.num_key_value_heads, head_dim, model.dtype, torch.device("cpu"))
+    ids, position, times = torch.arange(PROMPT)[None], torch.arange(PROMPT)[None], []
+    for step in range(TOKENS + 1):
+        begin = time.perf_counter()
+        logits = forward(ids, past_key_values=cache, position_ids=position, logits_to_keep=1).logits
+        ids = logits[:, -1:].argmax(-1)
+        times.append(time.perf_counter() - begin)
+        position = torch.tensor([[PROMPT + step]])
+    return times[0], times[1:]
+
+
+@torch.no_grad()
+def measure(way: str, folder: str) -> None:
+    """Runs in a fresh process: prints seconds and bytes."""
+    import transformers.models.llama.modeling_llama
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401 - imports belong to the baseline
+
+    import ctfp8_compile as ctfp8
+
+    if way != "bf16 eager":  # so does the compiler
+        torch.compile(torch.nn.Linear(8, 8))(torch.randn(2, 8))
+    base = peak = anonymous()
+    stop = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not stop.wait(0.005):
+            peak = max(peak, anonymous())
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    model = ctfp8.from_pretrained(folder, dequantize=way != "ctfp8")
+    backend = {"ctfp8": "ctfp8", "bf16 Inductor": "inductor"}.get(way)
+    forward = model if backend is None else torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False)
+    steps(model, forward)
+    runs = [steps(model, forward) for _ in range(3)]
+    stop.set()
+    sampler.join()
+    prefill = statistics.median(first for first, _ in runs)
+    decode = statistics.median(step for _, rest in runs for step in rest)
+    print(json.dumps({"prefill": prefill, "decode": decode, "memory": peak - base}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(CHECKPOINTS), default=list(CHECKPOINTS))
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measure(*args.measure)
+        return
+    console = Console()
+    table = Table(title=f"{torch.get_num_threads()} threads; × is bf16 eager / this way")
+    for column in ("model", "way", "prefill 256", "decode a token", "peak memory / file"):
+        table.add_column(column)
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            with console.status(f"{name}: writing the checkpoint …"):
+                CHECKPOINTS[name](Path(folder))
+            size = (Path(folder) / "model.safetensors").stat().st_size
+            results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+            for turn in range(args.rounds):
+                for way in WAYS:
+                    with console.status(f"{name}: {way}, round {turn + 1} of {args.rounds} …"):
+                        command = [sys.executable, __file__, "--measure", way, folder]
+                        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                    results[way].append(json.loads(out.splitlines()[-1]))
+        best = {
+            way: {key: (max if key == "memory" else min)(run[key] for run in runs) for key in runs[0]}
+            for way, runs in results.items()
+        }
+        stock = best["bf16 eager"]
+        for way, r in best.items():
+            cells = [f"{r[key] * 1e3:.1f} ms ({stock[key] / r[key]:.2f}×)" for key in ("prefill", "decode")]
+            table.add_row(f"{name}, {size / 1e9:.2f} GB", way, *cells, f"{r['memory'] / size:.2f}×")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

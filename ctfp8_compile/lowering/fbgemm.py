@@ -1,0 +1,142 @@
+"""fbgemm's FP8 matmuls for CUDA, and MSLK's of the same names.
+
+    f8f8bf16_rowwise(XQ [M, K], WQ [N, K], x_scale [M], w_scale [N], bias?) -> bfloat16 [M, N]
+    f8f8bf16_groupwise(XQ [M, K], WQ [N, K], x_scale [K/128, M], w_scale [K/128, N/128]) -> bfloat16 [M, N]
+    f8f8bf16_rowwise_grouped_stacked(XQ [M, K], WQ [G, N, K], x_scale [M], w_scale [G, N], M_sizes [G] int64)
+        -> bfloat16 [M, N]
+
+The libraries load only where there is a GPU. On other machines their schemas are declared here, with a reference
+implementation in plain ATen, so that graphs can be made for a GPU, read, and checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .. import ops
+from ..graph import value
+from ..target import Target
+from .kernel import Problem
+from .scaled import Scaled, ScaledKernel, multiples_of, row_scales, token_scales
+from .scaled_mm import finish, split_bias
+
+aten = torch.ops.aten
+_convert = torch.ops.prims.convert_element_type.default
+
+#: By library: the module that registers its operators, and the distribution to install.
+_LIBRARIES = {"fbgemm": ("fbgemm_gpu.experimental.gen_ai", "fbgemm-gpu-genai"), "mslk": ("mslk.gemm", "mslk")}
+_SCHEMAS = (
+    "f8f8bf16_rowwise(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor? bias=None, "
+    "bool use_fast_accum=True) -> Tensor",
+    "f8f8bf16_groupwise(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale) -> Tensor",
+    "f8f8bf16_rowwise_grouped_stacked(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor M_sizes) -> Tensor",
+)
+_declared: list[torch.library.Library] = []
+
+
+@functools.cache
+def missing(library: str) -> str | None:
+    """The sentence why a library's operators cannot be used, or None: they are registered, or declared, after this call."""
+    module, distribution = _LIBRARIES[library]
+    if torch.cuda.is_available():
+        try:
+            importlib.import_module(module)
+            getattr(torch.ops, library).f8f8bf16_rowwise.default  # noqa: B018 - raises if it is not there
+        except (ImportError, OSError, AttributeError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            return f"{distribution} is not installed, or does not load ({why}): pip install {distribution}"
+        return None
+    if library == "mslk":
+        return "mslk is taken only where it is installed"
+    _declare(library)
+    return None
+
+
+def _declare(library: str) -> None:
+    try:
+        getattr(torch.ops, library).f8f8bf16_rowwise.default  # noqa: B018 - somebody else has declared them
+        return
+    except (AttributeError, RuntimeError):
+        pass
+    fragment = torch.library.Library(library, "FRAGMENT")
+    references: tuple[Any, ...] = (_rowwise_reference, _groupwise_reference, _grouped_reference)
+    for schema, reference in zip(_SCHEMAS, references, strict=True):
+        fragment.define(schema)
+        name = schema.partition("(")[0]
+        fragment.impl(name, reference, "CPU")
+        torch.library.register_fake(f"{library}::{name}", _fake, lib=fragment)
+    _declared.append(fragment)  # declarations go with the object
+
+
+def _fake(XQ: Tensor, WQ: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return XQ.new_empty((XQ.shape[0], WQ.shape[-2]), dtype=torch.bfloat16)
+
+
+def _rowwise_reference(
+    XQ: Tensor, WQ: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None = None, use_fast_accum: bool = True
+) -> Tensor:
+    scales = x_scale[:, None], w_scale[:, None]
+    return torch.ops.ctfp8.scaled_mm(XQ, WQ, *scales, bias, [1, WQ.shape[1]], torch.bfloat16)
+
+
+def _groupwise_reference(XQ: Tensor, WQ: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
+    return torch.ops.ctfp8.scaled_mm(XQ, WQ, x_scale.t(), w_scale.t(), None, [128, 128], torch.bfloat16)
+
+
+def _grouped_reference(XQ: Tensor, WQ: Tensor, x_scale: Tensor, w_scale: Tensor, M_sizes: Tensor) -> Tensor:
+    return torch.ops.ctfp8.scaled_grouped_mm(
+        XQ, WQ, x_scale[:, None], w_scale[:, :, None], M_sizes.cumsum(0), [1, WQ.shape[2]], torch.bfloat16
+    )
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(_LIBRARIES[library][1])
+    except importlib.metadata.PackageNotFoundError:
+        return "declared"
+
+
+def kernels(library: str) -> tuple[ScaledKernel, ...]:
+    """The kernels of `fbgemm` or `mslk`."""
+
+    def op(name: str) -> Any:
+        return getattr(getattr(torch.ops, library), name).default
+
+    def gate(problem: Problem, target: Target) -> str | None:
+        if target.capability not in ((9, 0), (10, 0)):
+            return f"fbgemm and MSLK have FP8 kernels for sm90 and sm100, not {target}"
+        return multiples_of(128 if problem.scaling == "blockwise" else 16, problem) or missing(library)
+
+    def build_rowwise(do: ops.Do, s: Scaled) -> fx.Node:
+        rows = value(s.weight).shape[0]
+        scales = token_scales(do, s, [-1]), row_scales(do, s, [rows])
+        fused, rest = split_bias(s)
+        return finish(do, s, do(op("f8f8bf16_rowwise"), s.x, s.weight, *scales, fused), rest)
+
+    def build_groupwise(do: ops.Do, s: Scaled) -> fx.Node:
+        scales = (
+            do(aten.clone.default, do(aten.permute.default, scale, [1, 0]), memory_format=torch.contiguous_format)
+            for scale in (s.scale_a, s.weight_scale)
+        )
+        return finish(do, s, do(op("f8f8bf16_groupwise"), s.x, s.weight, *scales), s.extra)
+
+    def build_grouped(do: ops.Do, s: Scaled) -> fx.Node:
+        experts, rows, _ = value(s.weight).shape
+        before = do(aten.constant_pad_nd.default, do(aten.slice.Tensor, s.extra, 0, 0, experts - 1), [1, 0])
+        counts = do(_convert, do(aten.sub.Tensor, s.extra, before), torch.int64)
+        scales = token_scales(do, s, [-1]), row_scales(do, s, [experts, rows])
+        return finish(do, s, do(op("f8f8bf16_rowwise_grouped_stacked"), s.x, s.weight, *scales, counts))
+
+    version = functools.partial(_version, library)
+    experts, rowwise = ("grouped_mm", "gathered_mm"), ("rowwise",)
+    return (
+        ScaledKernel(f"{library} f8f8bf16_rowwise", library, ("linear",), rowwise, gate, build_rowwise, version),
+        ScaledKernel(f"{library} f8f8bf16_groupwise", library, ("linear",), ("blockwise",), gate, build_groupwise, version),
+        ScaledKernel(f"{library} f8f8bf16_rowwise_grouped_stacked", library, experts, rowwise, gate, build_grouped, version),
+    )

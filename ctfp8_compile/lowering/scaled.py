@@ -1,0 +1,211 @@
+"""Matmuls of an FP8 activation with an FP8 weight, in two levels.
+
+1. `emit` rewrites a matmul to target-independent nodes that run anywhere (`ctfp8::quantize_…`, then `ctfp8::scaled_…`):
+
+    %q, %a = ctfp8.quantize_per_token(%x)                                f8e4m3[M, K], f32[M, 1]
+    %y = ctfp8.scaled_mm(%q, %w, %a, %scale, %bias, block, bfloat16)
+
+2. `lower` turns such a node into the operators of the kernel that was chosen for it, and `lower_quantize` the quantization
+   into plain ATen, which Inductor fuses into the norm or activation function before it. Nothing of `ctfp8::` is left.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import ops
+from ..graph import before, call, sizes, value
+from ..target import Target
+from .kernel import Operands, Problem
+
+aten = torch.ops.aten
+_ctfp8 = torch.ops.ctfp8
+_convert = torch.ops.prims.convert_element_type.default
+
+#: Where `emit` leaves the kernel that is to lower a node.
+KERNEL = "ctfp8_kernel"
+QUANTIZE = (
+    _ctfp8.quantize_per_token.default,
+    _ctfp8.quantize_per_group.default,
+    _ctfp8.quantize_per_tensor.default,
+)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The arguments of a `ctfp8::scaled_…` node: `x` `[M, K]` FP8, `scale_a` `[M, G]` or `[1, 1]`; `extra` is bias or offs."""
+
+    x: fx.Node
+    weight: fx.Node
+    scale_a: fx.Node
+    weight_scale: fx.Node
+    extra: fx.Node | None
+    block: tuple[int, int]
+    out_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ScaledKernel:
+    """One scaled matmul of a library.
+
+    Attributes:
+        name: what the report calls it.
+        library: one of `target.LIBRARIES`.
+        kinds, scalings: which problems it is for (`kernel.KINDS`, `kernel.SCALINGS`).
+        gate: None if it takes such a problem on a target, else the sentence why not.
+        build: `(do, Scaled) -> node`: its operators, where `do(op, *args)` adds a node.
+        version: identifies the library on this machine, for Inductor's cache key.
+    """
+
+    name: str
+    library: str
+    kinds: tuple[str, ...]
+    scalings: tuple[str, ...]
+    gate: Callable[[Problem, Target], str | None]
+    build: Callable[[ops.Do, Scaled], fx.Node]
+    version: Callable[[], str] = lambda: torch.__version__
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        if target.capability is not None and target.capability < (8, 9):
+            return f"{target} has no FP8 tensor cores (sm89 and later have)"
+        if problem.x_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"activations are {problem.x_dtype}, not bfloat16, float16 or float32"
+        return self.gate(problem, target)
+
+    def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
+        return _emit(graph, self, problem, operands, like)
+
+    def lower(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        """Builds the kernel's operators in front of a `ctfp8::scaled_…` node and returns their result."""
+        x, weight, scale_a, weight_scale, extra, block, out_dtype = node.args
+        scaled = Scaled(x, weight, scale_a, weight_scale, extra, (block[0], block[1]), out_dtype)
+        with before(graph, node):
+            return self.build(lambda op, *args, **kwargs: call(graph, op, *args, like=node, **kwargs), scaled)
+
+    def fingerprint(self) -> str:
+        return self.version()
+
+
+def _emit(graph: fx.Graph, kernel: ScaledKernel, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
+    def do(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return call(graph, op, *args, like=like, **kwargs)
+
+    x, extra, out_dtype = operands.x, operands.extra, problem.x_dtype
+    cols, experts = problem.weight_shape[-1], problem.weight_shape[0]
+    input_scale = operands.input_scale
+    if input_scale is not None:
+        # Merged matrices (gate and up) keep one scale each; they share one input, quantized with the largest.
+        input_scale = do(aten.amax.default, input_scale, [-1])
+    rows = x
+    if problem.kind == "linear":
+        if value(x).dim() != 2:
+            rows = do(aten.reshape.default, x, [-1, cols])
+        if input_scale is not None:
+            input_scale = do(aten.reshape.default, input_scale, [1, 1])
+        q, scale_a = _quantize(do, rows, problem.activation, input_scale)
+        out = do(
+            _ctfp8.scaled_mm.default,
+            *(q, operands.weight, scale_a, operands.weight_scale, extra, list(problem.block), out_dtype),
+        )
+        out.meta[KERNEL] = kernel
+        if value(x).dim() != 2:
+            out = do(aten.reshape.default, out, [*sizes(graph, x, like)[:-1], problem.weight_shape[0]])
+        return out
+    if input_scale is not None:
+        # Experts have their own scales: each row takes its expert's.
+        expert = extra if problem.kind == "gathered_mm" else _expert_of_rows(do, graph, x, extra, experts)
+        input_scale = do(aten.unsqueeze.default, do(aten.index.Tensor, input_scale, [expert]), 1)
+    q, scale_a = _quantize(do, rows, problem.activation, input_scale)
+    order = None
+    offs = extra
+    if problem.kind == "gathered_mm":
+        order = do(operator.getitem, do(aten.sort.default, extra), 1)
+        q = do(aten.index.Tensor, q, [order])
+        if problem.activation != "tensor_dynamic":  # one scale for all rows has no order
+            scale_a = do(aten.index.Tensor, scale_a, [order])
+        offs = _ends(do, extra, experts)
+    out = do(
+        _ctfp8.scaled_grouped_mm.default,
+        *(q, operands.weight, scale_a, operands.weight_scale, offs, list(problem.block), out_dtype),
+    )
+    out.meta[KERNEL] = kernel
+    if order is not None:
+        back = do(operator.getitem, do(aten.sort.default, order), 1)
+        out = do(aten.index.Tensor, out, [back])
+    return out
+
+
+def _quantize(do: ops.Do, x: fx.Node, activation: str, input_scale: fx.Node | None) -> tuple[fx.Node, fx.Node]:
+    if activation == "token":
+        both = do(QUANTIZE[0], x)
+    elif activation == "group":
+        both = do(QUANTIZE[1], x, 128)
+    else:
+        both = do(QUANTIZE[2], x, input_scale)
+    return do(operator.getitem, both, 0), do(operator.getitem, both, 1)
+
+
+def _ends(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:
+    """How many rows belong to experts up to each one: `offs` `[E]` int32 of rows sorted by expert."""
+    numbers = do(aten.arange.default, experts, dtype=torch.int64, device=value(ids).device)
+    at_most = do(aten.le.Tensor, do(aten.unsqueeze.default, ids, 0), do(aten.unsqueeze.default, numbers, 1))
+    return do(_convert, do(aten.sum.dim_IntList, at_most, [1]), torch.int32)
+
+
+def _expert_of_rows(do: ops.Do, graph: fx.Graph, x: fx.Node, offs: fx.Node | None, experts: int) -> fx.Node:
+    """The expert of each row of a grouped matmul; rows past the last group take the last expert."""
+    rows = do(aten.arange.default, sizes(graph, x)[0], dtype=torch.int64, device=value(x).device)
+    past = do(aten.ge.Tensor, do(aten.unsqueeze.default, rows, 1), do(aten.unsqueeze.default, offs, 0))
+    return do(aten.clamp_max.default, do(aten.sum.dim_IntList, past, [1]), experts - 1)
+
+
+def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
+    """Replaces a `ctfp8::quantize_…` node with its arithmetic in ATen."""
+
+    def do(op: Any, *args: Any) -> fx.Node:
+        return call(graph, op, *args, like=node)
+
+    with before(graph, node):
+        if node.target is QUANTIZE[0]:
+            results = ops.quantize_per_token_steps(do, node.args[0])
+        elif node.target is QUANTIZE[1]:
+            results = ops.quantize_per_group_steps(do, node.args[0], value(node.args[0]).shape[1], node.args[1])
+        else:
+            results = ops.quantize_per_tensor_steps(do, *node.args)
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]], propagate_meta=False)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def multiples_of(step: int, problem: Problem) -> str | None:
+    """The gate of kernels that read in whole tiles."""
+    n, k = problem.weight_shape[-2:]
+    return f"N and K must be multiples of {step}, but they are {n} and {k}" if n % step or k % step else None
+
+
+def row_scales(do: ops.Do, s: Scaled, shape: list[int]) -> fx.Node:
+    """The weight's scales, one per output feature, in a shape; `[…, 1, 1]` for the whole matrix is spread over rows."""
+    scale, block_rows, rows = s.weight_scale, s.block[0], value(s.weight).shape[-2]
+    if value(scale).shape[-2] != rows:
+        experts = list(value(scale).shape[:-2])
+        scale = do(aten.reshape.default, scale, [*experts, -1, 1])
+        scale = do(aten.expand.default, scale, [*experts, value(scale).shape[-2], min(block_rows, rows)])
+        scale = do(aten.reshape.default, do(aten.clone.default, scale), [*experts, -1])
+        scale = do(aten.slice.Tensor, scale, -1, 0, rows)
+    return do(aten.reshape.default, scale, shape)
+
+
+def token_scales(do: ops.Do, s: Scaled, shape: list[int]) -> fx.Node:
+    """`scale_a` with one entry per row of `x`, in a shape; a scale for the whole tensor is repeated."""
+    scale = s.scale_a
+    if value(scale).shape[0] == 1:
+        rows = do(aten.full_like.default, do(aten.slice.Tensor, s.x, 1, 0, 1), 0.0, dtype=torch.float32)
+        scale = do(aten.add.Tensor, rows, scale)
+    return do(aten.reshape.default, scale, shape)

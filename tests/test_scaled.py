@@ -1,0 +1,317 @@
+"""FP8 × FP8 matmuls for CUDA and XPU, on a machine without either: the gates, and the arithmetic of the rewritten graphs.
+
+Lowered graphs run on the CPU: `aten._scaled_mm` has a CPU kernel, fbgemm's operators have the reference implementations
+declared with their schemas, and `_scaled_grouped_mm` gets one here. All must agree with a float64 model of the same
+quantization.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import DATA, IDS, fp8_config, quantize, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile import lowering, ops, passes
+from ctfp8_compile.lowering.kernel import Problem, choose
+from ctfp8_compile.target import Target
+
+FP8 = torch.float8_e4m3fn
+TARGETS = ("cuda:sm90", "cuda:sm90+fbgemm", "cuda:sm90+scaled_mm", "cuda:sm89", "cuda:sm80", "xpu")
+
+_library = torch.library.Library("aten", "IMPL")
+
+
+def _grouped_on_cpu(
+    x, w, scale_a, scale_b, offs=None, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False
+):
+    assert w.stride(-2) == 1, "the weight must be column-major"
+    assert scale_a.shape == (x.shape[0],)
+    assert scale_b.shape == (w.shape[0], w.shape[2])
+    return torch.ops.ctfp8.scaled_grouped_mm(
+        x, w.transpose(-2, -1), scale_a[:, None], scale_b[:, :, None], offs, [1, x.shape[1]], out_dtype
+    )
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _library.impl("_scaled_grouped_mm", _grouped_on_cpu, "CPU")
+
+
+def fp8_round(x):
+    """Round to nearest even to e4m3, by arithmetic in float64: 3 bits of mantissa, exponents from -6, steps of 2^-9 below."""
+    x = x.double().clamp(-448, 448)
+    exponent = torch.floor(torch.log2(x.abs().clamp(min=2.0**-30))).clamp(min=-6)
+    step = torch.exp2(exponent - 3)
+    return torch.round(x / step) * step
+
+
+def quantized_activation(x, activation, input_scale=None):
+    """The float64 value that an activation has after its quantization."""
+    x = x.double()
+    if activation == "token":
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+    elif activation == "tensor":
+        scale = input_scale.double()
+    elif activation == "tensor_dynamic":
+        scale = x.abs().amax().clamp(min=1e-12) / 448
+    else:
+        groups = x.unflatten(-1, (-1, 128))
+        scale = (groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448).expand_as(groups).flatten(-2)
+    # scales are float32, and so is the quotient that is rounded
+    quotient = (x.float() / scale.float()).double()
+    return fp8_round(quotient) * scale.float().double()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    cols=st.sampled_from([128, 256]),
+    activation=st.sampled_from(["token", "tensor", "tensor_dynamic", "group"]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    exponent=st.integers(-12, 4),
+    zero_row=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_quantization_is_the_float64_model(rows, cols, activation, dtype, exponent, zero_row, seed):
+    torch.manual_seed(seed)
+    x = (torch.randn(rows, cols) * 2.0**exponent).to(dtype)
+    if zero_row:
+        x[0] = 0
+    scale = torch.tensor([[0.01]])
+    if activation == "token":
+        q, a = torch.ops.ctfp8.quantize_per_token(x)
+        assert a.shape == (rows, 1)
+    elif activation == "group":
+        q, a = torch.ops.ctfp8.quantize_per_group(x, 128)
+        assert a.shape == (rows, cols // 128)
+        a = a.repeat_interleave(128, 1)
+    else:
+        q, a = torch.ops.ctfp8.quantize_per_tensor(x, scale if activation == "tensor" else None)
+        assert a.shape == (1, 1)
+    assert q.dtype == FP8
+    got = q.double() * a.double()
+    assert got.isfinite().all()
+    torch.testing.assert_close(got, quantized_activation(x, activation, scale), rtol=1e-12, atol=0)
+
+
+def test_the_meta_functions_agree():
+    x = torch.randn(5, 256, dtype=torch.bfloat16)
+    w, s = quantize(torch.randn(48, 256))
+    q, a = torch.ops.ctfp8.quantize_per_token(x)
+    ctf = torch.ops.ctfp8
+    for op, args in (
+        (ctf.quantize_per_token, (x,)),
+        (ctf.quantize_per_group, (x, 128)),
+        (ctf.quantize_per_tensor, (x, None)),
+        (ctf.quantize_per_tensor, (x, torch.ones(5, 1))),
+        (ctf.scaled_mm, (q, w, a, s, torch.randn(48), [1, 256], torch.float16)),
+        (ctf.scaled_grouped_mm, (q, w[None], a, s[None], torch.tensor([5]), [1, 256], torch.bfloat16)),
+    ):
+        torch.library.opcheck(op.default, args, test_utils="test_faketensor")
+
+
+class Layer(nn.Module):
+    def __init__(self, n, k, bias=False):
+        super().__init__()
+        self.a = nn.Linear(k, n, bias=bias)
+
+    def forward(self, x):
+        return self.a(x)
+
+
+def layer(n, k, dtype, strategy="channel", activation="token", bias=False, block=(128, 128)):
+    torch.manual_seed(0)
+    weight, scale = quantize(torch.randn(n, k) * 0.1, strategy, block)
+    state = {"a.weight": weight, "a.weight_scale": scale}
+    if activation == "tensor":
+        state["a.input_scale"] = torch.tensor([0.02])
+    if bias:
+        state["a.bias"] = torch.randn(n, dtype=dtype)
+    config = fp8_config(strategy, activation, block)
+    if activation == "group":
+        args = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+        config["config_groups"]["group_0"]["input_activations"] = args
+    return ctfp8.load_state_dict(Layer(n, k, bias).to(dtype), state, config), state
+
+
+CASES = [
+    ("channel", "token", "cuda:sm90", "fbgemm f8f8bf16_rowwise"),
+    ("channel", "token", "cuda:sm90+scaled_mm", "aten._scaled_mm"),
+    ("channel", "token", "cuda:sm89", "aten._scaled_mm"),
+    ("channel", "token", "cuda:sm120", "aten._scaled_mm"),
+    ("channel", "token", "xpu", "aten._scaled_mm"),
+    ("channel", "tensor", "cuda:sm90", "fbgemm f8f8bf16_rowwise"),
+    ("channel", "tensor", "xpu", "aten._scaled_mm"),
+    ("tensor", "tensor", "cuda:sm90", "fbgemm f8f8bf16_rowwise"),
+    ("tensor", "tensor", "xpu", "aten._scaled_mm"),
+    ("tensor", "token", "cuda:sm89", "aten._scaled_mm"),
+    ("block", "group", "cuda:sm90", "fbgemm f8f8bf16_groupwise"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("strategy", "activation", "target", "kernel"), CASES)
+def test_linear_against_float64(strategy, activation, target, kernel, bias, dtype):
+    n, k = 256, 384
+    module, state = layer(n, k, dtype, strategy, activation, bias)
+    x = torch.randn(2, 5, k).to(dtype)
+    report = ctfp8.explain(module, (x,), target=target)
+    assert [e.kernel for e in report.rewritten] == [kernel]
+    program = ctfp8.lower(module, (x,), target=target)
+    assert not [node for node in program.graph.nodes if "ctfp8" in str(node.target)]
+    block = {"channel": [1, k], "tensor": [n, k], "block": [128, 128]}[strategy]
+    scale = state["a.weight_scale"].reshape(-1, 1) if strategy != "block" else state["a.weight_scale"]
+    weight = state["a.weight"].double() * ops.expand_scale(scale.double(), block, n, k)
+    want = quantized_activation(x.flatten(0, 1), activation, state.get("a.input_scale")) @ weight.t()
+    want = (want + state["a.bias"].double() if bias else want).unflatten(0, (2, 5))
+    got = program.module()(x)
+    assert got.dtype == dtype
+    assert relative_error(got, want) < 4e-3  # these kernels write bfloat16, whatever the model's dtype
+
+
+def test_one_quantization_for_all_that_share_an_input():
+    for name, quantizations in (("llama/FP8_DYNAMIC", 4), ("llama/FP8_BLOCK", 4)):
+        block = ctfp8.from_pretrained(DATA / name).model.layers[0]
+        hidden, rotary = torch.zeros(1, 5, 128, dtype=torch.bfloat16), torch.zeros(1, 5, 32, dtype=torch.bfloat16)
+        program = ctfp8.lower(block, (hidden,), {"position_embeddings": (rotary, rotary)}, target="cuda:sm90")
+        to_fp8 = [n for n in program.graph.nodes if "convert" in str(n.target) and n.args[1] == FP8]
+        assert len(to_fp8) == quantizations  # q, k, v; o; gate, up; down
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        *(("llama/" + scheme, None) for scheme in ("FP8", "FP8_BLOCK")),
+        *((name, form) for name in ("qwen3moe/FP8_DYNAMIC", "mixtral/FP8") for form in ("grouped_mm", "batched_mm")),
+    ],
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_whole_models(name, target, experts):
+    model = ctfp8.from_pretrained(DATA / name, **({"experts_implementation": experts} if experts else {}))
+    args = (IDS,), {"use_cache": False}
+    program, report = ctfp8.lower(model, *args, target=target), ctfp8.explain(model, *args, target=target)
+    assert not [node for node in program.graph.nodes if "ctfp8" in str(node.target)]
+    assert all(entry.reason for entry in report.kept)
+    got = program.module()(IDS, use_cache=False).logits
+    with torch.no_grad():
+        weight_only = model(IDS, use_cache=False).logits
+        before = torch.export.export(model, *args).run_decompositions({})
+    passes.run(before.graph, Target.parse(target), lower=False)
+    before.graph_module.recompile()
+    # what a target's operators give is what the nodes before lowering give …
+    assert relative_error(got, before.module()(IDS, use_cache=False).logits) < 0.02
+    # … and near the weight-only logits; FP8 activations re-route tokens in a tiny random MoE
+    error = relative_error(got, weight_only)
+    assert error < (0.02 if not report.rewritten else 0.4 if experts else 0.1)
+    if report.rewritten:
+        assert error > 1e-3  # the activations are quantized
+
+
+def test_both_forms_of_experts_agree():
+    outs = []
+    for experts in ("grouped_mm", "batched_mm"):
+        model = ctfp8.from_pretrained(DATA / "mixtral/FP8", experts_implementation=experts, dtype=torch.float32)
+        program = ctfp8.lower(model, (IDS,), {"use_cache": False}, target="cuda:sm90+scaled_mm")
+        assert "_scaled_grouped_mm" in str(program.graph)
+        outs.append(program.module()(IDS, use_cache=False).logits)
+    assert relative_error(outs[1], outs[0]) < 1e-5
+
+
+@pytest.mark.parametrize("target", ["cuda:sm90", "cuda:sm90+scaled_mm", "xpu"])
+def test_dynamic_shapes(target):
+    from torch.export import Dim
+
+    module, _ = layer(64, 128, torch.bfloat16)
+    x = torch.randn(3, 5, 128, dtype=torch.bfloat16)
+    shapes = {"x": {0: Dim("batch"), 1: Dim("sequence")}}
+    program = ctfp8.lower(module, (x,), target=target, dynamic_shapes=shapes)
+    fixed = ctfp8.lower(module, (x,), target=target)
+    assert torch.equal(program.module()(x), fixed.module()(x))
+    assert program.module()(torch.randn(2, 9, 128, dtype=torch.bfloat16)).shape == (2, 9, 64)
+
+
+def test_before_lowering_the_nodes_run_anywhere():
+    module, _ = layer(64, 128, torch.bfloat16, bias=True)
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        program = torch.export.export(module, (x,)).run_decompositions({})
+    passes.run(program.graph, Target.parse("cuda:sm90"), lower=False)
+    program.graph_module.recompile()
+    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert [t for t in targets if "ctfp8" in t] == ["ctfp8.quantize_per_token.default", "ctfp8.scaled_mm.default"]
+    lowered = ctfp8.lower(module, (x,), target="cuda:sm90")
+    assert relative_error(program.module()(x), lowered.module()(x)) < 4e-3
+
+
+def problem(**changes):
+    usual = {"kind": "linear", "x_dtype": torch.bfloat16, "x_shape": (4, 128), "weight_shape": (64, 128),
+             "block": (1, 128), "activation": "token", "bias": False}  # fmt: skip
+    return Problem(**(usual | changes))
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "sentence"),
+    [
+        ("cuda:sm80", {}, "cuda:sm80 has no FP8 tensor cores (sm89 and later have)"),
+        ("cuda:sm90", {"activation": "none"}, "the checkpoint does not quantize activations (W8A16)"),
+        ("cuda:sm90", {"weight_shape": (60, 128)}, "N and K must be multiples of 16, but they are 60 and 128"),
+        ("xpu", {"weight_shape": (64, 100)}, "N and K must be multiples of 16, but they are 64 and 100"),
+        ("xpu", {"kind": "grouped_mm", "weight_shape": (4, 64, 128)},
+         "there is no kernel for experts with rowwise scales on xpu"),
+        ("cuda:sm89", {"kind": "gathered_mm", "weight_shape": (4, 64, 128)},
+         "fbgemm and MSLK have FP8 kernels for sm90 and sm100, not cuda:sm89; aten._scaled_grouped_mm is for cuda:sm90, "
+         "not cuda:sm89"),
+        ("cuda:sm90", {"block": (128, 128), "activation": "group", "weight_shape": (64, 128)},
+         "N and K must be multiples of 128, but they are 64 and 128"),
+        ("cuda:sm90", {"block": (1, 64)}, "there is no kernel for a linear with groupwise scales on cuda:sm90"),
+        ("cuda:sm90", {"x_dtype": torch.float64}, "activations are torch.float64, not bfloat16, float16 or float32"),
+        ("xpu+fbgemm", {}, "there is no kernel for a linear with rowwise scales on xpu+fbgemm"),
+        ("cuda:sm90+mslk", {}, "mslk is taken only where it is installed"),
+    ],
+)  # fmt: skip
+def test_every_no_has_its_sentence(target, changes, sentence):
+    if "mslk" in target and torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU: with one, mslk is looked for")
+    target = Target.parse(target)
+    kernel, why = choose(
+        lowering.kernels_of(target),
+        problem(**{"x_shape": (4, changes.get("weight_shape", (0, 128))[-1]), **changes}),
+        target,
+    )
+    assert kernel is None
+    assert why == sentence
+
+
+def test_sm89_needs_a_torch_that_does_not_hang(monkeypatch):
+    target = Target.parse("cuda:sm89")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    kernel, why = choose(lowering.kernels_of(target), problem(), target)
+    assert kernel is None
+    assert "aten._scaled_mm on sm89 needs torch 2.12 or later, not 2.11.0+cu130" in why
+
+
+@pytest.mark.parametrize("text", ["cuda:sm90+cutlass", "cuda:90", "xpu:sm90", "gpu", "cpu+"])
+def test_what_is_not_a_target(text):
+    with pytest.raises(ctfp8.TargetError):
+        Target.parse(text)
+
+
+@pytest.mark.parametrize("text", ["cuda:sm90", "cuda:sm100", "cuda:sm90+scaled_mm", "xpu", "cpu", "xpu+scaled_mm"])
+def test_targets_print_as_they_are_written(text):
+    assert str(Target.parse(text)) == text
+
+
+def test_the_backend_takes_a_library():
+    options = {"ctfp8.kernels": "cutlass"}
+    module, _ = layer(64, 128, torch.bfloat16)
+    with pytest.raises(
+        Exception, match="'cutlass' is not a kernel library; choose one of auto, fbgemm, mslk, scaled_mm"
+    ):
+        torch.compile(module, backend="ctfp8", options=options)(torch.randn(2, 128, dtype=torch.bfloat16))
