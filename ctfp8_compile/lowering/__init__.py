@@ -20,4 +20,4 @@ def kernels_of(target: Target) -> tuple[Kernel, ...]:
 
 def fingerprint(target: Target) -> str:
     """Identifies everything outside our sources that decides what code a graph gets: kernels that load, their ISA."""
-    return ",".join(f"{kernel.name}:{kernel.fingerprint()}" for kernel in kernels_of(target))
+    return ",".join(kernel.fingerprint() for kernel in kernels_of(target))
