@@ -79,6 +79,7 @@ def forge(
         torch.manual_seed(seed)
         reference = spec.auto_class.from_config(config, dtype=dtype).eval().requires_grad_(False)
         _spread(reference, transposed=spec.experts is not None and spec.experts.transposed)
+        _keep_in_float32(reference)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in spec.inputs(config).items()}
 
     linearised, homes = _linearise(reference, spec.experts)
@@ -112,6 +113,15 @@ def _spread(model: nn.Module, transposed: bool) -> None:
         rows = parameter.transpose(-1, -2) if transposed and fused and parameter.dim() == 3 else parameter
         magnitude = torch.randn(rows.shape[:-1]).mul(0.4).exp().unsqueeze(-1)
         rows.copy_(torch.randn(rows.shape) * magnitude * rows.shape[-1] ** -0.5)
+
+
+def _keep_in_float32(model: PreTrainedModel) -> None:
+    """What transformers leaves in float32 however it is told to load, such as routers' correction biases."""
+    for kept in getattr(model, "_keep_in_fp32_modules_strict", None) or ():
+        for module in model.modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if name == kept:
+                    tensor.data = tensor.data.float()
 
 
 class ExpertMLP(nn.Module):

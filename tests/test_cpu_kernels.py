@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,6 +338,19 @@ W, S, X = codes(8, 16), torch.ones(8, 1), torch.ones(2, 16)
 def test_sentences(call: object, sentence: str) -> None:
     with pytest.raises(RuntimeError, match=sentence):
         call()  # type: ignore[operator]
+
+
+def test_no_access_outside_the_arrays(tmp_path: Path) -> None:
+    """All kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on arrays that end where their memory ends."""
+    sources = Path(cpu_kernels.__file__).parent
+    program = tmp_path / "kernels"
+    flags = ["-std=c++20", "-O1", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize=alignment",
+             "-fno-sanitize-recover=undefined"]  # fmt: skip
+    files = [Path(__file__).parent / "asan" / "kernels.cpp", *sorted(sources.glob("isa_*.cpp"))]
+    subprocess.run(["g++", *flags, f"-I{sources}", *map(str, files), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) >= 5000 * len(ISAS)
 
 
 def test_state() -> None:

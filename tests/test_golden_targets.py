@@ -40,7 +40,9 @@ class Golden(TestCase):
                 _layer("llama/FP8_DYNAMIC"), (hidden,), {"position_embeddings": (rotary, rotary)}
             ).run_decompositions({})
         passes.run(program.graph, Target.parse("cuda:sm90"), lower=False)
-        self.assertExpectedInline(format_graph(program.graph), """\
+        self.assertExpectedInline(
+            format_graph(program.graph),
+            """\
 %0 = placeholder : f8e4m3[128, 128]
 %1 = placeholder : f8e4m3[64, 128]
 %2 = placeholder : f8e4m3[64, 128]
@@ -136,10 +138,13 @@ class Golden(TestCase):
 %92 = ctfp8.scaled_mm(%90, %6, %91, %15, None, [1, 256], bfloat16) : bf16[5, 128]
 %93 = reshape(%92, [1, 5, 128]) : bf16[1, 5, 128]
 %94 = add(%69, %93) : bf16[1, 5, 128]
-return [%94]""")
+return [%94]""",
+        )
 
     def test_mlp_on_sm90(self):
-        self.assertExpectedInline(_mlp("llama/FP8_DYNAMIC", "cuda:sm90"), """\
+        self.assertExpectedInline(
+            _mlp("llama/FP8_DYNAMIC", "cuda:sm90"),
+            """\
 %0 = placeholder : f8e4m3[256, 128]
 %1 = placeholder : f8e4m3[256, 128]
 %2 = placeholder : f8e4m3[128, 256]
@@ -179,10 +184,13 @@ return [%94]""")
 %36 = reshape(%5, [128]) : f32[128]
 %37 = fbgemm.f8f8bf16_rowwise(%34, %2, %35, %36, None) : bf16[5, 128]
 %38 = reshape(%37, [1, 5, 128]) : bf16[1, 5, 128]
-return [%38]""")
+return [%38]""",
+        )
 
     def test_mlp_on_sm89(self):
-        self.assertExpectedInline(_mlp("llama/FP8_DYNAMIC", "cuda:sm89"), """\
+        self.assertExpectedInline(
+            _mlp("llama/FP8_DYNAMIC", "cuda:sm89"),
+            """\
 %0 = placeholder : f8e4m3[256, 128]
 %1 = placeholder : f8e4m3[256, 128]
 %2 = placeholder : f8e4m3[128, 256]
@@ -225,10 +233,13 @@ return [%38]""")
 %39 = reshape(%5, [1, 128]) : f32[1, 128]
 %40 = _scaled_mm(%36, %37, %38, %39, None, None, bfloat16, True) : bf16[5, 128]
 %41 = reshape(%40, [1, 5, 128]) : bf16[1, 5, 128]
-return [%41]""")
+return [%41]""",
+        )
 
     def test_mlp_on_sm80(self):
-        self.assertExpectedInline(_mlp("llama/FP8_DYNAMIC", "cuda:sm80"), """\
+        self.assertExpectedInline(
+            _mlp("llama/FP8_DYNAMIC", "cuda:sm80"),
+            """\
 %0 = placeholder : f8e4m3[256, 128]
 %1 = placeholder : f8e4m3[256, 128]
 %2 = placeholder : f8e4m3[128, 256]
@@ -250,10 +261,13 @@ return [%41]""")
 %18 = mul(%17, %5) : f32[128, 256]
 %19 = convert_element_type(%18, bfloat16) : bf16[128, 256]
 %20 = linear(%16, %19) : bf16[1, 5, 128]
-return [%20]""")
+return [%20]""",
+        )
 
     def test_mlp_on_xpu(self):
-        self.assertExpectedInline(_mlp("llama/FP8_DYNAMIC", "xpu"), """\
+        self.assertExpectedInline(
+            _mlp("llama/FP8_DYNAMIC", "xpu"),
+            """\
 %0 = placeholder : f8e4m3[256, 128]
 %1 = placeholder : f8e4m3[256, 128]
 %2 = placeholder : f8e4m3[128, 256]
@@ -296,10 +310,13 @@ return [%20]""")
 %39 = reshape(%5, [1, 128]) : f32[1, 128]
 %40 = _scaled_mm(%36, %37, %38, %39, None, None, bfloat16, True) : bf16[5, 128]
 %41 = reshape(%40, [1, 5, 128]) : bf16[1, 5, 128]
-return [%41]""")
+return [%41]""",
+        )
 
     def test_static_scales_on_sm90(self):
-        self.assertExpectedInline(_mlp("llama/FP8", "cuda:sm90"), """\
+        self.assertExpectedInline(
+            _mlp("llama/FP8", "cuda:sm90"),
+            """\
 %0 = placeholder : f8e4m3[256, 128]
 %1 = placeholder : f8e4m3[256, 128]
 %2 = placeholder : f8e4m3[128, 256]
@@ -353,10 +370,13 @@ return [%41]""")
 %50 = reshape(%7, [128]) : f32[128]
 %51 = fbgemm.f8f8bf16_rowwise(%45, %2, %49, %50, None) : bf16[5, 128]
 %52 = reshape(%51, [1, 5, 128]) : bf16[1, 5, 128]
-return [%52]""")
+return [%52]""",
+        )
 
     def test_block_scales_on_sm90(self):
-        self.assertExpectedInline(_mlp("llama/FP8_BLOCK", "cuda:sm90"), """\
+        self.assertExpectedInline(
+            _mlp("llama/FP8_BLOCK", "cuda:sm90"),
+            """\
 %0 = placeholder : f8e4m3[256, 128]
 %1 = placeholder : f8e4m3[256, 128]
 %2 = placeholder : f8e4m3[128, 256]
@@ -408,10 +428,13 @@ return [%52]""")
 %48 = clone(%47, memory_format=contiguous_format) : f32[2, 1]
 %49 = fbgemm.f8f8bf16_groupwise(%43, %2, %46, %48) : bf16[5, 128]
 %50 = reshape(%49, [1, 5, 128]) : bf16[1, 5, 128]
-return [%50]""")
+return [%50]""",
+        )
 
     def test_grouped_experts_on_sm90(self):
-        self.assertExpectedInline(_experts("grouped_mm", "cuda:sm90"), """\
+        self.assertExpectedInline(
+            _experts("grouped_mm", "cuda:sm90"),
+            """\
 %0 = placeholder : f8e4m3[4, 128, 128]
 %1 = placeholder : f8e4m3[4, 256, 128]
 %2 = placeholder : f32[4, 128, 1]
@@ -473,10 +496,13 @@ return [%50]""")
 %58 = index(%54, [%57]) : bf16[10, 128]
 %59 = view(%58, [5, 2, 128]) : bf16[5, 2, 128]
 %60 = sum(%59, [1]) : bf16[5, 128]
-return [%60]""")
+return [%60]""",
+        )
 
     def test_gathered_experts_on_sm90(self):
-        self.assertExpectedInline(_experts("batched_mm", "cuda:sm90"), """\
+        self.assertExpectedInline(
+            _experts("batched_mm", "cuda:sm90"),
+            """\
 %0 = placeholder : f8e4m3[4, 128, 128]
 %1 = placeholder : f8e4m3[4, 256, 128]
 %2 = placeholder : f32[4, 128, 1]
@@ -560,10 +586,13 @@ return [%60]""")
 %80 = mul(%78, %79) : bf16[10, 128]
 %81 = view(%80, [5, 2, 128]) : bf16[5, 2, 128]
 %82 = sum(%81, [1]) : bf16[5, 128]
-return [%82]""")
+return [%82]""",
+        )
 
     def test_grouped_experts_in_torch_alone(self):
-        self.assertExpectedInline(_experts("grouped_mm", "cuda:sm90+scaled_mm"), """\
+        self.assertExpectedInline(
+            _experts("grouped_mm", "cuda:sm90+scaled_mm"),
+            """\
 %0 = placeholder : f8e4m3[4, 128, 128]
 %1 = placeholder : f8e4m3[4, 256, 128]
 %2 = placeholder : f32[4, 128, 1]
@@ -619,10 +648,13 @@ return [%82]""")
 %52 = index(%48, [%51]) : bf16[10, 128]
 %53 = view(%52, [5, 2, 128]) : bf16[5, 2, 128]
 %54 = sum(%53, [1]) : bf16[5, 128]
-return [%54]""")
+return [%54]""",
+        )
 
     def test_experts_on_xpu(self):
-        self.assertExpectedInline(_experts("grouped_mm", "xpu"), """\
+        self.assertExpectedInline(
+            _experts("grouped_mm", "xpu"),
+            """\
 %0 = placeholder : f8e4m3[4, 128, 128]
 %1 = placeholder : f8e4m3[4, 256, 128]
 %2 = placeholder : f32[4, 128, 1]
@@ -664,4 +696,5 @@ return [%54]""")
 %38 = index(%34, [%37]) : bf16[10, 128]
 %39 = view(%38, [5, 2, 128]) : bf16[5, 2, 128]
 %40 = sum(%39, [1]) : bf16[5, 128]
-return [%40]""")
+return [%40]""",
+        )

@@ -186,14 +186,16 @@ def test_one_quantization_for_all_that_share_an_input():
 
 
 @pytest.mark.parametrize(
-    ("name", "experts"),
+    ("name", "experts", "target"),
     [
-        *(("llama/" + scheme, None) for scheme in ("FP8", "FP8_BLOCK")),
-        *((name, form) for name in ("qwen3moe/FP8_DYNAMIC", "mixtral/FP8") for form in ("grouped_mm", "batched_mm")),
+        *(("llama/FP8", None, target) for target in TARGETS),
+        ("llama/FP8_BLOCK", None, "cuda:sm90"),
+        *((name, form, target)
+          for name, form in (("qwen3moe/FP8_DYNAMIC", "batched_mm"), ("mixtral/FP8", "grouped_mm"))
+          for target in ("cuda:sm90", "cuda:sm90+scaled_mm", "xpu")),
     ],
-)
-@pytest.mark.parametrize("target", TARGETS)
-def test_whole_models(name, target, experts):
+)  # fmt: skip
+def test_whole_models(name, experts, target):
     model = ctfp8.from_pretrained(DATA / name, **({"experts_implementation": experts} if experts else {}))
     args = (IDS,), {"use_cache": False}
     program, report = ctfp8.lower(model, *args, target=target), ctfp8.explain(model, *args, target=target)
