@@ -7,7 +7,8 @@ built: truncated files, missing shards, FP8 weights without a scale, scales of a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,9 +129,13 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
 
 
 def check_weight(info: TensorInfo) -> None:
-    """Refuses a weight dtype that is FP8 but not the one we run."""
+    """Refuses a dtype that a floating-point parameter cannot be filled from without losing what it says."""
     if info.dtype == "F8_E5M2":
         raise CheckpointError(f"{info}: float8_e5m2 weights are not supported, only float8_e4m3fn. Quantize it again.")
+    if info.dtype not in (FP8_DTYPE, "F64", *SCALE_DTYPES):
+        raise CheckpointError(
+            f"{info}: not a floating-point tensor, as the model declares it. Download the file again."
+        )
 
 
 def scale_name(weight_name: str) -> str:
@@ -173,6 +178,39 @@ def check_scale(checkpoint: Checkpoint, weight: TensorInfo, scheme: Scheme) -> N
         scale = checkpoint[name]
         if scale.dtype not in SCALE_DTYPES or scale.shape not in ((1,), (), (1, 1)):
             raise CheckpointError(f"{scale}: a static input_scale must be one float32, bfloat16 or float16 number.")
+
+
+def check_leftovers(checkpoint: Checkpoint, used: Collection[str]) -> list[str]:
+    """Refuses quantization parameters that no FP8 weight uses: leaving them out would change what the model computes.
+
+    Args:
+        used: names of the FP8 weights that are loaded, and of the scales they use.
+
+    Returns:
+        The names of the scales of the KV cache and of attention, which say how a cache may be stored.
+    """
+    cache = [name for name in checkpoint if _CACHE_SCALE.search(name)]
+    for name in sorted(set(checkpoint) - set(used) - set(cache)):
+        module, _, leaf = name.rpartition(".")
+        if leaf not in _PARAMETERS:
+            continue
+        weight = checkpoint.get(f"{module}.weight")
+        if weight is not None and weight.dtype == FP8_DTYPE:
+            if leaf in ("weight_scale", "input_scale") and weight.name not in used:
+                continue  # a layer the model leaves out, such as one for multi-token prediction
+            reason = f"the scheme of {weight.name} uses no {leaf}"
+        else:
+            reason = f"{module}.weight is " + (f"{weight.dtype}, not FP8" if weight else "missing")
+        raise CheckpointError(f"{checkpoint[name]}: {reason}. The file does not fit its config; quantize it again.")
+    return cache
+
+
+#: What compressed-tensors stores beside a weight.
+_PARAMETERS = frozenset(
+    [f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point", "global_scale")]
+    + ["weight_g_idx", "weight_shape"]
+)
+_CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kvq]_zero_point|[kv]_proj\.output_scale)$")
 
 
 def check_scale_values(info: TensorInfo, scale: Tensor) -> None:

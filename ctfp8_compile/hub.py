@@ -53,8 +53,9 @@ def from_pretrained(
     config = _private_config(path_or_id, transformers_kwargs)
     try:
         model, info = auto_class.from_pretrained(
-            path_or_id, config=config, output_loading_info=True, **transformers_kwargs
-        )
+            path_or_id, config=config, output_loading_info=True,
+            **{**transformers_kwargs, "ignore_mismatched_sizes": True},  # we name them, see _check_complete
+        )  # fmt: skip
     except SafetensorError as error:
         raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
     _check_complete(path_or_id, info)
@@ -149,6 +150,8 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> Pretraine
         if quantization is None:
             continue
         if not isinstance(quantization, dict):
+            if not hasattr(quantization, "to_dict"):
+                raise SchemeError(f"{path_or_id}: quantization_config in config.json is no object: {quantization!r}.")
             quantization = quantization.to_dict()
         Schemes(quantization)  # says what is wrong with it, in our words
         holder.quantization_config = {**quantization, "quant_method": METHOD}

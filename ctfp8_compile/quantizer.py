@@ -9,6 +9,8 @@ and laid out before the first weight is loaded.
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -69,6 +71,7 @@ class Quantizer(HfQuantizer):
         self.schemes = Schemes(quantization_config.quantization_config.model_dump())
         self.plans: dict[str, QuantizedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.cache_scales: dict[str, Tensor] = {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -81,22 +84,36 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         tensors = ckpt.Checkpoint(checkpoint_files or ())
-        for tensor in tensors.values():
-            ckpt.check_weight(tensor)
         _refuse_other_formats(tensors, self.schemes)
         declared = model.state_dict()
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             for target, layout in _layouts(model, tensors, declared).items():
                 self.plans[target] = plan(tensors, self.schemes, layout, declared[target].dtype)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
+            self._set_cache_scales_aside(tensors)
         for target, info in self.plans.items():
             path, _, leaf = target.rpartition(".")
             stored = torch.empty(info.layout.shape, dtype=FP8, device="meta")
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
             model.all_tied_weights_keys.pop(target, None)  # the file has its own FP8 copy: not tied to a bf16 one
         # the scales were read above; the loader finds no place for them, which is as it should be
-        ours = {r"(^|[._])(weight_scale|input_scale)$"}
+        ours = {r"(^|[._])(weight_scale|input_scale)$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
+
+    def _set_cache_scales_aside(self, tensors: ckpt.Checkpoint) -> None:
+        """Scales of a quantized KV cache are not used here, and written back by `save_pretrained`."""
+        used = {name for info in self.plans.values() for name in info.scales}
+        used |= {ckpt.scale_name(name) for name in used}
+        used |= {ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales}
+        names = ckpt.check_leftovers(tensors, used)
+        self.cache_scales = tensors.read(names)
+        if names or self.schemes.config.kv_cache_scheme is not None:
+            scales = f" ({len(names)} scales in the file, such as {names[0]})" if names else ""
+            warnings.warn(
+                f"the checkpoint was calibrated for a quantized KV cache{scales}; here the cache stays in the model's "
+                "dtype, and these scales are not used. save_pretrained keeps them.",
+                stacklevel=2,
+            )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *_per_expert_conversions(model, weight_conversions)]
@@ -139,7 +156,7 @@ class Quantizer(HfQuantizer):
         for name, owner, dequantize in quantized_parameters(model):
             weight = stored_weight(owner, name.rpartition(".")[2])
             state |= _checkpoint_tensors(dequantize, weight)
-        return state, {}
+        return state | self.cache_scales, {}
 
 
 def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
@@ -247,6 +264,9 @@ def _layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor
     layouts: dict[str, Layout] = {}
     traced: dict[Any, dict[str, Layout]] = {}
     for target, sources in arrivals.items():
+        if declared[target].is_floating_point():
+            for name, _ in sources:
+                ckpt.check_weight(tensors[name])
         fp8 = [tensors[name].dtype == ckpt.FP8_DTYPE for name, _ in sources]
         if not any(fp8):
             continue
@@ -340,15 +360,23 @@ def _per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> l
 
 
 def _refuse_other_formats(tensors: ckpt.Checkpoint, schemes: Schemes) -> None:
+    """INT4 and other packed formats, INT8, and MXFP8, whose weights are float8 but whose scales are exponents."""
+    found: dict[str, ckpt.TensorInfo] = {}
     for name, info in tensors.items():
-        if name.endswith((".weight_packed", ".weight_global_scale")) or (
-            name.endswith(".weight") and info.dtype == "I8"
+        module, _, leaf = name.rpartition(".")
+        if (
+            leaf == "weight_packed"
+            or (leaf == "weight" and info.dtype in ("I8", "U8"))
+            or (leaf == "weight_scale" and info.dtype == "U8")
         ):
-            module = name.rpartition(".")[0]
-            raise SchemeError(
-                f"{info}: {module} is quantized in another format than FP8 (group {schemes.group(module)!r} of "
-                "quantization_config); only FP8 weights are supported. Load the checkpoint with transformers."
-            )
+            found[module] = info
+    if found:
+        groups = sorted({schemes.describe(module) for module in found})
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise SchemeError(
+            f"{next(iter(found.values()))}{more}: quantized in another format than FP8, {' and '.join(groups)}; only "
+            "float8_e4m3fn weights with float scales are supported. Load the checkpoint with transformers."
+        )
 
 
 def _as_list(value: Any) -> list[Tensor]:

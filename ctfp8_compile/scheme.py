@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import is_match, match_targets
 from pydantic import ValidationError
@@ -71,8 +72,22 @@ class Schemes:
         known = {k: v for k, v in quantization_config.items() if k in QuantizationConfig.model_fields}
         try:
             self.config = QuantizationConfig.model_validate(known)
-        except (ValidationError, NotImplementedError, ValueError) as error:
+            if "format" in known:
+                CompressionFormat(self.config.format)
+        except (ValidationError, NotImplementedError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SchemeError(f"quantization_config is not a valid compressed-tensors config: {error}") from error
+        if not self.config.config_groups:
+            raise SchemeError(
+                "quantization_config has no config_groups, so no weight is quantized. "
+                "Load the checkpoint with transformers' own from_pretrained."
+            )
+        for extra, inside in (("transform_config", "config_groups"), ("sparsity_config", "format")):
+            found = quantization_config.get(extra) or {}
+            if found.get(inside) not in (None, {}, "dense"):
+                raise SchemeError(
+                    f"quantization_config has a {extra} ({inside}: {found[inside]}), which is not supported; leaving it "
+                    "out would give wrong results. Load the checkpoint with transformers' own from_pretrained."
+                )
         self._group_of_target: dict[str, str] = {
             target: name for name, group in self.config.config_groups.items() for target in group.targets
         }
@@ -88,6 +103,13 @@ class Schemes:
             return None
         targets = match_targets(module_name, _LINEAR, self._group_of_target)
         return self._group_of_target[targets[0]] if targets else None
+
+    def describe(self, module_name: str) -> str:
+        """The group that covers a module, in words: `group 'group_1' (4-bit int weights)`."""
+        group = self.group(module_name)
+        if group is None:
+            return "no group"
+        return f"group {group!r} ({_describe(self.config.config_groups[group].weights)} weights)"
 
     def scheme(self, module_name: str) -> Scheme | None:
         """The scheme of the FP8 weight of this module; None where no group covers it.
@@ -115,6 +137,8 @@ def _reduce(scheme: QuantizationScheme) -> Scheme:
         raise SchemeError(f"its weights are not FP8 ({_describe(weights)}), but the file holds float8_e4m3fn")
     if not weights.symmetric:
         raise SchemeError("asymmetric FP8 weights (zero points) are not supported")
+    if scheme.output_activations is not None:
+        raise SchemeError("quantized outputs (output_activations) are not supported")
     strategy = _value(weights.strategy)
     if strategy == "tensor":
         block = (0, 0)

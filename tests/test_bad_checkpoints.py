@@ -33,7 +33,8 @@ def _refused(tmp_path, name, edit, match, error=ctfp8.CheckpointError):
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
-        (lambda t, c: t.pop(Q), "the model needs model.layers.0.self_attn.q_proj.weight"),
+        (lambda t, c: (t.pop(Q), t.pop(Q + "_scale")), "the model needs model.layers.0.self_attn.q_proj.weight"),
+        (lambda t, c: t.pop(Q), "q_proj.weight_scale .*q_proj.weight is missing"),
         (lambda t, c: t.pop(Q + "_scale"), "q_proj.weight_scale is not in the checkpoint"),
         (lambda t, c: t.pop("model.norm.weight"), "the model needs model.norm.weight"),
         (
@@ -110,7 +111,7 @@ def test_a_layer_in_another_format_is_named(tmp_path):
         del tensors[Q], tensors[Q + "_scale"]
         tensors[Q + "_packed"] = torch.zeros(128, 16, dtype=torch.int32)
 
-    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "q_proj is quantized in another format", ctfp8.SchemeError)
+    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "q_proj.weight_packed .*quantized in another format", ctfp8.SchemeError)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 5000, -1])
