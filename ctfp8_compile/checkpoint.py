@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, SchemeError
 from .scheme import Scheme
 
 FP8_DTYPE = "F8_E4M3"
@@ -126,6 +126,20 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         if tensor not in present or present[tensor].file.name != Path(shard).name:
             raise CheckpointError(f"{index.name} says that {tensor} is in {shard}, but it is not. Download both again.")
     return [folder / name for name in names]
+
+
+def check_config_file(folder: Path) -> None:
+    """Refuses a `config.json` that is no JSON object, or whose quantization_config is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: there is no config.json. Is this a checkpoint folder?") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: config.json is not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder}: config.json is not an object. Download the file again.")
+    if not isinstance(config.get("quantization_config"), (dict, type(None))):
+        raise SchemeError(f"{folder}: quantization_config in config.json is not an object. Download the file again.")
 
 
 def check_weight(info: TensorInfo) -> None:

@@ -140,6 +140,8 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> Pretraine
     """The checkpoint's config with `quant_method` swapped for our private name; taken out of `kwargs` if given there."""
     config = kwargs.pop("config", None)
     if config is None:
+        if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
+            ckpt.check_config_file(Path(path_or_id))
         hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
         config = AutoConfig.from_pretrained(path_or_id, **hub)
     config = copy.deepcopy(config)
@@ -150,8 +152,6 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> Pretraine
         if quantization is None:
             continue
         if not isinstance(quantization, dict):
-            if not hasattr(quantization, "to_dict"):
-                raise SchemeError(f"{path_or_id}: quantization_config in config.json is no object: {quantization!r}.")
             quantization = quantization.to_dict()
         Schemes(quantization)  # says what is wrong with it, in our words
         holder.quantization_config = {**quantization, "quant_method": METHOD}

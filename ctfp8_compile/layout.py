@@ -175,6 +175,9 @@ def trace(
                 f"{list(next(iter(shapes.values())))}, give {list(result.shape)} rows; the file does not fit the config."
             )
         layouts[target] = Layout(stored, transposed, _placements(target, result.reshape(-1), owners))
+        for source in layouts[target].sources:
+            if shapes[source][-1] != k:
+                raise SchemeError(f"{source} {list(shapes[source])}: {target} is made of tensors of {k} columns.")
     return layouts
 
 

@@ -7,6 +7,7 @@ decides which module a group covers. This file only reduces the result to the fe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,15 +84,20 @@ class Schemes:
             )
         for extra, inside in (("transform_config", "config_groups"), ("sparsity_config", "format")):
             found = quantization_config.get(extra) or {}
-            if found.get(inside) not in (None, {}, "dense"):
+            if not isinstance(found, Mapping) or found.get(inside) not in (None, {}, "dense"):
                 raise SchemeError(
-                    f"quantization_config has a {extra} ({inside}: {found[inside]}), which is not supported; leaving it "
-                    "out would give wrong results. Load the checkpoint with transformers' own from_pretrained."
+                    f"quantization_config has a {extra}, {found!r}, which is not supported; leaving it out would give "
+                    "wrong results. Load the checkpoint with transformers' own from_pretrained."
                 )
         self._group_of_target: dict[str, str] = {
             target: name for name, group in self.config.config_groups.items() for target in group.targets
         }
         self._schemes: dict[str, Scheme] = {}
+        for name in (*self._group_of_target, *(self.config.ignore or ())):
+            try:
+                re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+            except re.error as error:
+                raise SchemeError(f"quantization_config: {name!r} is not a regular expression ({error}).") from error
 
     def group(self, module_name: str) -> str | None:
         """Name of the config group that covers a Linear of this name in the checkpoint; None where none does.
