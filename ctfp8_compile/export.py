@@ -7,7 +7,7 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,9 @@ def export(
     if package is None and target.device == "cpu":
         report = passes.run(_copy(program.graph), target)
         sites.record(program.graph, passes.RULES)
-        passes.run(program.graph, target, rules=())
+        _rewrite(program, target, rules=())
     else:
-        report = passes.run(program.graph, target)
+        report = _rewrite(program, target)
     _clean(program)
     manifest = Manifest(
         package=package or "program",
@@ -178,9 +178,15 @@ def _lower(
 ) -> tuple[ExportedProgram, Report]:
     target = _target(model, target)
     program = _trace(model, args, kwargs, dynamic_shapes)
-    report = passes.run(program.graph, target)
+    return program, _rewrite(program, target)
+
+
+def _rewrite(program: ExportedProgram, target: Target, rules: Sequence[passes.Rule] = passes.RULES) -> Report:
+    # the signature names the nodes that are outputs: it has to follow when a rule replaces one of them
+    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+        report = passes.run(program.graph, target, rules)
     program.graph_module.recompile()
-    return program, report
+    return report
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

@@ -616,3 +616,88 @@ return [%20]""",
 %11 = ctfp8.dequantized_linear(%10, %2, %5, None, [1, 256]) : bf16[5, 128]
 return [%11]""",
         )
+
+    def test_sm90_in_the_file(self):
+        self.assertExpectedInline(
+            self._export("cuda:sm90"),
+            """\
+%0 = placeholder : f8e4m3[256, 128]
+%1 = placeholder : f8e4m3[256, 128]
+%2 = placeholder : f8e4m3[128, 256]
+%3 = placeholder : f32[256, 1]
+%4 = placeholder : f32[256, 1]
+%5 = placeholder : f32[128, 1]
+%6 = placeholder : bf16[5, 128]
+%7 = convert_element_type(%6, float32) : f32[5, 128]
+%8 = abs(%7) : f32[5, 128]
+%9 = amax(%8, [-1], True) : f32[5, 1]
+%10 = clamp_min(%9, 1e-12) : f32[5, 1]
+%11 = div(%10, 448.0) : f32[5, 1]
+%12 = div(%7, %11) : f32[5, 128]
+%13 = clamp(%12, -448.0, 448.0) : f32[5, 128]
+%14 = convert_element_type(%13, float8_e4m3fn) : f8e4m3[5, 128]
+%15 = reshape(%11, [-1]) : f32[5]
+%16 = reshape(%3, [256]) : f32[256]
+%17 = fbgemm.f8f8bf16_rowwise(%14, %0, %15, %16, None) : bf16[5, 256]
+%18 = silu(%17) : bf16[5, 256]
+%19 = reshape(%11, [-1]) : f32[5]
+%20 = reshape(%4, [256]) : f32[256]
+%21 = fbgemm.f8f8bf16_rowwise(%14, %1, %19, %20, None) : bf16[5, 256]
+%22 = mul(%18, %21) : bf16[5, 256]
+%23 = convert_element_type(%22, float32) : f32[5, 256]
+%24 = abs(%23) : f32[5, 256]
+%25 = amax(%24, [-1], True) : f32[5, 1]
+%26 = clamp_min(%25, 1e-12) : f32[5, 1]
+%27 = div(%26, 448.0) : f32[5, 1]
+%28 = div(%23, %27) : f32[5, 256]
+%29 = clamp(%28, -448.0, 448.0) : f32[5, 256]
+%30 = convert_element_type(%29, float8_e4m3fn) : f8e4m3[5, 256]
+%31 = reshape(%27, [-1]) : f32[5]
+%32 = reshape(%5, [128]) : f32[128]
+%33 = fbgemm.f8f8bf16_rowwise(%30, %2, %31, %32, None) : bf16[5, 128]
+return [%33]""",
+        )
+
+    def test_xpu_in_the_file(self):
+        self.assertExpectedInline(
+            self._export("xpu"),
+            """\
+%0 = placeholder : f8e4m3[256, 128]
+%1 = placeholder : f8e4m3[256, 128]
+%2 = placeholder : f8e4m3[128, 256]
+%3 = placeholder : f32[256, 1]
+%4 = placeholder : f32[256, 1]
+%5 = placeholder : f32[128, 1]
+%6 = placeholder : bf16[5, 128]
+%7 = convert_element_type(%6, float32) : f32[5, 128]
+%8 = abs(%7) : f32[5, 128]
+%9 = amax(%8, [-1], True) : f32[5, 1]
+%10 = clamp_min(%9, 1e-12) : f32[5, 1]
+%11 = div(%10, 448.0) : f32[5, 1]
+%12 = div(%7, %11) : f32[5, 128]
+%13 = clamp(%12, -448.0, 448.0) : f32[5, 128]
+%14 = convert_element_type(%13, float8_e4m3fn) : f8e4m3[5, 128]
+%15 = permute(%0, [1, 0]) : f8e4m3[128, 256]
+%16 = reshape(%11, [-1, 1]) : f32[5, 1]
+%17 = reshape(%3, [1, 256]) : f32[1, 256]
+%18 = _scaled_mm(%14, %15, %16, %17, None, None, bfloat16, True) : bf16[5, 256]
+%19 = silu(%18) : bf16[5, 256]
+%20 = permute(%1, [1, 0]) : f8e4m3[128, 256]
+%21 = reshape(%11, [-1, 1]) : f32[5, 1]
+%22 = reshape(%4, [1, 256]) : f32[1, 256]
+%23 = _scaled_mm(%14, %20, %21, %22, None, None, bfloat16, True) : bf16[5, 256]
+%24 = mul(%19, %23) : bf16[5, 256]
+%25 = convert_element_type(%24, float32) : f32[5, 256]
+%26 = abs(%25) : f32[5, 256]
+%27 = amax(%26, [-1], True) : f32[5, 1]
+%28 = clamp_min(%27, 1e-12) : f32[5, 1]
+%29 = div(%28, 448.0) : f32[5, 1]
+%30 = div(%25, %29) : f32[5, 256]
+%31 = clamp(%30, -448.0, 448.0) : f32[5, 256]
+%32 = convert_element_type(%31, float8_e4m3fn) : f8e4m3[5, 256]
+%33 = permute(%2, [1, 0]) : f8e4m3[256, 128]
+%34 = reshape(%29, [-1, 1]) : f32[5, 1]
+%35 = reshape(%5, [1, 128]) : f32[1, 128]
+%36 = _scaled_mm(%32, %33, %34, %35, None, None, bfloat16, True) : bf16[5, 128]
+return [%36]""",
+        )

@@ -111,7 +111,9 @@ def test_a_layer_in_another_format_is_named(tmp_path):
         del tensors[Q], tensors[Q + "_scale"]
         tensors[Q + "_packed"] = torch.zeros(128, 16, dtype=torch.int32)
 
-    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "q_proj.weight_packed .*quantized in another format", ctfp8.SchemeError)
+    _refused(
+        tmp_path, "llama/FP8_DYNAMIC", edit, "q_proj.weight_packed .*quantized in another format", ctfp8.SchemeError
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, 5000, -1])

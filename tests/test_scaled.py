@@ -239,6 +239,15 @@ def test_dynamic_shapes(target):
     assert program.module()(torch.randn(2, 9, 128, dtype=torch.bfloat16)).shape == (2, 9, 64)
 
 
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm90", "xpu"])
+def test_a_rewritten_output_is_still_the_programs_output(target, kernel_everywhere, tmp_path):
+    module, _ = layer(64, 128, torch.bfloat16)
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    program = ctfp8.lower(module, (x,), target=target)
+    torch.export.save(program, tmp_path / "program.pt2")  # verifies the signature
+    assert torch.equal(torch.export.load(tmp_path / "program.pt2").module()(x), program.module()(x))
+
+
 def test_before_lowering_the_nodes_run_anywhere():
     module, _ = layer(64, 128, torch.bfloat16, bias=True)
     x = torch.randn(3, 128, dtype=torch.bfloat16)

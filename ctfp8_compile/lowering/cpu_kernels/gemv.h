@@ -64,7 +64,8 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
 
     int64_t k = 0;
     for (; k + V::step <= length; k += V::step) {
-      // Hardware prefetchers stop at a page, and the rows after these begin on others.
+      // Hardware prefetchers stop at a page, and the rows after these begin on others. `prefetch` asks for the second-level
+      // cache: requests for the first-level one occupy its few miss buffers and halve the rate.
       int64_t ahead = start + k + V::ahead;
       if (ahead >= w.cols) ahead += R * w.row_stride - w.cols;
       if constexpr (hold_weights<V>(M)) {

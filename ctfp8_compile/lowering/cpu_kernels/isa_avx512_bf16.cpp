@@ -20,7 +20,7 @@ struct Avx512Bf16 {
   struct Chunk {
     __m512i first, second;
   };
-  static constexpr int step = 64, registers = 32, constants = 5, parts = 2, ahead = 1024;
+  static constexpr int step = 64, registers = 32, constants = 5, parts = 2, ahead = 2048;
   static constexpr float gain = 1;
 
   __m512i high0, high1, low0, low1;
@@ -30,7 +30,7 @@ struct Avx512Bf16 {
     low0 = _mm512_load_si512(tables.low), low1 = _mm512_load_si512(tables.low + 64);
   }
 
-  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
   static Acc zero() { return _mm512_setzero_ps(); }
 
   // Unpacking works within 128-bit lanes, so `first` holds columns 0-7, 16-23, 32-39, 48-55 and `second` the others.
