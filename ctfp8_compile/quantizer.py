@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -267,15 +267,18 @@ def _layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor
         if declared[target].is_floating_point():
             for name, _ in sources:
                 ckpt.check_weight(tensors[name])
+        pattern = sources[0][1]
         fp8 = [tensors[name].dtype == ckpt.FP8_DTYPE for name, _ in sources]
         if not any(fp8):
+            if pattern is not None:  # transformers' own error would name nothing
+                empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
+                _convert(model, by_pattern[pattern], target, sources, tensors, empty)
             continue
         if not all(fp8):
             raise CheckpointError(
                 f"{tensors[sources[fp8.index(False)][0]]} is not FP8, but {tensors[sources[fp8.index(True)][0]]} is, and "
                 f"both are part of {target}. Quantize all of them, or none."
             )
-        pattern = sources[0][1]
         if pattern is None:
             info = tensors[sources[0][0]]
             if len(info.shape) < 2 or info.shape != tuple(declared[target].shape):
@@ -307,22 +310,38 @@ def _trace_converter(
         return {n: _renamed(layout, order) for n, layout in zip(wanted, first.values(), strict=True)}
 
     def convert(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        probe = copy.deepcopy(converter)
-        for name, pattern in sources:
-            probe.add_tensor(target, name, pattern, numbers[name])
-        return {k: _as_list(v)[0] for k, v in probe.convert(target, model=model, config=model.config).items()}
+        return _convert(model, converter, target, sources, tensors, numbers)
 
-    try:
-        result = trace(shapes, wanted, convert)
-    except (CheckpointError, SchemeError):
-        raise
-    except Exception as error:  # an operation of transformers met shapes it does not expect
-        raise CheckpointError(
-            f"{target} {list(next(iter(wanted.values())))}: its checkpoint tensors, such as {tensors[order[0]]}, cannot be "
-            f"merged into it ({error}). A tensor is missing or has another shape than the config says."
-        ) from error
+    result = trace(shapes, wanted, convert)
     traced[key] = {name: result[name] for name in wanted}
     return traced[key]
+
+
+def _convert(
+    model: Any,
+    converter: WeightConverter,
+    target: str,
+    sources: list[tuple[str, str | None]],
+    tensors: ckpt.Checkpoint,
+    values: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What a converter of transformers makes of `values`, by parameter name.
+
+    Raises:
+        CheckpointError: it cannot, naming the tensor whose shape is unlike the others'.
+    """
+    probe = copy.deepcopy(converter)
+    for name, pattern in sources:
+        probe.add_tensor(target, name, pattern, values[name])
+    try:
+        return {k: _as_list(v)[0] for k, v in probe.convert(target, model=model, config=model.config).items()}
+    except Exception as error:  # an operation of transformers met shapes it does not expect
+        alike = Counter((pattern, tensors[name].shape) for name, pattern in sources)
+        odd = min(sources, key=lambda source: alike[source[1], tensors[source[0]].shape])[0]
+        raise CheckpointError(
+            f"{target}: its checkpoint tensors, such as {tensors[odd]}, cannot be merged into it ({error}). "
+            "A tensor is missing or has another shape than the config says."
+        ) from error
 
 
 def _renamed(layout: Layout, order: list[str]) -> Layout:

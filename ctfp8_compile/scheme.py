@@ -75,7 +75,11 @@ class Schemes:
             self.config = QuantizationConfig.model_validate(known)
             if "format" in known:
                 CompressionFormat(self.config.format)
-        except (ValidationError, NotImplementedError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(key) for key in first["loc"] if "(" not in str(key))
+            raise SchemeError(f"quantization_config: {where}: {first['msg']}") from error
+        except (NotImplementedError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SchemeError(f"quantization_config is not a valid compressed-tensors config: {error}") from error
         if not self.config.config_groups:
             raise SchemeError(

@@ -79,5 +79,7 @@ def test_another_method_is_refused():
 
 
 def test_nonsense_is_refused_in_our_words():
-    with pytest.raises(SchemeError, match="not a valid compressed-tensors config"):
+    with pytest.raises(
+        SchemeError, match="quantization_config: config_groups.g.weights.num_bits: Input should be a valid integer"
+    ):
         Schemes({"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": "many"}}}})
