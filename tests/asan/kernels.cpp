@@ -80,11 +80,11 @@ int main() {
   long cases = 0;
   for (const Kernels* kernels : {avx512_bf16(), avx512(), avx2(), portable()}) {
     if (!kernels) continue;
-    for (int64_t m : {1, 2, 3, 5, 8, 9, 11, 12, 13, 16, 17, 33, 64, 65, 70, 130}) {
-      for (int64_t n : {1, 2, 3, 7, 8, 15, 33, 48, 97}) {
-        for (int64_t cols : {1, 2, 7, 15, 16, 17, 63, 64, 65, 127, 129, 300}) {
-          for (int64_t block : {int64_t{1}, int64_t{7}, int64_t{64}, int64_t{128}, cols}) {
-            if (block > cols || (block == 1 && cols > 17)) continue;
+    for (int64_t m : {1, 2, 3, 5, 8, 9, 11, 13, 16, 17, 33, 40, 41, 64, 70, 130}) {
+      for (int64_t n : {1, 2, 3, 8, 15, 33, 97}) {
+        for (int64_t cols : {1, 2, 7, 15, 16, 17, 63, 64, 65, 127, 129, 300, 1100}) {
+          for (int64_t block : {int64_t{1}, int64_t{7}, int64_t{128}, int64_t{1030}, cols}) {
+            if (block > cols || (block < 128 && cols > 300) || (block == 1 && cols > 17) || (cols > 300 && n > 15)) continue;
             if (!run(*kernels, {m, n, cols, block})) {
               std::printf("wrong: %s, m %ld, n %ld, cols %ld, block %ld\n", kernels->name, long(m), long(n), long(cols), long(block));
               return 1;

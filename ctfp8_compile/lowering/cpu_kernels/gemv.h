@@ -8,8 +8,9 @@
 namespace ctfp8 {
 namespace {
 
-constexpr int kFew = 12;   // activation rows, at most
-constexpr int kAtOnce = 8;  // of them, that share one reading of the weight
+constexpr int kFew = 12;           // activation rows, at most, where decoding once into a buffer costs more than it saves
+constexpr int kAtOnce = 8;         // activation rows that share one decoding of the weight
+constexpr int64_t kSpan = 16384;   // bytes of their activations that stay in the first-level cache while weight rows pass
 
 // A prepared activation row holds the segments of a weight row, each padded with zeros to whole chunks.
 template <class V>
@@ -30,20 +31,37 @@ constexpr bool hold_weights(int m) {
   return m > 2;
 }
 
-// Weight rows at a time, so that all of it fits the registers. With several scales a row each sum needs a second one.
+// Weight rows at a time, so that all of it fits the registers. With several scales a row each sum needs a second one, which
+// may lie in memory where many activation rows share a chunk.
 template <class V>
 constexpr int rows_for(int m, bool blocked) {
-  const int sums = m * (blocked ? 2 : 1), free = V::registers - V::constants - V::parts;
+  const int sums = m * (blocked && m <= 4 ? 2 : 1), free = V::registers - V::constants - V::parts;
   const int rows = hold_weights<V>(m) ? free / (sums + V::parts) : (free - m * V::parts) / sums;
-  return rows > 8 ? 8 : rows < 1 ? 1 : rows;
+  const int most = 16 / m < 8 ? 16 / m : 8;
+  return rows > most ? most : rows < 1 ? 1 : rows;
 }
 
-// y[i * ldy + r] for M activation rows and R weight rows starting at row n.
+// The sum of the lanes of each of N <= 16 vectors.
+template <class V, int N>
+inline void reduce_all(const typename V::Acc* sums, float* results) {
+  if constexpr (requires { &V::reduce16; }) {
+    typename V::Acc all[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) all[i] = i < N ? sums[i] : V::zero();
+    V::reduce16(all, results);
+  } else {
+    for (int i = 0; i < N; ++i) results[i] = V::reduce(sums[i]);
+  }
+}
+
+// y[i * ldy + r] += … for M activation rows and R weight rows starting at row n; `add` is false for the first columns.
 template <class V, int M, int R, bool blocked>
-inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, float* y, int64_t ldy) {
+inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, bool add, float* y,
+                     int64_t ldy) {
   typename V::Acc sum[M][R], total[blocked ? M : 1][blocked ? R : 1];
   const uint8_t* row = w.codes + n * w.row_stride;
   const int64_t pad = padded<V>(w);
+  const int64_t groups_ahead = V::ahead / w.cols * R * w.row_stride, ahead = V::ahead % w.cols;
   const float* scales[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) scales[r] = w.scale_of(n + r);
@@ -66,13 +84,14 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
     for (; k + V::step <= length; k += V::step) {
       // Hardware prefetchers stop at a page, and the rows after these begin on others. `prefetch` asks for the second-level
       // cache: requests for the first-level one occupy its few miss buffers and halve the rate.
-      int64_t ahead = start + k + V::ahead;
-      if (ahead >= w.cols) ahead += R * w.row_stride - w.cols;
+      int64_t next = start + k + ahead;
+      if (next >= w.cols) next += R * w.row_stride - w.cols;
+      next += groups_ahead;
       if constexpr (hold_weights<V>(M)) {
         typename V::Chunk chunk[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          V::prefetch(row + r * w.row_stride + ahead);
+          V::prefetch(row + r * w.row_stride + next);
           chunk[r] = v.decode(p + r * w.row_stride + k);
         }
 #pragma GCC unroll 16
@@ -84,7 +103,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
       } else {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          V::prefetch(row + r * w.row_stride + ahead);
+          V::prefetch(row + r * w.row_stride + next);
           const auto chunk = v.decode(p + r * w.row_stride + k);
 #pragma GCC unroll 16
           for (int i = 0; i < M; ++i) sum[i][r] = V::dot(sum[i][r], chunk, V::load(xs + i * x_stride + k));
@@ -108,36 +127,64 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
       }
     }
   }
+  alignas(64) float results[16];
+  reduce_all<V, M * R>(blocked ? &total[0][0] : &sum[0][0], results);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    const float scale = (blocked ? 1.f : scales[r][0]) * V::gain;
+  for (int i = 0; i < M; ++i)
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) y[i * ldy + r] = V::reduce(blocked ? total[blocked ? i : 0][blocked ? r : 0] : sum[i][r]) * scale;
-  }
+    for (int r = 0; r < R; ++r) {
+      const float result = results[i * R + r] * ((blocked ? 1.f : scales[r][0]) * V::gain);
+      y[i * ldy + r] = add ? y[i * ldy + r] + result : result;
+    }
 }
 
 template <class V, int M, bool blocked>
-void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, float* y, int64_t ldy) {
+void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y, int64_t ldy) {
   constexpr int R = rows_for<V>(M, blocked);
   const V v;
-  const int64_t x_stride = stride<V>(w);
   int64_t n = begin;
-  for (; n + R <= end; n += R) dot_rows<V, M, R, blocked>(v, w, n, x, x_stride, y + n - begin, ldy);
-  for (; n < end; ++n) dot_rows<V, M, 1, blocked>(v, w, n, x, x_stride, y + n - begin, ldy);
+  for (; n + R <= end; n += R) dot_rows<V, M, R, blocked>(v, w, n, x, x_stride, add, y + n - begin, ldy);
+  for (; n < end; ++n) dot_rows<V, M, 1, blocked>(v, w, n, x, x_stride, add, y + n - begin, ldy);
 }
 
 template <class V, int M = kAtOnce>
-void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t m, float* y, int64_t ldy) {
-  if (m > kAtOnce) {  // the second part finds the weight in the cache
-    const int64_t half = m > 10 ? kAtOnce : m / 2;
-    gemv<V>(w, begin, end, x, half, y, ldy);
-    gemv<V>(w, begin, end, x + half * stride<V>(w), m - half, y + half * ldy, ldy);
-  } else if (m != M) {
-    if constexpr (M > 1) gemv<V, M - 1>(w, begin, end, x, m, y, ldy);
+void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, int64_t m, bool add, float* y,
+               int64_t ldy) {
+  if (m != M) {
+    if constexpr (M > 1) gemv_span<V, M - 1>(w, begin, end, x, x_stride, m, add, y, ldy);
   } else if (w.segments == 1) {
-    gemv_of<V, M, false>(w, begin, end, x, y, ldy);
+    gemv_of<V, M, false>(w, begin, end, x, x_stride, add, y, ldy);
   } else {
-    gemv_of<V, M, true>(w, begin, end, x, y, ldy);
+    gemv_of<V, M, true>(w, begin, end, x, x_stride, add, y, ldy);
+  }
+}
+
+// The columns are cut into spans: whole segments, or parts of one. The second eight activation rows find a span of the
+// weight in the second-level cache. Up to four rows are bound by memory, which likes long runs.
+template <class V>
+void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t m, float* y, int64_t ldy) {
+  const int64_t pad = padded<V>(w), x_stride = stride<V>(w), at_once = m < kAtOnce ? m : kAtOnce;
+  const int64_t cols = m <= 4 ? pad * w.segments : kSpan / at_once / int64_t{sizeof(typename V::X)} / V::step * V::step;
+  const int64_t segments = pad < cols ? cols / pad : 1, part = pad < cols ? pad : cols;
+  for (int64_t first = 0; first < w.segments; first += segments) {
+    for (int64_t offset = 0; offset < w.length_of(first); offset += part) {
+      Weight span = w;
+      span.codes += first * w.block_cols + offset;
+      span.scale += first;
+      span.segments = w.segments - first < segments ? w.segments - first : segments;
+      if (span.segments == 1) {
+        const int64_t left = w.length_of(first) - offset;
+        span.cols = span.block_cols = left < part ? left : part;
+      } else {
+        span.cols = w.cols - first * w.block_cols;
+        if (span.cols > segments * w.block_cols) span.cols = segments * w.block_cols;
+      }
+      for (int64_t i = 0; i < m;) {
+        const int64_t left = m - i, rows = left <= kAtOnce ? left : left < 2 * kAtOnce ? (left + 1) / 2 : kAtOnce;
+        gemv_span<V>(span, begin, end, x + i * x_stride + first * pad + offset, x_stride, rows, first + offset > 0, y + i * ldy, ldy);
+        i += rows;
+      }
+    }
   }
 }
 

@@ -9,6 +9,7 @@
 #define CTFP8_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"
 #include "target_begin.h"
 //
+#include "lanes.h"
 #include "table.h"
 
 namespace ctfp8 {
@@ -42,6 +43,7 @@ struct Avx512 {
   static Acc scale_add(Acc total, Acc sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total); }
   static Chunk times(Chunk chunk, float scale) { return _mm512_mul_ps(chunk, _mm512_set1_ps(scale)); }
   static float reduce(Acc sum) { return _mm512_reduce_add_ps(sum); }
+  static void reduce16(const Acc* sums, float* results) { sum_lanes(sums, results); }
   static void arrange(const X* from, X* to) { std::memcpy(to, from, step * sizeof(X)); }
   static void round_f16(const float* row, const float* bias, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = _cvtss_sh(bias ? row[i] + bias[i] : row[i], _MM_FROUND_TO_NEAREST_INT);

@@ -9,6 +9,7 @@
 #define CTFP8_TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16"
 #include "target_begin.h"
 //
+#include "lanes.h"
 #include "table.h"
 
 namespace ctfp8 {
@@ -57,6 +58,7 @@ struct Avx512Bf16 {
   static Acc dot(Acc sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
   static Acc scale_add(Acc total, Acc sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total); }
   static float reduce(Acc sum) { return _mm512_reduce_add_ps(sum); }
+  static void reduce16(const Acc* sums, float* results) { sum_lanes(sums, results); }
   static void arrange(const X* from, X* to) {
     for (int lane = 0; lane < 4; ++lane) {
       std::memcpy(to + lane * 8, from + lane * 16, 16);

@@ -6,6 +6,7 @@
 #pragma once
 #include "buffer.h"
 #include "gemv.h"
+#include "lanes.h"
 
 namespace ctfp8 {
 namespace {
@@ -17,47 +18,21 @@ constexpr int64_t kGroup = 4;        // pieces decoded at a time, so that memory
 
 Brgemm brgemm = nullptr;
 
+// Activation rows, at most, for which the weight is decoded in registers. AMX, and scales within a row, ask for fewer.
+int64_t few(const Weight& w) { return brgemm || w.segments > 1 ? kFew : 40; }
+
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t pairs(const Weight& w) { return (w.block_cols + 1) / 2; }  // of a segment
 
 template <class V>
 int64_t panel_bytes(const Weight& w, int64_t m) {
-  return m <= kFew ? bytes<V>(w, m) : round_up(m, 16) * w.segments * pairs(w) * 4;
-}
-
-// As 32-bit elements: row i, column j goes to row j, column i.
-inline void transpose(__m512i* v) {
-  __m512i t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // Lane l of v[4 g + c] now holds column 4 l + c of rows 4 g to 4 g + 3: transpose lanes against g.
-#pragma GCC unroll 16
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), b = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd), e = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
-    t[c] = _mm512_shuffle_i32x4(a, b, 0x88);
-    t[4 + c] = _mm512_shuffle_i32x4(d, e, 0x88);
-    t[8 + c] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    t[12 + c] = _mm512_shuffle_i32x4(d, e, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) v[i] = t[i];
+  return m <= few(w) ? bytes<V>(w, m) : round_up(m, 16) * w.segments * pairs(w) * 4;
 }
 
 // Panel p of a block begins at pair 64 p * segments * pairs; in it, pair q of all its rows is one line of `width` pairs.
 template <class V>
 void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
-  if (m <= kFew) return prepare<V>(w, rows, begin, count, m, prepared);
+  if (m <= few(w)) return prepare<V>(w, rows, begin, count, m, prepared);
   const int64_t panel = begin / kPanel, left = round_up(m, 16) - panel * kPanel, width = left < kPanel ? left : kPanel;
   auto* out = static_cast<uint32_t*>(prepared) + panel * kPanel * w.segments * pairs(w) + begin % kPanel;
   for (int64_t segment = 0; segment < w.segments; ++segment) {
@@ -209,7 +184,7 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
 
 template <class V>
 void panel_matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
-  if (m <= kFew) return gemv<V>(w, begin, end, static_cast<const typename V::X*>(prepared), m, y, ldy);
+  if (m <= few(w)) return gemv<V>(w, begin, end, static_cast<const typename V::X*>(prepared), m, y, ldy);
   for (int64_t n = begin; n < end; n += kPanelCols) {
     panel_multiply<V>(w, n, end - n < kPanelCols ? end : n + kPanelCols, static_cast<const uint32_t*>(prepared), m, y + n - begin, ldy);
   }
