@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from . import lowering, passes
 from .errors import TargetError, UsageError
 from .graph import MARKER, is_marker
+from .mapped import leave_files
 from .report import Report
 from .target import Target
 
@@ -64,7 +65,21 @@ def backend(
     compiled = compile_fx(gm, list(example_inputs), config_patches=config)
     if marked and len(_reports) == before:
         log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", len(marked), target)
-    return compiled
+    return _leaving_files_first(compiled) if marked and target.device == "cpu" else compiled
+
+
+def _leaving_files_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The weights are arguments of the compiled graph: at its first call they leave the checkpoint's mapped files."""
+    called = False
+
+    def call(*args: Any) -> Any:
+        nonlocal called
+        if not called:
+            leave_files(args)
+            called = True
+        return compiled(*args)
+
+    return call
 
 
 class Fp8Pass(CustomGraphPass):

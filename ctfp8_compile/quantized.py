@@ -19,6 +19,7 @@ from . import checkpoint as ckpt
 from .errors import CheckpointError, SchemeError, UsageError
 from .layout import Layout, identity
 from .lowering import cpu_kernels
+from .mapped import LeaveFiles
 from .ops import FP8
 from .scheme import Scheme, Schemes
 
@@ -153,7 +154,8 @@ _TRAIN = (
 def protect(model: nn.Module) -> None:
     """Makes the root of a model refuse what would lose its FP8 weights; also sets `eval()` and no gradients.
 
-    If the C++ CPU kernels were built before, eager code takes them from here on; compiling a model builds them.
+    If the C++ CPU kernels were built before, eager code takes them from here on; compiling a model builds them. When the
+    model first runs, its CPU weights leave the mapped files.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -164,6 +166,7 @@ def protect(model: nn.Module) -> None:
     if not isinstance(model, _KeepsFP8):
         namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         model.__class__ = type(cls.__name__, (_KeepsFP8, cls), namespace)
+        model.register_forward_pre_hook(LeaveFiles(model))
 
 
 def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Dequantize]]:

@@ -132,7 +132,6 @@ class Quantizer(HfQuantizer):
         for target, info in self.plans.items():
             path, _, leaf = target.rpartition(".")
             attach(model.get_submodule(path), leaf, info, *self.scales.pop(target))
-        _leave_the_files(model)
         for module in model.modules():
             # models ask for this flag to work around weights they cannot read; ours read like any other
             if isinstance(module, PreTrainedModel):
@@ -172,17 +171,6 @@ def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Ten
         value = dequantize.static_scale(source)
         out[ckpt.input_scale_name(source)] = value.to(stored.dtype).reshape(stored.shape).clone()
     return out
-
-
-def _leave_the_files(model: nn.Module) -> None:
-    """Moves CPU weights that are views of the mapped files into memory of the process.
-
-    Systems drop mapped pages at will, and read them again at every step where they drop them often.
-    """
-    for _, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.device.type == "cpu" and not parameter.untyped_storage().resizable():
-                parameter.data = parameter.data.clone()
 
 
 class _PlaceRows(ConversionOps):
