@@ -1,8 +1,9 @@
 """Times `ctfp8::dequantized_linear` against torch's bfloat16 linear on this CPU, as ratios taken in one run.
 
 Calls of the two alternate, so that a change of clock or load meets both, and each call takes the next of several copies of
-its weight, so that the third-level cache does not pretend to be memory. The last column is the rate at which the kernel
-reads the FP8 weight, as a fraction of the rate at which torch sums a large tensor of bytes in this same process.
+its weight, so that the third-level cache does not pretend to be memory. A cell is `ratio (FP8 ms)`; above 1 FP8 is faster.
+`bandwidth` is the rate at which the kernel reads the FP8 weight at M = 1, as a fraction of the rate at which torch sums a
+large tensor in this same process; `error` the largest ratio of the two errors against float64 (below 1 FP8 is closer).
 
     python benchmarks/cpu_linear.py [--quick] [--threads N] [--dtype float32]
 """
@@ -13,9 +14,18 @@ import argparse
 import math
 
 import torch
+from rich.progress import track
 from timing import COLD_BYTES, interleave, read_rate
 
 from ctfp8_compile.lowering import cpu_kernels
+
+#: N, K of the linears of a layer.
+SHAPES = {
+    "Llama-3.2-1B": [(2048, 2048), (8192, 2048), (2048, 8192)],
+    "Llama-3.1-8B": [(4096, 4096), (14336, 4096), (4096, 14336)],
+    "Qwen3-30B-A3B": [(4096, 2048), (2048, 4096), (768, 2048), (2048, 768)],
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 
 
 def case(n: int, k: int, m: int, block: list[int], dtype: torch.dtype, seconds: float) -> tuple[float, float, float]:
@@ -25,7 +35,8 @@ def case(n: int, k: int, m: int, block: list[int], dtype: torch.dtype, seconds: 
     scale = torch.rand(math.ceil(n / block[0]), math.ceil(k / block[1])) * 1e-3
     plain = torch.ops.ctfp8.dequantize(weight, scale, None, block, "none", dtype)
     x = torch.randn(m, k).to(dtype)
-    expected = (x.double() @ torch.ops.ctfp8.dequantize(weight, scale, None, block, "none", torch.float64).t())[:, :512]
+    exact = torch.ops.ctfp8.dequantize(weight[:512], scale[: -(-512 // block[0])], None, block, "none", torch.float64)
+    expected = x.double() @ exact.t()
     linear, fused = torch.nn.functional.linear, torch.ops.ctfp8.dequantized_linear
     outputs = (linear(x, plain), fused(x, weight, scale, None, block))
     errors = [(out[:, :512].double() - expected).norm().item() for out in outputs]
@@ -43,32 +54,35 @@ def case(n: int, k: int, m: int, block: list[int], dtype: torch.dtype, seconds: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, half a second each")
+    parser.add_argument("--quick", action="store_true", help="one shape, half a second each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cpu_kernels.load()
     rate = read_rate()
+    rows = (1, 4, 16, 64) if arguments.quick else ROWS
+    shapes = [(4096, 4096)] if arguments.quick else [shape for model in SHAPES.values() for shape in model]
+    cases = [(n, k, "channel", [1, k]) for n, k in shapes]
+    cases += [(n, k, "128 x 128", [128, 128]) for n, k in shapes if (n, k) == (4096, 4096)]
+    lines = []
+    for n, k, kind, block in track(cases, "timing …"):
+        cells, bandwidth, worst = [], 0.0, 0.0
+        for m in rows:
+            stock, ours, error = case(n, k, m, block, getattr(torch, arguments.dtype), 0.5 if arguments.quick else 1.5)
+            cells.append(f"{stock / ours:.2f} ({ours * 1e3:.2f})")
+            worst = max(worst, error)
+            if m == 1:
+                bandwidth = n * k / ours / rate
+        lines.append([f"{n} × {k}", kind, *cells, f"{bandwidth:.0%}", f"{worst:.2f}"])
     print(
-        f"torch {torch.__version__}, {cpu_kernels.isa()}, {arguments.threads} threads, memory reads at {rate / 1e9:.1f} GB/s"
+        f"torch {torch.__version__}, {cpu_kernels.isa()}, {arguments.threads} threads, {arguments.dtype}, "
+        f"memory reads at {rate / 1e9:.1f} GB/s\n"
     )
-    print(
-        f"{'N x K':>13} {'block':>10} {'M':>5} {'torch ms':>9} {'fp8 ms':>8} {'ratio':>6} {'error':>6} {'bandwidth':>9}"
-    )
-    quick = arguments.quick
-    for n, k in [(4096, 4096)] if quick else [(4096, 4096), (14336, 4096), (4096, 14336)]:
-        for block in ([1, k], [128, 128]):
-            for m in (1, 4, 16, 64) if quick else (1, 2, 4, 8, 16, 32, 64, 256, 1024):
-                if m > 64 and (n, k) != (4096, 4096):
-                    continue
-                stock, ours, error = case(n, k, m, block, getattr(torch, arguments.dtype), 0.5 if quick else 1.5)
-                kind = "channel" if block[0] == 1 else "128 x 128"
-                print(
-                    f"{f'{n} x {k}':>13} {kind:>10} {m:>5} {stock * 1e3:>9.2f} {ours * 1e3:>8.2f} "
-                    f"{stock / ours:>6.2f} {error:>6.2f} {n * k / ours / rate:>9.2f}",
-                    flush=True,
-                )
+    print("| " + " | ".join(["N × K", "scales", *(f"M = {m}" for m in rows), "bandwidth", "error"]) + " |")
+    print("|---" * (len(rows) + 4) + "|")
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
 
 
 if __name__ == "__main__":

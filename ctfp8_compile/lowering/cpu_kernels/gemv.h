@@ -96,7 +96,8 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
         }
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-          const auto xs_chunk = V::load(xs + i * x_stride + k);
+          auto xs_chunk = V::load(xs + i * x_stride + k);
+          if constexpr (R > 1) V::hold(xs_chunk);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) sum[i][r] = V::dot(sum[i][r], chunk[r], xs_chunk);
         }

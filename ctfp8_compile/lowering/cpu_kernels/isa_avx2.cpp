@@ -39,6 +39,7 @@ struct Avx2 {
     std::memcpy(&codes, p, n);
     return convert(_mm_cvtsi64_si128(static_cast<long long>(codes)));
   }
+  static void hold(Chunk& chunk) { __asm__("" : "+x"(chunk)); }
   static Chunk load(const X* p) { return _mm256_loadu_ps(p); }
   static void store(X* p, Chunk chunk) { _mm256_storeu_ps(p, chunk); }
   static Acc dot(Acc sum, Chunk w, Chunk x) { return _mm256_fmadd_ps(w, x, sum); }

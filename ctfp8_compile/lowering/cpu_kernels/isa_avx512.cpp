@@ -37,6 +37,7 @@ struct Avx512 {
   Chunk decode_tail(const uint8_t* p, int n) const {
     return convert(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p));
   }
+  static void hold(Chunk& chunk) { __asm__("" : "+v"(chunk)); }
   static Chunk load(const X* p) { return _mm512_loadu_ps(p); }
   static void store(X* p, Chunk chunk) { _mm512_storeu_ps(p, chunk); }
   static Acc dot(Acc sum, Chunk w, Chunk x) { return _mm512_fmadd_ps(w, x, sum); }

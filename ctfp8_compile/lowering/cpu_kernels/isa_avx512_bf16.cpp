@@ -37,6 +37,7 @@ struct Avx512Bf16 {
   // Unpacking works within 128-bit lanes, so `first` holds columns 0-7, 16-23, 32-39, 48-55 and `second` the others.
   // Activations are arranged in the same order once, rather than every weight chunk put right.
   Chunk expand(__m512i codes) const {
+    __asm__("" : "+v"(codes));  // as in `hold`
     __m512i high = _mm512_permutex2var_epi8(high0, codes, high1);
     const __m512i low = _mm512_permutex2var_epi8(low0, codes, low1);
     high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // high | codes & sign
@@ -53,6 +54,8 @@ struct Avx512Bf16 {
     _mm512_storeu_si512(to + 32, chunk.second);
   }
 
+  // Keeps GCC from reading a chunk again at each use.
+  static void hold(Chunk& chunk) { __asm__("" : "+v"(chunk.first), "+v"(chunk.second)); }
   static Chunk load(const X* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 32)}; }
   static Acc dot(Acc sum, Chunk w, Chunk x) { return dot(dot(sum, w.first, x.first), w.second, x.second); }
   static Acc dot(Acc sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }

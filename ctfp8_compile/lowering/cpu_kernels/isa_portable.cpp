@@ -26,6 +26,7 @@ struct Portable {
     for (int i = 0; i < n; ++i) chunk.lane[i] = tables.value[p[i]];
     return chunk;
   }
+  static void hold(Chunk&) {}
   static Chunk load(const X* p) {
     Chunk chunk;
     std::memcpy(&chunk, p, sizeof(chunk));

@@ -19,7 +19,7 @@ constexpr int64_t kGroup = 4;        // pieces decoded at a time, so that memory
 Brgemm brgemm = nullptr;
 
 // Activation rows, at most, for which the weight is decoded in registers. AMX, and scales within a row, ask for fewer.
-int64_t few(const Weight& w) { return brgemm || w.segments > 1 ? kFew : 40; }
+int64_t few(const Weight& w) { return brgemm || w.segments > 1 ? kFew : 32; }
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t pairs(const Weight& w) { return (w.block_cols + 1) / 2; }  // of a segment
