@@ -21,17 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import export_memory
-import memory_load
 import torch
+from checkpoints import write_llama, write_moe
 from memory_load import anonymous
 from rich.console import Console
 from rich.table import Table
 
 WAYS = ("ctfp8", "bf16 eager", "bf16 Inductor")
 CHECKPOINTS = {
-    "llama": lambda f: export_memory.write_checkpoint(f, 22),
-    "moe": lambda f: memory_load.write_checkpoint(f, 1.0),
+    "llama": lambda f: write_llama(f, 22),
+    "moe": lambda f: write_moe(f, 1.0),
 }
 PROMPT, TOKENS, CACHE = 256, 32, 320
 

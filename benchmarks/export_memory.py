@@ -19,54 +19,10 @@ import time
 from pathlib import Path
 
 import torch
+from checkpoints import write_llama
 from memory_load import anonymous
 from rich.console import Console
 from rich.table import Table
-
-HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS = 2048, 5632, 32000, 32, 4
-
-
-def write_checkpoint(folder: Path, layers: int) -> int:
-    """Random FP8 values in the layout llm-compressor writes; returns the bytes of the FP8 weights."""
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, dtype=torch.bfloat16, tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    state: dict[str, torch.Tensor] = {}
-    kv = HIDDEN // HEADS * KV_HEADS
-    shapes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
-              "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-              "mlp.up_proj": (INTERMEDIATE, HIDDEN), "mlp.down_proj": (HIDDEN, INTERMEDIATE)}  # fmt: skip
-    fp8_bytes = 0
-    for i in range(layers):
-        for name, (rows, cols) in shapes.items():
-            codes = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, generator=generator)
-            state[f"model.layers.{i}.{name}.weight"] = codes.view(torch.float8_e4m3fn)
-            state[f"model.layers.{i}.{name}.weight_scale"] = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16)
-            fp8_bytes += rows * cols
-        for which in ("input_layernorm", "post_attention_layernorm"):
-            state[f"model.layers.{i}.{which}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    state["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        state[name] = torch.randn(VOCABULARY, HIDDEN, generator=generator).bfloat16()
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    scheme = {
-        "targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
-        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
-    }  # fmt: skip
-    quantization = {
-        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme}, "ignore": ["lm_head"],
-    }  # fmt: skip
-    (folder / "config.json").write_text(
-        json.dumps(config.to_dict() | {"quantization_config": quantization}, default=str)
-    )
-    return fp8_bytes
 
 
 def measure(folder: str, target: str) -> None:
@@ -118,7 +74,7 @@ def main() -> None:
         table.add_column(column)
     with tempfile.TemporaryDirectory() as folder:
         with console.status("writing the checkpoint …"):
-            fp8 = write_checkpoint(Path(folder), args.layers)
+            fp8 = write_llama(Path(folder), args.layers)
         checkpoint = (Path(folder) / "model.safetensors").stat().st_size
         with console.status("loading and exporting …"):
             command = [sys.executable, __file__, "--measure", folder, args.target]

@@ -19,64 +19,11 @@ import time
 from pathlib import Path
 
 import torch
+from checkpoints import write_moe
 from rich.console import Console
 from rich.table import Table
 
-HIDDEN, INTERMEDIATE, EXPERTS, HEADS = 1024, 512, 32, 8
 WAYS = ("ctfp8 eager", "ctfp8 compiled", "transformers")
-
-
-def write_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Random FP8 values in the layout llm-compressor writes; returns the bytes of the file."""
-    from safetensors.torch import save_file
-    from transformers import Qwen3MoeConfig
-
-    per_layer = EXPERTS * 3 * HIDDEN * INTERMEDIATE + 4 * HIDDEN * HIDDEN
-    layers = max(1, round(gigabytes * 1e9 / per_layer))
-    config = Qwen3MoeConfig(
-        vocab_size=1024, hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=HIDDEN // HEADS, num_experts=EXPERTS,
-        num_experts_per_tok=4, dtype=torch.bfloat16, tie_word_embeddings=False, architectures=["Qwen3MoeForCausalLM"],
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    state: dict[str, torch.Tensor] = {}
-
-    def fp8(name: str, rows: int, cols: int) -> None:
-        codes = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, generator=generator)
-        state[f"{name}.weight"] = codes.view(torch.float8_e4m3fn)
-        state[f"{name}.weight_scale"] = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16)
-
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        for which in "qkvo":
-            fp8(f"{layer}.self_attn.{which}_proj", HIDDEN, HIDDEN)
-        for e in range(EXPERTS):
-            fp8(f"{layer}.mlp.experts.{e}.gate_proj", INTERMEDIATE, HIDDEN)
-            fp8(f"{layer}.mlp.experts.{e}.up_proj", INTERMEDIATE, HIDDEN)
-            fp8(f"{layer}.mlp.experts.{e}.down_proj", HIDDEN, INTERMEDIATE)
-        state[f"{layer}.mlp.gate.weight"] = torch.randn(EXPERTS, HIDDEN, generator=generator).bfloat16()
-        for which in ("self_attn.q_norm", "self_attn.k_norm"):
-            state[f"{layer}.{which}.weight"] = torch.ones(HIDDEN // HEADS, dtype=torch.bfloat16)
-        for which in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{layer}.{which}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    state["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        state[name] = torch.randn(1024, HIDDEN, generator=generator).bfloat16()
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    scheme = {
-        "format": "float-quantized", "targets": ["Linear"],
-        "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
-        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
-    }  # fmt: skip
-    quantization = {
-        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme}, "ignore": ["lm_head", "re:.*mlp.gate$"], "kv_cache_scheme": None,
-        "global_compression_ratio": None, "sparsity_config": {}, "transform_config": {}, "version": "0.19.0",
-    }  # fmt: skip
-    (folder / "config.json").write_text(
-        json.dumps(config.to_dict() | {"quantization_config": quantization}, default=str)
-    )
-    return (folder / "model.safetensors").stat().st_size
 
 
 def anonymous() -> int:
@@ -130,7 +77,7 @@ def main() -> None:
         table.add_column(column)
     with tempfile.TemporaryDirectory() as folder:
         with console.status("writing the checkpoint …"):
-            size = write_checkpoint(Path(folder), args.gigabytes)
+            size = write_moe(Path(folder), args.gigabytes)
         for way in WAYS:
             with console.status(f"{way} …"):
                 command = [sys.executable, __file__, "--measure", way, folder]
