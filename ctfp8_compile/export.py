@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,16 @@ def explain(
         A report: `print` it, or take `.rewritten` and `.kept`, whose entries have `.name .rule .kernel .reason`;
         `.to_dict()`, `.to_html(path)`.
     """
-    return _lower(model, args, kwargs, target, dynamic_shapes)[1]
+    report = _lower(model, args, kwargs, target, dynamic_shapes)[1]
+    return replace(report, experts_per_token=_experts_per_token(model))
+
+
+def _experts_per_token(model: nn.Module) -> int | None:
+    """As a transformers config says it, under one of the names that families give it."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")
+    return next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), None)
 
 
 def export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -86,6 +87,11 @@ def is_marker(node: Any) -> bool:
 def is_view(node: fx.Node) -> bool:
     """Whether a node only looks at a weight in another way (see `trace_weight`)."""
     return node.op == "call_function" and node.target in _VIEWS
+
+
+def is_plumbing(node: fx.Node) -> bool:
+    """Whether a node computes nothing: a view, a part of a tuple, a size."""
+    return is_view(node) or node.target in (operator.getitem, aten.squeeze.dim, aten.slice.Tensor, aten.sym_size.int)
 
 
 def trace_weight(node: Any) -> Weight | None:
@@ -211,11 +217,12 @@ def format_graph(graph: fx.Graph) -> str:
             lines.append(f"{names[node]} = {node.op} : {describe(value(node))}")
             continue
         parts = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items()]
-        lines.append(f"{names[node]} = {_op_name(node)}({', '.join(parts)}) : {describe(value(node))}")
+        lines.append(f"{names[node]} = {op_name(node)}({', '.join(parts)}) : {describe(value(node))}")
     return "\n".join(lines)
 
 
-def _op_name(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
+    """`mm`, `ctfp8.dequantize`: the operation without `aten`."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         namespace, name = target.namespace, target._schema.name.split("::")[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -23,6 +23,8 @@ class Entry:
         block: rows and columns that share a scale.
         activation: the checkpoint's activation scheme.
         uses: how often the graph uses it.
+        before, after: the operations on the way from the weight to its use, as traced and as rewritten; `after` is empty
+            where nothing was.
     """
 
     name: str
@@ -33,15 +35,29 @@ class Entry:
     block: tuple[int, ...]
     activation: str
     uses: int = 1
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the FP8 weight and its float32 scales."""
+        *experts, rows, cols = self.shape
+        row_blocks, col_blocks = (-(-n // b) if b else 1 for n, b in zip((rows, cols), self.block, strict=True))
+        return math.prod(experts) * (rows * cols + 4 * row_blocks * col_blocks)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of rewriting one or several graphs for a target."""
+    """The result of rewriting one or several graphs for a target.
+
+    Attributes:
+        experts_per_token: how many experts of each layer one token reads, where the model's config says so.
+    """
 
     target: str
     rewritten: tuple[Entry, ...]
     kept: tuple[Entry, ...]
+    experts_per_token: int | None = None
 
     def summary(self) -> str:
         """One line: how many weights run on which kernel, how many stayed dequantized, and why."""
@@ -71,9 +87,10 @@ class Report:
         }
 
     def to_html(self, path: str | Path) -> Path:
-        """Writes one self-contained page with a row a weight, and returns its path."""
-        rows = "".join(_row(e) for e in (*self.rewritten, *self.kept))
-        Path(path).write_text(_PAGE.format(summary=html.escape(self.summary()), rows=rows), encoding="utf-8")
+        """Writes a picture of the rewrite as one self-contained page, and returns its path."""
+        from .report_html import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
         return Path(path)
 
     @staticmethod
@@ -82,38 +99,9 @@ class Report:
         reports = list(reports)
         kept = {e.name: e for r in reports for e in r.kept}
         rewritten = {e.name: e for r in reports for e in r.rewritten if e.name not in kept}
-        return Report(reports[0].target if reports else "", tuple(rewritten.values()), tuple(kept.values()))
+        per_token = next((r.experts_per_token for r in reports if r.experts_per_token), None)
+        return Report(reports[0].target if reports else "", tuple(rewritten.values()), tuple(kept.values()), per_token)
 
 
 def _shape(entry: Entry) -> str:
     return "×".join(str(s) for s in entry.shape)
-
-
-def _row(e: Entry) -> str:
-    cells = (
-        e.name,
-        _shape(e),
-        "×".join(str(b) for b in e.block),
-        e.activation,
-        e.rule,
-        e.kernel or "dequantized",
-        e.reason,
-    )
-    kind = "kept" if e.reason else "done"
-    return f'<tr class="{kind}">' + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>\n"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>ctfp8 report</title><style>
-body {{ font: 14px/1.5 system-ui, sans-serif; margin: 2rem; color: #1b1f24; background: #fff; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; padding: .25rem .75rem; border-bottom: 1px solid #d8dee4; }}
-th {{ position: sticky; top: 0; background: #fff; }}
-.done td:nth-child(6) {{ color: #0a6b2b; }}
-.kept td {{ background: #fff6e0; }}
-</style></head><body>
-<h1>What ctfp8 did</h1><p>{summary}</p>
-<table><thead><tr><th>weight</th><th>shape</th><th>scale block</th><th>activations</th><th>rule</th><th>kernel</th>
-<th>why not</th></tr></thead><tbody>
-{rows}</tbody></table></body></html>
-"""

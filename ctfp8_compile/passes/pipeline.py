@@ -11,12 +11,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
-from ..graph import is_marker, is_view, parameter_name, trace_weight, value
+from ..graph import is_marker, is_plumbing, is_view, op_name, parameter_name, trace_weight, value
 from ..lowering import kernels_of
 from ..report import Entry, Report
 from ..target import Target
@@ -60,15 +61,17 @@ def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] = RULES, lower: b
             if isinstance(plan, str):
                 declined.setdefault(match.marker, (rule.name, plan))
                 continue
+            before, last = _steps_to(node), node.prev
             new = rule.rewrite(graph, match, plan)
+            after = tuple(op_name(step) for step in _nodes_after(last, new) if not is_plumbing(step))
             node.replace_all_uses_with(new, propagate_meta=False)
             graph.erase_node(node)
-            entries.append(_entry(match.marker, rule.name, kernel=plan.kernel.name))
+            entries.append(_entry(match.marker, rule.name, kernel=plan.kernel.name, before=before, after=after))
             break
     _sweep(graph)
     for marker in [node for node in graph.nodes if is_marker(node)]:
         rule_name, why = declined.get(marker) or ("", _unmatched(marker))
-        entries.append(_entry(marker, rule_name, reason=why))
+        entries.append(_entry(marker, rule_name, reason=why, before=_steps_to(_consumers(marker)[0])))
         marker.replace_all_uses_with(expand_marker(graph, marker), propagate_meta=False)
         graph.erase_node(marker)
     share_quantization(graph)
@@ -77,9 +80,26 @@ def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] = RULES, lower: b
     return _report(target, entries)
 
 
-def _entry(marker: fx.Node, rule: str, kernel: str = "", reason: str = "") -> Entry:
+def _entry(marker: fx.Node, rule: str, **what: Any) -> Entry:
     weight, _, _, block, activation, _ = marker.args
-    return Entry(parameter_name(marker), rule, kernel, reason, tuple(value(weight).shape), tuple(block), activation)
+    what = {"kernel": "", "reason": "", **what}
+    return Entry(
+        parameter_name(marker), rule, shape=tuple(value(weight).shape), block=tuple(block), activation=activation, **what
+    )
+
+
+def _steps_to(node: fx.Node) -> tuple[str, ...]:
+    """The operations from a marker to a node that consumes it, through views: `("ctfp8.dequantize", "permute", "mm")`."""
+    source = next((a for a in node.all_input_nodes if trace_weight(a) is not None), None)
+    return (op_name(node),) if source is None else (*_steps_to(source), op_name(node))
+
+
+def _nodes_after(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes behind `first` up to and with `last`, in the order of the graph."""
+    node = first
+    while node is not last:
+        node = node.next
+        yield node
 
 
 def _report(target: Target, entries: Sequence[Entry]) -> Report:
@@ -93,19 +113,22 @@ def _report(target: Target, entries: Sequence[Entry]) -> Report:
     return Report(str(target), tuple(e for e in merged if not e.reason), tuple(e for e in merged if e.reason))
 
 
-def _unmatched(marker: fx.Node) -> str:
-    """Why no pattern matched: names the operations that consume the weight."""
+def _consumers(marker: fx.Node) -> list[fx.Node]:
+    """The nodes that use a weight, behind all views of it."""
     seen, frontier, consumers = set(), [marker], []
     while frontier:
         for user in frontier.pop().users:
             if user in seen:
                 continue
             seen.add(user)
-            if trace_weight(user) is not None:
-                frontier.append(user)
-            else:
-                consumers.append(str(user.target) if user.op == "call_function" else "the graph's output")
-    return f"no rule knows this use of a weight: {', '.join(sorted(set(consumers)))}"
+            (consumers if trace_weight(user) is None else frontier).append(user)
+    return consumers
+
+
+def _unmatched(marker: fx.Node) -> str:
+    """Why no pattern matched: names the operations that consume the weight."""
+    names = {str(n.target) if n.op == "call_function" else "the graph's output" for n in _consumers(marker)}
+    return f"no rule knows this use of a weight: {', '.join(sorted(names))}"
 
 
 def _sweep(graph: fx.Graph) -> None:
