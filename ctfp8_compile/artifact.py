@@ -203,7 +203,9 @@ def read_report(path: Path, manifest: Manifest) -> Report:
     """The report of the exporting machine."""
     try:
         rewritten, kept = (
-            tuple(Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()}) for e in manifest.report[key])
+            tuple(
+                Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()}) for e in manifest.report[key]
+            )
             for key in ("rewritten", "kept")
         )
         return Report(manifest.target, rewritten, kept)

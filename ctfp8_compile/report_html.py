@@ -32,7 +32,10 @@ class _Row(NamedTuple):
 def page(report: Report) -> str:
     """The whole document."""
     entries = [*report.rewritten, *report.kept]
-    colours = {kernel: _COLOURS[i % len(_COLOURS)] for i, kernel in enumerate(dict.fromkeys(e.kernel for e in report.rewritten))}
+    colours = {
+        kernel: _COLOURS[i % len(_COLOURS)]
+        for i, kernel in enumerate(dict.fromkeys(e.kernel for e in report.rewritten))
+    }
     colours[""] = _KEPT
     rows = list(_rows(entries))
     widest = max((sum(e.nbytes for _, e in row.entries) for row in rows), default=1)
@@ -90,13 +93,14 @@ def _read(report: Report, entry: Entry) -> int:
 def _layer(report: Report, row: _Row, colours: dict[str, str], widest: int) -> str:
     total = sum(e.nbytes for _, e in row.entries)
     bar = "".join(
-        f'<i style="width:{100 * e.nbytes / widest:.3f}%;background:{colours[e.kernel]}" title="{html.escape(f"{n}: {_size(e.nbytes)}", True)}"></i>'
+        f'<i style="width:{100 * e.nbytes / widest:.3f}%;background:{colours[e.kernel]}"'
+        f' title="{html.escape(n, True)}: {_size(e.nbytes)}"></i>'
         for n, e in sorted(row.entries, key=lambda part: (part[1].kernel, part[0]))
     )
     first, last = row.names
     name = first if row.count == 1 else f"{first} … {last.rpartition('.')[2]}"
     kept = sum(not e.kernel for _, e in row.entries)
-    note = f'<em>{kept} dequantized</em>' if kept else ""
+    note = f"<em>{kept} dequantized</em>" if kept else ""
     times = f"<small>{row.count} alike</small>" if row.count > 1 else ""
     weights = "".join(_weight(report, n, e, colours) for n, e in row.entries)
     return (
@@ -130,7 +134,9 @@ def _steps(names: Sequence[str], colour: str, second: str = "") -> str:
     """A chain of operations, and the other operand of the last one."""
     style = f' style="border-color:{colour}"' if colour else ""
     boxes = [f"<code{style}>{html.escape(n)}</code>" for n in (*names, second) if n]
-    return f"<div>{'<u>→</u>'.join(boxes[: len(names)])}{''.join(f'<u>←</u>{box}' for box in boxes[len(names) :])}</div>"
+    return (
+        f"<div>{'<u>→</u>'.join(boxes[: len(names)])}{''.join(f'<u>←</u>{box}' for box in boxes[len(names) :])}</div>"
+    )
 
 
 def _size(count: float) -> str:

@@ -28,7 +28,12 @@ def big_moe() -> Report:
         for name, shape in (("gate_up_proj", (128, 3072, 4096)), ("down_proj", (128, 4096, 1536))):
             odd = i in (7, 41)
             (kept if odd else done).append(
-                entry(f"model.layers.{i}.mlp.experts.{name}", shape, "" if odd else "kernel B", "odd <rows>" if odd else "")
+                entry(
+                    f"model.layers.{i}.mlp.experts.{name}",
+                    shape,
+                    "" if odd else "kernel B",
+                    "odd <rows>" if odd else "",
+                )
             )
     return Report("cuda:sm90", tuple(done), tuple(kept), experts_per_token=8)
 
@@ -36,7 +41,13 @@ def big_moe() -> Report:
 def test_alike_layers_are_drawn_once_and_bytes_add_up():
     text = page(big_moe())
     names = re.findall(r'class="name">([^<]*?) <', text)
-    assert names == ["model.layers.0 … 6", "model.layers.7", "model.layers.8 … 40", "model.layers.41", "model.layers.42 … 79"]
+    assert names == [
+        "model.layers.0 … 6",
+        "model.layers.7",
+        "model.layers.8 … 40",
+        "model.layers.41",
+        "model.layers.42 … 79",
+    ]
     assert "7 alike" in text
     assert "odd &lt;rows&gt;" in text
     dense = 4 * (4096 * 4096 + 4096 * 4 * 64)  # a scale for each row and 64 columns
