@@ -37,12 +37,9 @@ PROMPT, TOKENS, CACHE = 256, 32, 320
 
 def steps(model: Any, forward: Any) -> tuple[float, list[float]]:
     """One generation: seconds of the prefill, and of each decode step."""
-    from transformers import StaticCache
+    import ctfp8_compile as ctfp8
 
-    config = model.config
-    cache = StaticCache(config=config, max_cache_len=CACHE)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache.early_initialization(1, config.num_key_value_heads, head_dim, model.dtype, torch.device("cpu"))
+    cache = ctfp8.static_cache(model, max_length=CACHE)
     ids, position, times = torch.arange(PROMPT)[None], torch.arange(PROMPT)[None], []
     for step in range(TOKENS + 1):
         begin = time.perf_counter()

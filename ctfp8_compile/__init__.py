@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .hub import from_pretrained, prepare, save_pretrained
     from .quantized import load_state_dict
     from .report import Entry, Report
-    from .static_cache import StaticCacheDecoder
+    from .static_cache import StaticCacheDecoder, static_cache
     from .target import Target
 
 __version__ = "0.1.0"
@@ -52,6 +52,7 @@ __all__ = [
     "ops",
     "prepare",
     "save_pretrained",
+    "static_cache",
 ]
 
 #: Where each name lives. They are imported on first use, so that loading an artifact needs no transformers.
@@ -62,7 +63,7 @@ _HOMES = {
     "hub": ("from_pretrained", "prepare", "save_pretrained"),
     "quantized": ("load_state_dict",),
     "report": ("Entry", "Report"),
-    "static_cache": ("StaticCacheDecoder",),
+    "static_cache": ("StaticCacheDecoder", "static_cache"),
     "target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

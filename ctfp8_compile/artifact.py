@@ -199,15 +199,15 @@ def merge(target: Target, entries: Sequence[Entry]) -> Report:
     return Report(str(target), done, tuple(e for e in by_name.values() if e.reason))
 
 
+def _entry(fields: dict[str, Any]) -> Entry:
+    """From JSON, which has lists where an entry has tuples."""
+    return Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
 def read_report(path: Path, manifest: Manifest) -> Report:
     """The report of the exporting machine."""
     try:
-        rewritten, kept = (
-            tuple(
-                Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()}) for e in manifest.report[key]
-            )
-            for key in ("rewritten", "kept")
-        )
+        rewritten, kept = (tuple(map(_entry, manifest.report[key])) for key in ("rewritten", "kept"))
         return Report(manifest.target, rewritten, kept)
     except (TypeError, KeyError) as error:
         raise ArtifactError(f"{path}: the report in its manifest was edited ({error}).") from None

@@ -76,7 +76,7 @@ def explain(
 
 def _experts_per_token(model: nn.Module) -> int | None:
     """As a transformers config says it, under one of the names that families give it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")
     return next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), None)

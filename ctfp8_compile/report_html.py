@@ -25,7 +25,7 @@ class _Row(NamedTuple):
     """One layer, or several alike: `names` of the first and the last, and the entries of one."""
 
     names: tuple[str, str]
-    count: int
+    alike: int
     entries: tuple[tuple[str, Entry], ...]
 
 
@@ -98,10 +98,10 @@ def _layer(report: Report, row: _Row, colours: dict[str, str], widest: int) -> s
         for n, e in sorted(row.entries, key=lambda part: (part[1].kernel, part[0]))
     )
     first, last = row.names
-    name = first if row.count == 1 else f"{first} … {last.rpartition('.')[2]}"
+    name = first if row.alike == 1 else f"{first} … {last.rpartition('.')[2]}"
     kept = sum(not e.kernel for _, e in row.entries)
     note = f"<em>{kept} dequantized</em>" if kept else ""
-    times = f"<small>{row.count} alike</small>" if row.count > 1 else ""
+    times = f"<small>{row.alike} alike</small>" if row.alike > 1 else ""
     weights = "".join(_weight(report, n, e, colours) for n, e in row.entries)
     return (
         f'<details class="layer"><summary><span class="name">{html.escape(name)} {times}</span>'

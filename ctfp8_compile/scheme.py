@@ -109,10 +109,14 @@ class Schemes:
         Matching uses the *checkpoint's* module name, because that is what targets and ignore lists were written
         against (transformers renames modules while loading).
         """
-        if is_match(module_name, _LINEAR, self.config.ignore or ()):
+        if self.ignores(module_name):
             return None
         targets = match_targets(module_name, _LINEAR, self._group_of_target)
         return self._group_of_target[targets[0]] if targets else None
+
+    def ignores(self, module_name: str) -> bool:
+        """Whether the config's ignore list names a Linear of this name in the checkpoint."""
+        return bool(is_match(module_name, _LINEAR, self.config.ignore or ()))
 
     def describe(self, module_name: str) -> str:
         """The group that covers a module, in words: `group 'group_1' (4-bit int weights)`."""

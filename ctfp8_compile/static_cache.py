@@ -1,4 +1,4 @@
-"""A language model with its key-value cache inside, for export: one program for the prompt and for every token after it."""
+"""Key-value caches of a fixed size: for compiled generation, and inside an exported model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,38 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
-from transformers.configuration_utils import get_head_shapes
 
 from .errors import UsageError
 
 _STATE = ("keys", "values", "cumulative_length")
+
+
+def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> StaticCache:
+    """A static key-value cache whose tensors exist already, for a compiled model's `past_key_values`.
+
+    `StaticCache(config=…, max_cache_len=…)` makes them at the first forward pass. Where that pass is compiled too, the model
+    is compiled once without them and a second time with them. `cache.reset()` empties it for another text.
+
+        cache = ctfp8.static_cache(model, batch_size=1, max_length=512)
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
+
+    Args:
+        model: a causal language model of transformers.
+        batch_size, max_length: sequences, and tokens of each, that it holds.
+    """
+    config = model.config.get_text_config(decoder=True)
+    cache = StaticCache(config=config, max_cache_len=max_length)
+    layers = getattr(config, "per_layer_config", [config] * len(cache.layers))
+    for layer, own in zip(cache.layers, layers, strict=True):
+        if not getattr(layer, "supports_early_init", True):
+            continue  # the state of a linear attention has no such lengths
+        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        key = value = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        if getattr(own, "qk_head_dim", None):  # multi-head latent attention
+            heads, key, value = own.num_attention_heads, own.qk_head_dim, own.v_head_dim
+        empty = [torch.zeros(batch_size, heads, 0, n, dtype=model.dtype, device=model.device) for n in (key, value)]
+        layer.lazy_initialization(*empty)
+    return cache
 
 
 class StaticCacheDecoder(nn.Module):
@@ -39,18 +66,15 @@ class StaticCacheDecoder(nn.Module):
 
     def __init__(self, model: Any, batch_size: int = 1, max_length: int = 1024):
         super().__init__()
-        config = model.config.get_text_config(decoder=True)
         self.model = model
         self.max_length = max_length
-        self.cache = StaticCache(config=config, max_cache_len=max_length)
+        self.cache = static_cache(model, batch_size, max_length)
         odd = {type(layer).__name__ for layer in self.cache.layers if type(layer) is not StaticLayer}
         if odd:
             raise UsageError(
                 f"the cache of {type(model).__name__} has layers of type {', '.join(sorted(odd))}, which depend on values that "
                 "torch.export cannot trace. Export the model without a cache: kwargs={'use_cache': False}."
             )
-        heads, dims = get_head_shapes(config)
-        self.cache.early_initialization(batch_size, heads, dims, model.dtype, model.device)
         for i, layer in enumerate(self.cache.layers):
             for name in _STATE:
                 self.register_buffer(f"{name}_{i}", getattr(layer, name), persistent=False)

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer, StaticCache
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import ctfp8_compile as ctfp8
@@ -52,10 +52,7 @@ def perplexity(forward: Callable[..., Any], windows: torch.Tensor, what: str) ->
 def decode(model: Any, forward: Callable[..., Any], prompt: torch.Tensor, tokens: int) -> tuple[torch.Tensor, float]:
     """Samples with a static cache, one token a step: `(ids, seconds per token after the prompt)`."""
     length = prompt.shape[1]
-    cache = StaticCache(config=model.config, max_cache_len=512)
-    # a lazily initialised cache would compile once more at its second step
-    config = model.config
-    cache.early_initialization(1, config.num_key_value_heads, config.head_dim, model.dtype, torch.device("cpu"))
+    cache = ctfp8.static_cache(model, max_length=512)
     generator = torch.Generator().manual_seed(0)
     ids, position = prompt, torch.arange(length)[None]
     out = [prompt]

@@ -115,7 +115,8 @@ def _report(target: Target, entries: Sequence[Entry]) -> Report:
 
 def _consumers(marker: fx.Node) -> list[fx.Node]:
     """The nodes that use a weight, behind all views of it."""
-    seen, frontier, consumers = set(), [marker], []
+    seen: set[fx.Node] = set()
+    frontier, consumers = [marker], list[fx.Node]()
     while frontier:
         for user in frontier.pop().users:
             if user in seen:
