@@ -201,7 +201,8 @@ def merge(target: Target, entries: Sequence[Entry]) -> Report:
 
 def _entry(fields: dict[str, Any]) -> Entry:
     """From JSON, which has lists where an entry has tuples."""
-    return Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Entry(**plain)
 
 
 def read_report(path: Path, manifest: Manifest) -> Report:

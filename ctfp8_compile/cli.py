@@ -7,6 +7,7 @@ command line.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -69,6 +70,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             if _debug:
                 raise
             err.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+        except BrokenPipeError:
+            raise  # whoever read the output has enough: typer ends quietly
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             if _debug:
                 raise
@@ -105,14 +108,17 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         f"[bold]{_escape(found.model)}[/], {found.files} file{'s' * (found.files != 1)}; {_escape(found.schemes)}"
     )
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("number", "shape", "dtype", "size", "tensors", "scheme, or why not FP8"):
-        table.add_column(column, no_wrap=column != "scheme, or why not FP8", overflow="fold")
-    for row in found.rows:
-        shape = "×".join(map(str, row.shape)) or "scalar"
-        table.add_row(
-            str(row.count), shape, row.dtype, _size(row.nbytes), row.name, row.what, style="" if row.fp8 else "dim"
-        )
-    out.print(table)
+    for column in ("number", "shape", "dtype", "size", "tensors"):
+        table.add_column(column, overflow="fold")
+    for what, rows in itertools.groupby(found.rows, lambda row: row.what):
+        table.add_section()
+        table.add_row("", "", "", "", f"[bold]{_escape(what)}[/]")
+        for row in rows:
+            shape = "×".join(map(str, row.shape)) or "scalar"
+            table.add_row(
+                str(row.count), shape, row.dtype, _size(row.nbytes), _escape(row.name), style="" if row.fp8 else "dim"
+            )
+    out.print(table, highlight=False)
     out.print(
         f"FP8 weights {_size(found.fp8_bytes)}, their scales {_size(found.scale_bytes)}, the rest {_size(found.other_bytes)}; "
         f"in bf16 {_size(found.bf16_bytes)}"

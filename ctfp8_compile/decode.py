@@ -106,10 +106,11 @@ def compare(
         for way, decoder in decoders.items():
             list(decoder.tokens(ids, new_tokens))
             runs[way].append((decoder.prefill_seconds, decoder.tokens_per_second))
-    return {
-        way: Speed(*(statistics.median(column) for column in zip(*runs[way], strict=True)), _nbytes(model))
-        for way, (model, _) in ways.items()
-    }
+    results = {}
+    for way, (model, _) in ways.items():
+        prefill, per_second = (statistics.median(column) for column in zip(*runs[way], strict=True))
+        results[way] = Speed(prefill, per_second, _nbytes(model))
+    return results
 
 
 def _nbytes(model: torch.nn.Module) -> int:

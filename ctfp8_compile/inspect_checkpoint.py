@@ -81,7 +81,7 @@ def look(folder: Path) -> Contents:
         Row(name, n, shape, dtype, n * math.prod(shape) * _BITS.get(dtype, 8) // 8, dtype == FP8_DTYPE, what)
         for (name, shape, dtype, what), n in counts.items()
     ]
-    rows.sort(key=lambda row: (not row.fp8, -row.nbytes, row.name))
+    rows.sort(key=lambda row: (not row.fp8, row.what, -row.nbytes, row.name))
     described = Counter(row.what for row in rows if row.fp8)
     return Contents(
         model=", ".join(config.get("architectures") or [config.get("model_type", "unknown model")]),
@@ -109,7 +109,7 @@ def _what(name: str, info: TensorInfo, schemes: Schemes) -> str:
     if leaf == "weight_packed" or info.dtype in ("I8", "U8"):
         return f"another format: {schemes.describe(module)}"
     if leaf != "weight" or len(info.shape) < 2:
-        return "no matrix"
+        return "not a matrix"
     if schemes.ignores(module):
         return "ignored by the config"
     if "embed" in name:
