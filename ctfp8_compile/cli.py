@@ -239,8 +239,15 @@ def generate(
 
     from .decode import Decoder
 
+    _check_folder(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: no tokenizer that transformers can read is there. Copy tokenizer.json and tokenizer_config.json "
+            "of the original model into the folder."
+        ) from error
     model = _load(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     decoder = Decoder(model, ids.shape[1] + max_new_tokens, None if eager else "ctfp8")
     if not eager:
@@ -326,11 +333,16 @@ def _load(checkpoint: str, **kwargs: Any) -> Any:
 
     if not _debug:
         transformers.logging.set_verbosity_error()
-    if ("/" not in checkpoint or checkpoint.startswith((".", "/"))) and not Path(checkpoint).is_dir():
-        raise CheckpointError(f"{checkpoint}: no such folder.")
+    _check_folder(checkpoint)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     return from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **kwargs)
+
+
+def _check_folder(checkpoint: str) -> None:
+    """Hub ids are `owner/name`; all else names a folder."""
+    if not Path(checkpoint).is_dir() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/"))):
+        raise CheckpointError(f"{checkpoint}: no such folder, and not a hub id, which is owner/name.")
 
 
 def _example(model: Any, batch: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
