@@ -107,7 +107,13 @@ class Fp8Pass(CustomGraphPass):
                 theirs.append(custom.uuid() if isinstance(custom, CustomGraphPass) else None)
                 if theirs[-1] is None:
                     return None  # a pass Inductor cannot identify: no caching, as it would do itself
-        return (_source_hash(), str(self.target), lowering.fingerprint(self.target), tuple(map(str, theirs)))
+        return (
+            _source_hash(),
+            passes.fingerprint(),
+            str(self.target),
+            lowering.fingerprint(self.target),
+            tuple(map(str, theirs)),
+        )
 
 
 #: Reports of the graphs compiled in this process, newest last; a cache hit adds none.

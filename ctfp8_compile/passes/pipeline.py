@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import fx
 
+from ..errors import UsageError
 from ..graph import is_marker, is_plumbing, is_view, op_name, parameter_name, trace_weight, value
 from ..lowering import kernels_of
 from ..report import Entry, Report
@@ -27,13 +29,38 @@ from .linear import BatchedMatmulRule, LinearRule, MatmulRule
 from .lower import lower_scaled, share_quantization
 from .rule import Rule
 
-RULES: tuple[Rule, ...] = (
+RULES: list[Rule] = [
     LinearRule(),
     MatmulRule(),
     BatchedMatmulRule(),
     GroupedExpertsRule(),
     GatheredExpertsRule(),
-)
+]
+
+
+def register(rule: Rule) -> Rule:
+    """Adds a rule of yours behind the built-in ones, for every graph compiled or lowered in this process from now on.
+
+    A rule of the same class that was registered before gives way to it.
+    """
+    if not getattr(rule, "name", "") or not getattr(rule, "roots", ()):
+        raise UsageError(f"{type(rule).__name__} needs a name and roots: the operators at which its pattern starts.")
+    RULES[:] = [r for r in RULES if (type(r).__module__, type(r).__qualname__) != (type(rule).__module__, type(rule).__qualname__)]
+    RULES.append(rule)
+    return rule
+
+
+def fingerprint() -> str:
+    """The sources of the rules that are not ours; enters Inductor's cache key, as the package's own sources do."""
+    own = __name__.partition(".")[0] + "."
+    return "".join(_source(type(rule)) for rule in RULES if not type(rule).__module__.startswith(own))
+
+
+def _source(rule: type) -> str:
+    try:
+        return inspect.getsource(rule)
+    except (OSError, TypeError):  # made without a file
+        return repr(sorted((k, getattr(v, "__code__", v)) for k, v in vars(rule).items() if not k.startswith("__")))
 
 
 def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] = RULES, lower: bool = True) -> Report:

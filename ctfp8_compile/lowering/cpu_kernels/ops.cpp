@@ -160,11 +160,12 @@ Weights weights(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRe
 // ----------------------------------------------------------------------------------------------------- cutting the work
 
 // Runs `body(item)` for every item on torch's threads. Each takes the next item when it is done with one: items differ in
-// size, and threads in speed. `work` is the number of elements of an item; little work is not worth waking a thread.
+// size, and threads in speed. `work` is the number of multiply-adds (or elements) of an item: below the sum of them at which
+// two threads begin to be faster than one, waiting for the other is all risk, and on a busy machine a wait is a time slice.
 template <class F>
 void share(int64_t items, int64_t work, const F& body) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
-  if (threads <= 1 || items * work < 32768 || at::in_parallel_region()) {
+  if (threads <= 1 || items * work < 200'000 || at::in_parallel_region()) {
     for (int64_t item = 0; item < items; ++item) body(item);
     return;
   }
@@ -202,8 +203,9 @@ void multiply(const Tensor& x, const Weights& weights, const std::vector<Group>&
   };
   std::vector<Block> blocks;
   std::vector<std::pair<int64_t, int64_t>> slices;  // block, first row in it
-  int64_t bytes = 0;
+  int64_t bytes = 0, total = 0;
   for (const Group& group : groups) {
+    total += group.end - group.begin;
     for (int64_t row = group.begin; row < group.end; row += kRows) {
       const int64_t rows = std::min(kRows, group.end - row), block = static_cast<int64_t>(blocks.size());
       blocks.push_back({group.expert, row, rows, bytes});
@@ -231,7 +233,7 @@ void multiply(const Tensor& x, const Weights& weights, const std::vector<Group>&
   const int64_t parts = (n + width - 1) / width;
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t out_item = out.element_size();
-  share(count(), width * weights.first.cols, [&](int64_t index) {
+  share(count(), width * weights.first.cols * total / std::max<int64_t>(1, blocks.size()), [&](int64_t index) {
     const Block& block = blocks[index / parts];
     const int64_t begin = index % parts * width, end = std::min(n, begin + width);
     static thread_local Buffer sums_buffer;
