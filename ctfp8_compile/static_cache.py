@@ -18,7 +18,8 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> Sta
     """A static key-value cache whose tensors exist already, for a compiled model's `past_key_values`.
 
     `StaticCache(config=…, max_cache_len=…)` makes them at the first forward pass. Where that pass is compiled too, the model
-    is compiled once without them and a second time with them. `cache.reset()` empties it for another text.
+    is compiled once without them and a second time with them. `cache.reset()` empties it for another text. Latent attention
+    (DeepSeek) and linear attention still begin at the first pass.
 
         cache = ctfp8.static_cache(model, batch_size=1, max_length=512)
         model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
@@ -31,14 +32,13 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> Sta
     cache = StaticCache(config=config, max_cache_len=max_length)
     layers = getattr(config, "per_layer_config", [config] * len(cache.layers))
     for layer, own in zip(cache.layers, layers, strict=True):
-        if not getattr(layer, "supports_early_init", True):
-            continue  # the state of a linear attention has no such lengths
+        latent = getattr(own, "qk_head_dim", None) is not None
+        if latent or not getattr(layer, "supports_early_init", True):
+            continue  # what latent and linear attention keep has other shapes; their layers begin at the first pass
         heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-        key = value = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-        if getattr(own, "qk_head_dim", None):  # multi-head latent attention
-            heads, key, value = own.num_attention_heads, own.qk_head_dim, own.v_head_dim
-        empty = [torch.zeros(batch_size, heads, 0, n, dtype=model.dtype, device=model.device) for n in (key, value)]
-        layer.lazy_initialization(*empty)
+        width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        empty = torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
+        layer.lazy_initialization(empty, empty)
     return cache
 
 
@@ -69,11 +69,13 @@ class StaticCacheDecoder(nn.Module):
         self.model = model
         self.max_length = max_length
         self.cache = static_cache(model, batch_size, max_length)
-        odd = {type(layer).__name__ for layer in self.cache.layers if type(layer) is not StaticLayer}
+        plain = [type(layer) is StaticLayer and layer.is_initialized for layer in self.cache.layers]
+        odd = {type(layer).__name__ for layer, fine in zip(self.cache.layers, plain, strict=True) if not fine}
         if odd:
             raise UsageError(
-                f"the cache of {type(model).__name__} has layers of type {', '.join(sorted(odd))}, which depend on values that "
-                "torch.export cannot trace. Export the model without a cache: kwargs={'use_cache': False}."
+                f"the cache of {type(model).__name__} has layers of type {', '.join(sorted(odd))}, which begin at the first "
+                "pass or depend on values: torch.export cannot trace them. Export the model without a cache: "
+                "kwargs={'use_cache': False}."
             )
         for i, layer in enumerate(self.cache.layers):
             for name in _STATE:

@@ -1,0 +1,133 @@
+"""The examples run, and print what they are there to show."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+
+import pytest
+import torch
+from conftest import DATA
+from rich.console import Console
+from rich.table import Table
+
+from ctfp8_compile import passes
+
+ROOT = DATA.parent.parent
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where inspect looks for a class's source
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["example"])
+    rules = list(passes.RULES)
+    yield
+    passes.RULES[:] = rules
+
+
+def test_quickstart(monkeypatch, capsys):
+    quickstart = example("quickstart")
+    for name, small in {"WINDOWS": 1, "NEW_TOKENS": 3, "ROUNDS": 1}.items():
+        monkeypatch.setattr(quickstart, name, small)
+    table = Table()
+    for _ in range(6):
+        table.add_column()
+    quickstart.run("llama", table)
+    Console(width=200).print(table)
+    out = capsys.readouterr().out
+    assert re.search(r"llama +│ 1 +│ 35 \(35 rewritten\)", out)
+    plain, eager, ours = map(float, re.search(r"(\d\.\d+) / (\d\.\d+) / (\d\.\d+)", out).groups())
+    assert abs(eager - plain) < 0.05
+    assert abs(ours - plain) < 0.05
+
+
+def test_own_module(capsys):
+    example("own_module").main()
+    out = capsys.readouterr().out
+    assert "2 FP8 weights for cpu; 2 linear" in out
+    assert "'up.parametrizations.weight.original': 'float8_e4m3fn'" in out
+    assert "'head.weight': 'float32'" in out
+    assert float(out.rpartition(": ")[2]) < 0.02
+
+
+def test_moe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["moe", str(tmp_path / "moe.html")])
+    example("moe").main()
+    out = capsys.readouterr().out
+    assert "{'torch.float8_e4m3fn'}" in out
+    assert "24 FP8 weights for cuda:sm90; 16 linear → fbgemm f8f8bf16_rowwise; 8 grouped experts" in out
+    assert "24 dequantized in the graph (cuda:sm80 has no FP8 tensor cores" in out
+    assert out.rpartition("Return a list of ")[2].strip()
+    assert (tmp_path / "moe.html").stat().st_size > 10_000
+
+
+def test_embeddings(capsys):
+    example("embeddings").main()
+    out = capsys.readouterr().out
+    assert all(float(value) > 0.999 for value in re.findall(r"eagerly ≥ (\S+)", out))
+    rows = [[float(v) for v in line.split()[:4]] for line in out.splitlines() if line.startswith("   ")]
+    assert rows[0][1] > rows[0][2]  # prose is like prose, Python like Python
+    assert rows[2][3] > rows[2][0]
+    assert "graphs compiled: 1" in out
+
+
+def test_export_and_load():
+    import subprocess
+
+    run = subprocess.run([sys.executable, ROOT / "examples/export_and_load.py"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "35 FP8 weights for cpu" in run.stdout
+    assert "Return a list of " in run.stdout
+
+
+def test_add_a_rule_and_its_tutorial(capsys):
+    module = example("add_a_rule")
+    module.main()
+    out = capsys.readouterr().out
+    assert "no rule knows this use of a weight" in out.splitlines()[0]
+    assert "1 weight on the left → " in out.splitlines()[1]
+    assert float(out.rpartition(": ")[2]) < 1e-5
+    source = (ROOT / "examples/add_a_rule.py").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/writing-a-rule.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        assert block in source, f"the tutorial shows code that the example does not have:\n{block}"
+
+
+def test_a_rule_of_ones_own_enters_the_cache_key_and_replaces_its_older_self():
+    module = example("add_a_rule")
+    before = passes.fingerprint()
+    passes.register(module.WeightOnTheLeft())
+    assert passes.fingerprint() != before
+    assert "weight on the left" in passes.fingerprint()
+    passes.register(module.WeightOnTheLeft())
+    assert sum(rule.name == "weight on the left" for rule in passes.RULES) == 1
+
+
+def test_a_rule_without_roots_is_refused():
+    class Nameless(passes.Rule):
+        pass
+
+    with pytest.raises(Exception, match="needs a name and roots"):
+        passes.register(Nameless())
+
+
+@pytest.mark.parametrize("dims", [2, 3, 4])
+def test_the_tutorials_rule_is_right_in_every_rank(dims):
+    module = example("add_a_rule")
+    passes.register(module.WeightOnTheLeft())
+    model, x = module.model(), torch.randn(*[2, 3][: dims - 2], 256, 20)
+    import ctfp8_compile as ctfp8
+
+    program = ctfp8.lower(model, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-3)
+    assert not ctfp8.explain(model, (x,)).kept
