@@ -66,7 +66,7 @@ def test_moe(tmp_path, monkeypatch, capsys):
     assert "24 FP8 weights for cuda:sm90; 16 linear → fbgemm f8f8bf16_rowwise; 8 grouped experts" in out
     assert "24 dequantized in the graph (cuda:sm80 has no FP8 tensor cores" in out
     assert out.rpartition("Return a list of ")[2].strip()
-    assert (tmp_path / "moe.html").stat().st_size > 10_000
+    assert (tmp_path / "moe.html").stat().st_size > 5_000
 
 
 def test_embeddings(capsys):
