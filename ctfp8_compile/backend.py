@@ -15,7 +15,8 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from . import lowering, passes
+from . import lowering, passes, side_by_side
+from .adjacent import Adjacent
 from .errors import TargetError, UsageError
 from .graph import MARKER, is_marker
 from .mapped import leave_files
@@ -24,7 +25,7 @@ from .target import Target
 
 log = logging.getLogger("ctfp8_compile")
 
-OPTIONS = ("ctfp8.target", "ctfp8.kernels")
+OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.join")
 
 
 def backend(
@@ -39,6 +40,7 @@ def backend(
     Args:
         mode, options: as for Inductor. Options of ours: `ctfp8.target`, such as `"cuda:sm90"`; default: the device the
             FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"` or `"scaled_mm"`.
+            `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs.
 
     Raises:
         UsageError: the graph needs gradients, or an option is unknown.
@@ -61,11 +63,15 @@ def backend(
     wrapper = torch._TorchCompileInductorWrapper(mode, theirs, None)
     config = dict(wrapper.config)
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"))
+    groups = side_by_side.declare(gm.graph) if marked and ours.get("ctfp8.join", target.device != "cpu") else []
+    gm.recompile()
     before = len(_reports)
     compiled = compile_fx(gm, list(example_inputs), config_patches=config)
     if marked and len(_reports) == before:
         log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", len(marked), target)
-    return _leaving_files_first(compiled) if marked and target.device == "cpu" else compiled
+    if marked and target.device == "cpu":
+        compiled = _leaving_files_first(compiled)
+    return Adjacent(compiled, gm.graph, groups) if groups else compiled
 
 
 def _leaving_files_first(compiled: Callable[..., Any]) -> Callable[..., Any]:

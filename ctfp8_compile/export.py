@@ -20,7 +20,7 @@ from torch.export.pt2_archive._package import package_pt2
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
-from . import passes, sites
+from . import passes, side_by_side, sites
 from .artifact import inputs_of, ranges_of
 from .errors import TargetError, UsageError
 from .manifest import NAME, Manifest
@@ -52,7 +52,9 @@ def lower(
     Raises:
         TargetError: not a target.
     """
-    return _lower(model, args, kwargs, target, dynamic_shapes)[0]
+    program, _ = _lower(model, args, kwargs, target, dynamic_shapes)
+    side_by_side.fold(program)
+    return program
 
 
 def explain(
@@ -135,6 +137,7 @@ def export(
         _rewrite(program, target, rules=())
     else:
         report = _rewrite(program, target)
+        side_by_side.fold(program)
     _clean(program)
     manifest = Manifest(
         package=package or "program",
@@ -192,6 +195,8 @@ def _lower(
 
 
 def _rewrite(program: ExportedProgram, target: Target, rules: Sequence[passes.Rule] = passes.RULES) -> Report:
+    if target.device != "cpu" and rules:
+        side_by_side.declare(program.graph)
     # the signature names the nodes that are outputs: it has to follow when a rule replaces one of them
     with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
         report = passes.run(program.graph, target, rules)

@@ -20,6 +20,11 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor of a node in any tracer's graph; dynamo keeps it under another key."""
+    return node.meta["val"] if "val" in node.meta else node.meta["example_value"]
+
+
 def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
     """Appends `op(*args, **kwargs)` at the graph's insertion point with its fake value; metadata of `like` is kept.
 

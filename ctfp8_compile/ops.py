@@ -12,6 +12,9 @@ operators; each has a reference implementation in plain ATen, so a rewritten gra
 - `dequantized_…`: a matmul of an activation as it is (CPU);
 - `quantize_…`, then `scaled_…`: a matmul of FP8 with FP8. Activations are `[M, K]`, `scale_a` is `[M, 1]` float32, or
   `[M, K / group]` for a scale per token and group of columns. A target lowers these to operators of its own.
+
+`side_by_side` says that parameters lie one behind the other in memory, so that one matmul can read them all; where they do
+not, it concatenates them along the first dimension (see `ctfp8_compile.side_by_side`).
 """
 
 from __future__ import annotations
@@ -57,6 +60,8 @@ _lib.define(
     "scaled_grouped_mm(Tensor x, Tensor weight, Tensor scale_a, Tensor weight_scale, Tensor offs, int[] block, "
     "ScalarType out_dtype) -> Tensor"
 )
+
+_lib.define("side_by_side(Tensor[] parts) -> Tensor")
 
 #: Elements dequantized at a time by the eager reference, so that its float32 intermediate stays small.
 _CHUNK = 1 << 22
@@ -167,6 +172,18 @@ _lib.impl("dequantized_gathered_mm", _dequantized_gathered_mm, "CompositeExplici
 @torch.library.register_fake("ctfp8::dequantized_gathered_mm")
 def _(x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, block: list[int]) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[-2]))
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts)
+
+
+_lib.impl("side_by_side", _side_by_side, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::side_by_side")
+def _(parts: list[Tensor]) -> Tensor:
+    return parts[0].new_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
 
 
 Do = Callable[..., Any]

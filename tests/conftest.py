@@ -72,6 +72,8 @@ def fp8_config(
         inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
     elif activation == "tensor":
         inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    elif activation == "group":
+        inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors",

@@ -5,7 +5,8 @@
 2. **Clean up**: dead views and markers go. Once, because removing nodes while walking them is quadratic.
 3. **Expand**: what no rule took becomes plain ATen. After the rules, because a rule needs to see the marker.
 4. **Share**: matmuls with the same input share its quantization. Before lowering, while a quantization is one node.
-5. **Lower**: scaled matmuls and quantizations become the target's operators. `lower=False` stops before, for a reader.
+5. **Join**: matmuls that share a quantized input, of weights that lie side by side, become one. After sharing.
+6. **Lower**: scaled matmuls and quantizations become the target's operators. `lower=False` stops before, for a reader.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..report import Entry, Report
 from ..target import Target
 from .expand import expand_marker
 from .experts import GatheredExpertsRule, GroupedExpertsRule
+from .join import join
 from .linear import BatchedMatmulRule, LinearRule, MatmulRule
 from .lower import lower_scaled, share_quantization
 from .rule import Rule
@@ -102,6 +104,7 @@ def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] = RULES, lower: b
         marker.replace_all_uses_with(expand_marker(graph, marker), propagate_meta=False)
         graph.erase_node(marker)
     share_quantization(graph)
+    join(graph)
     if lower:
         lower_scaled(graph)
     return _report(target, entries)
