@@ -52,16 +52,18 @@ def write_llama(folder: Path, layers: int) -> int:
     return fp8_bytes
 
 
-def write_moe(folder: Path, gigabytes: float) -> int:
+def write_moe(
+    folder: Path, gigabytes: float = 1.0, *, layers: int | None = None, hidden: int = 1024, intermediate: int = 512,
+    experts: int = 32, heads: int = 8, top_k: int = 4,
+) -> int:  # fmt: skip
     """A Qwen3-MoE FP8_DYNAMIC checkpoint of about that size, one Linear per expert; returns the bytes of the file."""
 
-    hidden, intermediate, experts, heads = 1024, 512, 32, 8
     per_layer = experts * 3 * hidden * intermediate + 4 * hidden * hidden
-    layers = max(1, round(gigabytes * 1e9 / per_layer))
+    layers = layers or max(1, round(gigabytes * 1e9 / per_layer))
     config = Qwen3MoeConfig(
         vocab_size=1024, hidden_size=hidden, moe_intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, head_dim=hidden // heads, num_experts=experts,
-        num_experts_per_tok=4, dtype=torch.bfloat16, tie_word_embeddings=False, architectures=["Qwen3MoeForCausalLM"],
+        num_experts_per_tok=top_k, dtype=torch.bfloat16, tie_word_embeddings=False, architectures=["Qwen3MoeForCausalLM"],
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     state: dict[str, torch.Tensor] = {}

@@ -134,9 +134,6 @@ def layer(n, k, dtype, strategy="channel", activation="token", bias=False, block
     if bias:
         state["a.bias"] = torch.randn(n, dtype=dtype)
     config = fp8_config(strategy, activation, block)
-    if activation == "group":
-        args = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
-        config["config_groups"]["group_0"]["input_activations"] = args
     return ctfp8.load_state_dict(Layer(n, k, bias).to(dtype), state, config), state
 
 
