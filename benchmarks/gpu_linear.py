@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_timing import header, parser, ready, row, seconds
+from gpu_timing import header, kernels, parser, ready, row, seconds
 from torch import Tensor, nn
 from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 
@@ -109,8 +109,7 @@ def main() -> None:
                 bf16 = times.pop("bf16")
                 cells = [f"{bf16 / t:.2f}×" for t in times.values()]
                 print(row([name, f"{n} × {k}", m, f"{bf16 * 1e3:.3f}", *cells]), flush=True)
-    kernels = {e.kernel or e.reason for report in ctfp8.compiled_reports() for e in (*report.rewritten, *report.kept)}
-    print(f"\nctfp8: {', '.join(sorted(kernels)) or 'code from the cache'}")
+    print(f"\n{kernels(found['ctfp8']._orig_mod, x, device=args.device)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from checkpoints import write_moe
-from gpu_timing import header, parser, ready, row, seconds
+from gpu_timing import header, kernels, parser, ready, row, seconds
 
 import ctfp8_compile as ctfp8
 
@@ -40,26 +40,22 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     print(f"{ready(args.device)}\n", flush=True)
     dry = args.device == "cpu"
-    sizes = (
-        {"hidden": 256, "intermediate": 128, "experts": 8}
-        if dry
-        else {"hidden": 2048, "intermediate": 768, "experts": 128}
-    )
-    print(header(["experts", "tokens", "bf16 Inductor ms", "bf16 eager", "ctfp8"]), flush=True)
+    hidden, intermediate, experts = (256, 128, 8) if dry else (2048, 768, 128)
+    sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts}
     with tempfile.TemporaryDirectory() as folder:
         write_moe(Path(folder), layers=1, heads=8 if dry else 32, top_k=2 if dry else 8, **sizes)
         for form in FORMS:
             torch._dynamo.reset()
+            print(header(["experts", "tokens", "bf16 Inductor ms", "bf16 eager", "ctfp8"]), flush=True)
             found = blocks(folder, form, args.device)
             for tokens in TOKENS[:3] if dry else TOKENS:
                 if form == "batched_mm" and tokens > 64:
                     break  # it gathers a weight for each row; transformers takes it for decoding only
-                x = torch.randn(1, tokens, sizes["hidden"], device=args.device, dtype=torch.bfloat16)
+                x = torch.randn(1, tokens, hidden, device=args.device, dtype=torch.bfloat16)
                 times = {name: seconds(lambda call=call, x=x: call(x), args.device) for name, call in found.items()}
                 first, *rest = times.values()
                 print(row([form, tokens, f"{first * 1e3:.3f}", *(f"{first / t:.2f}×" for t in rest)]), flush=True)
-    kernels = {e.kernel or e.reason for report in ctfp8.compiled_reports() for e in (*report.rewritten, *report.kept)}
-    print(f"\nctfp8: {', '.join(sorted(kernels)) or 'code from the cache'}")
+            print(f"\n{kernels(found['ctfp8']._orig_mod, x, device=args.device)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def lower(
 
     Raises:
         TargetError: not a target.
+        UsageError: the call returns objects that only transformers can rebuild, such as a cache.
     """
     program, _ = _lower(model, args, kwargs, target, dynamic_shapes)
     side_by_side.fold(program)
@@ -123,12 +124,7 @@ def export(
         raise UsageError(f"package={package!r}: it is None for a program or 'aoti' for AOTInductor's machine code.")
     if package == "aoti" and target != _target(model, None):
         raise TargetError(f"package='aoti' compiles for the machine at hand, {_target(model, None)}, not for {target}.")
-    try:
-        program = _trace(model, args, kwargs, dynamic_shapes)
-    except RuntimeError as error:
-        if match := re.search(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type", str(error)):
-            raise UsageError(f"the model returns a {match[1]}, {_ONLY_THERE}") from error
-        raise
+    program = _trace(model, args, kwargs, dynamic_shapes)
     positional = tuple(inspect.signature(model.forward).parameters)[: len(args)]
     _plain_call(program)
     if package is None and target.device == "cpu":
@@ -160,7 +156,7 @@ def export(
 
 
 _ONLY_THERE = (
-    "which a process without transformers cannot build. Pass use_cache=False, or export "
+    "which only transformers can build. Pass kwargs={'use_cache': False}, or take "
     "ctfp8.StaticCacheDecoder(model, ...), which keeps its cache in the artifact."
 )
 _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
@@ -179,9 +175,14 @@ def _trace(
     """The model as a functional ATen graph in which each use of an FP8 weight is a marker."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch.export's own
-        program = torch.export.export(
-            model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
-        )
+        try:
+            program = torch.export.export(
+                model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+            )
+        except RuntimeError as error:
+            if match := re.search(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type", str(error)):
+                raise UsageError(f"the model returns a {match[1]}, {_ONLY_THERE}") from error
+            raise
         # an empty table functionalises and keeps linear and attention whole; the default one would decompose them
         return program.run_decompositions({})
 

@@ -1,4 +1,4 @@
-"""A mixture of experts: what becomes of its stacked experts on three machines, a picture of it, and some text.
+"""A mixture of experts: what becomes of its stacked experts on three machines, a picture of it, and its next token.
 
 python examples/moe.py [picture.html]
 """
@@ -32,11 +32,13 @@ def main() -> None:
         print(f"a picture of it: {report.to_html(sys.argv[1])}")
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model.forward = torch.compile(model.forward, backend="ctfp8")
-    inputs = tokenizer("Return a list of ", return_tensors="pt")
-    cache = ctfp8.static_cache(model, max_length=128)
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=60, do_sample=False)
-    print(tokenizer.decode(out[0]))
+    compiled = torch.compile(model, backend="ctfp8", fullgraph=True)
+    prompt = "Return a list of "
+    with torch.no_grad():
+        logits = compiled(**tokenizer(prompt, return_tensors="pt"), use_cache=False).logits[0, -1]
+    likely = logits.float().softmax(-1).topk(5)
+    print(f"{prompt!r} goes on with", end=" ")
+    print(", ".join(f"{tokenizer.decode(i)!r} ({p:.0%})" for p, i in zip(likely.values, likely.indices, strict=True)))
 
 
 if __name__ == "__main__":

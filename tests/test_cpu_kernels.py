@@ -344,7 +344,7 @@ def test_no_access_outside_the_arrays(tmp_path: Path) -> None:
     """All kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on arrays that end where their memory ends."""
     sources = Path(cpu_kernels.__file__).parent
     program = tmp_path / "kernels"
-    flags = ["-std=c++20", "-O1", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize=alignment",
+    flags = ["-std=c++20", "-O0", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize=alignment",
              "-fno-sanitize-recover=undefined"]  # fmt: skip
     files = [Path(__file__).parent / "asan" / "kernels.cpp", *sorted(sources.glob("isa_*.cpp"))]
     subprocess.run(["g++", *flags, f"-I{sources}", *map(str, files), "-o", str(program)], check=True)

@@ -15,6 +15,7 @@ from conftest import DATA, IDS, fp8_config, quantize, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering, ops, passes
@@ -22,7 +23,6 @@ from ctfp8_compile.lowering.kernel import Problem, choose
 from ctfp8_compile.target import Target
 
 FP8 = torch.float8_e4m3fn
-TARGETS = ("cuda:sm90", "cuda:sm90+fbgemm", "cuda:sm90+scaled_mm", "cuda:sm89", "cuda:sm80", "xpu")
 
 _library = torch.library.Library("aten", "IMPL")
 
@@ -173,6 +173,40 @@ def test_linear_against_float64(strategy, activation, target, kernel, bias, dtyp
     assert relative_error(got, want) < 4e-3  # these kernels write bfloat16, whatever the model's dtype
 
 
+class BlockwiseOnCpu(TorchDispatchMode):
+    """torch's CPU `_scaled_mm` has no blocks: theirs are multiplied here, their layouts held to what CUDA's checks ask."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is not torch.ops.aten._scaled_mm.default or args[2].shape[1] == 1:
+            return op(*args, **(kwargs or {}))
+        x, w, scale_a, scale_b, bias, _, out_dtype, _ = args
+        (m, k), n = x.shape, w.shape[1]
+        assert m % 4 == 0
+        assert w.stride() == (1, k)
+        assert (scale_a.shape, scale_a.stride()) == ((m, k // 128), (1, m))
+        assert (scale_b.shape, scale_b.stride()) == ((k // 128, n // 128), (1, -(k // 128 // -4) * 4))
+        self.calls += 1
+        return torch.ops.ctfp8.scaled_mm(x, w.t(), scale_a, scale_b.t(), bias, [128, 128], out_dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_in_torch_alone(rows, bias):
+    module, state = layer(256, 1024, torch.bfloat16, "block", "group", bias)
+    x = torch.randn(2, rows, 1024).bfloat16()
+    for shapes in (None, {"x": {1: torch.export.Dim("rows")}}) if rows > 1 else (None,):
+        program = ctfp8.lower(module, (x,), target="cuda:sm90+scaled_mm", dynamic_shapes=shapes)
+        assert not [node for node in program.graph.nodes if "ctfp8" in str(node.target)]
+        with BlockwiseOnCpu() as mode:
+            got = program.module()(x)
+        assert mode.calls == 1
+        weight = state["a.weight"].double() * ops.expand_scale(state["a.weight_scale"].double(), [128, 128], 256, 1024)
+        want = quantized_activation(x, "group") @ weight.t() + (state["a.bias"].double() if bias else 0)
+        assert relative_error(got, want) < 4e-3
+
+
 def test_one_quantization_for_all_that_share_an_input():
     for name, quantizations in (("llama/FP8_DYNAMIC", 4), ("llama/FP8_BLOCK", 4)):
         block = ctfp8.from_pretrained(DATA / name).model.layers[0]
@@ -185,11 +219,12 @@ def test_one_quantization_for_all_that_share_an_input():
 @pytest.mark.parametrize(
     ("name", "experts", "target"),
     [
-        *(("llama/FP8", None, target) for target in TARGETS),
+        *(("llama/FP8", None, target) for target in ("cuda:sm90", "cuda:sm89", "cuda:sm80", "xpu")),
         ("llama/FP8_BLOCK", None, "cuda:sm90"),
-        *((name, form, target)
-          for name, form in (("qwen3moe/FP8_DYNAMIC", "batched_mm"), ("mixtral/FP8", "grouped_mm"))
-          for target in ("cuda:sm90", "cuda:sm90+scaled_mm", "xpu")),
+        ("qwen3moe/FP8_DYNAMIC", "batched_mm", "cuda:sm90"),
+        ("qwen3moe/FP8_DYNAMIC", "grouped_mm", "cuda:sm90+scaled_mm"),
+        ("mixtral/FP8", "grouped_mm", "cuda:sm90"),
+        ("mixtral/FP8", "batched_mm", "xpu"),
     ],
 )  # fmt: skip
 def test_whole_models(name, experts, target):
@@ -277,7 +312,10 @@ def problem(**changes):
          "fbgemm and MSLK have FP8 kernels for sm90 and sm100, not cuda:sm89; aten._scaled_grouped_mm is for cuda:sm90, "
          "not cuda:sm89"),
         ("cuda:sm90", {"block": (128, 128), "activation": "group", "weight_shape": (64, 128)},
-         "N and K must be multiples of 128, but they are 64 and 128"),
+         "N and K must be multiples of 128, but they are 64 and 128; N must be a multiple of 128 and K of 512, but they "
+         "are 64 and 128"),
+        ("cuda:sm100+scaled_mm", {"block": (128, 128), "activation": "group", "weight_shape": (128, 512)},
+         "aten._scaled_mm takes 128x128 blocks on cuda:sm90, not cuda:sm100+scaled_mm"),
         ("cuda:sm90", {"block": (1, 64)}, "there is no kernel for a linear with groupwise scales on cuda:sm90"),
         ("cuda:sm90", {"x_dtype": torch.float64}, "activations are torch.float64, not bfloat16, float16 or float32"),
         ("xpu+fbgemm", {}, "there is no kernel for a linear with rowwise scales on xpu+fbgemm"),

@@ -2,7 +2,7 @@
 
 | capability | linear | experts |
 |---|---|---|
-| sm90, sm100 | fbgemm (MSLK where that is installed), rowwise or groupwise; else `_scaled_mm` | the same, stacked; on sm90 else `_scaled_grouped_mm` |
+| sm90, sm100 | fbgemm (MSLK where that is installed), rowwise or groupwise; else `_scaled_mm`, 128x128 blocks on sm90 | the same, stacked; on sm90 else `_scaled_grouped_mm` |
 | sm89, sm120 | `_scaled_mm` | dequantized |
 | earlier | dequantized | dequantized |
 """  # noqa: E501
@@ -12,4 +12,4 @@ from __future__ import annotations
 from . import fbgemm, scaled_mm
 
 #: Best first.
-KERNELS = (*fbgemm.kernels("fbgemm"), *fbgemm.kernels("mslk"), scaled_mm.LINEAR, scaled_mm.GROUPED)
+KERNELS = (*fbgemm.kernels("fbgemm"), *fbgemm.kernels("mslk"), scaled_mm.LINEAR, scaled_mm.BLOCKWISE, scaled_mm.GROUPED)

@@ -2,10 +2,15 @@
 
     aten._scaled_mm(x [M, K] fp8, weight.t() [K, N] fp8 column-major, scale_a, scale_b, bias, …, out_dtype)
 
-with `scale_a` `[M, 1]` and `scale_b` `[1, N]`, both float32. These rowwise kernels write bfloat16.
+with `scale_a` `[M, 1]` and `scale_b` `[1, N]`, both float32, or, for 128x128 blocks on sm90, `[M, K/128]` and `[K/128, N/128]`,
+both with the first dimension innermost (the checks in torch's `aten/src/ATen/native/cuda/ScaledBlas.cpp`). Some versions of
+torch want columns of the latter padded to a multiple of 4, which K a multiple of 512 makes the same; cuBLAS wants M to be one.
+These kernels write bfloat16.
 """
 
 from __future__ import annotations
+
+import operator
 
 import torch
 from torch import fx
@@ -26,6 +31,15 @@ def _linear(problem: Problem, target: Target) -> str | None:
     return multiples_of(16, problem)
 
 
+def _blockwise(problem: Problem, target: Target) -> str | None:
+    if target.capability != (9, 0):
+        return f"aten._scaled_mm takes 128x128 blocks on cuda:sm90, not {target}"
+    if torch.version.cuda is not None and tuple(map(int, torch.version.cuda.split(".")[:2])) < (12, 9):
+        return f"aten._scaled_mm takes 128x128 blocks with CUDA 12.9 or later, not {torch.version.cuda}"
+    n, k = problem.weight_shape[-2:]
+    return f"N must be a multiple of 128 and K of 512, but they are {n} and {k}" if n % 128 or k % 512 else None
+
+
 def _grouped(problem: Problem, target: Target) -> str | None:
     if target.capability != (9, 0):
         return f"aten._scaled_grouped_mm is for cuda:sm90, not {target}"
@@ -43,6 +57,23 @@ def _build_linear(do: ops.Do, s: Scaled) -> fx.Node:
     fused, rest = split_bias(s)
     out = do(aten._scaled_mm.default, s.x, weight, scale_a, scale_b, fused, None, torch.bfloat16, True)
     return finish(do, s, out, rest)
+
+
+def _build_blockwise(do: ops.Do, s: Scaled) -> fx.Node:
+    x, scale_a, rows = s.x, s.scale_a, value(s.x).shape[0]
+    padded = not isinstance(rows, int) or rows % 4 != 0
+    if padded:
+        size = rows if isinstance(rows, int) else do(aten.sym_size.int, x, 0)
+        more = -rows % 4 if isinstance(rows, int) else do(operator.mod, do(operator.neg, size), 4)
+        empty = (do(aten.new_zeros.default, t, [more, value(t).shape[1]]) for t in (x, scale_a))
+        x, scale_a = (do(aten.cat.default, [t, zeros]) for t, zeros in zip((x, scale_a), empty, strict=True))
+    by_group = do(aten.permute.default, scale_a, [1, 0])
+    scale_a = do(aten.permute.default, do(aten.clone.default, by_group, memory_format=torch.contiguous_format), [1, 0])
+    weight, scale_b = (do(aten.permute.default, t, [1, 0]) for t in (s.weight, s.weight_scale))
+    out = do(aten._scaled_mm.default, x, weight, scale_a, scale_b, None, None, torch.bfloat16, True)
+    if padded:
+        out = do(aten.slice.Tensor, out, 0, 0, size)
+    return finish(do, s, out, s.extra)
 
 
 def split_bias(s: Scaled) -> tuple[fx.Node | None, fx.Node | None]:
@@ -68,6 +99,7 @@ def _build_grouped(do: ops.Do, s: Scaled) -> fx.Node:
 
 
 LINEAR = ScaledKernel("aten._scaled_mm", "scaled_mm", ("linear",), ("rowwise",), _linear, _build_linear)
+BLOCKWISE = ScaledKernel("aten._scaled_mm", "scaled_mm", ("linear",), ("blockwise",), _blockwise, _build_blockwise)
 GROUPED = ScaledKernel(
     "aten._scaled_grouped_mm", "scaled_mm", ("grouped_mm", "gathered_mm"), ("rowwise",), _grouped, _build_grouped
 )
