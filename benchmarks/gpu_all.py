@@ -9,6 +9,7 @@ into a temporary folder, without their dependencies. What was measured until the
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,17 @@ PARTS = {
 }
 
 
+def _register(folder: Path) -> None:
+    """Tells Python of this checkout's backend, as an installation would: `torch.compile` finds it by its entry point."""
+    project = (HERE.parent / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.+)"', project, re.M)[1]
+    points = project.partition("[project.entry-points.torch_dynamo_backends]\n")[2].splitlines()[0]
+    info = folder / f"ctfp8_compile-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ctfp8-compile\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(f"[torch_dynamo_backends]\n{points.replace(chr(34), '')}\n")
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--out", type=Path, default=Path("gpu.md"))
@@ -35,7 +47,8 @@ def main() -> None:
     args = options.parse_args()
     end = time.monotonic() + args.minutes * 60
     with tempfile.TemporaryDirectory() as installed:
-        path = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        path = [installed, str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        _register(Path(installed))
         if args.wheels is not None:
             wheels = sorted(map(str, args.wheels.glob("*.whl")))
             install = [
@@ -50,7 +63,6 @@ def main() -> None:
                 installed,
             ]
             subprocess.run([*install, *wheels], check=True)
-            path.insert(0, installed)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "CTFP8_TEST_DEVICE": args.device}
         with args.out.open("w") as out:
             for name, command in PARTS.items():

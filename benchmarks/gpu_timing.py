@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-import ctfp8_compile as ctfp8
-
 #: Written before every timed call: more than the second-level cache of any GPU.
 FLUSH_BYTES = 256 << 20
 REPEATS = 10
@@ -82,6 +80,8 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
 
 def kernels(module: torch.nn.Module, *args: object, device: str, **kwargs: object) -> str:
     """What runs the FP8 weights of a module on a device, or why it is not FP8."""
+    import ctfp8_compile as ctfp8
+
     report = ctfp8.explain(module, args, kwargs, target=str(ctfp8.Target.detect(device)))
     names = {entry.kernel or entry.reason for entry in (*report.rewritten, *report.kept)}
     return f"ctfp8: {', '.join(sorted(names))}"

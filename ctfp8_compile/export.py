@@ -177,7 +177,13 @@ def _trace(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch.export's own
         try:
             program = torch.export.export(
-                model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+                model,
+                tuple(args),
+                dict(kwargs or {}),
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
+                # torch 2.11 refuses a dynamic sequence for attention otherwise
+                prefer_deferred_runtime_asserts_over_guards=torch.__version__ < "2.13",
             )
         except RuntimeError as error:
             if match := re.search(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type", str(error)):

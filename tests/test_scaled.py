@@ -38,9 +38,18 @@ def _grouped_on_cpu(
     )
 
 
+def _rows_on_cpu(x, w, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
+    return torch.ops.ctfp8.scaled_mm(x, w.t(), scale_a, scale_b.t(), bias, [1, x.shape[1]], out_dtype)
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     _library.impl("_scaled_grouped_mm", _grouped_on_cpu, "CPU")
+    if torch.__version__ < (2, 12):  # torch's own CPU kernel has no scales per row
+        _library.impl("_scaled_mm", _rows_on_cpu, "CPU")
+
+#: aten._scaled_mm on sm89 needs torch 2.12 or later.
+SM89 = "cuda:sm120" if torch.__version__ < (2, 12) else "cuda:sm89"
 
 
 def fp8_round(x):
@@ -140,14 +149,14 @@ def layer(n, k, dtype, strategy="channel", activation="token", bias=False, block
 CASES = [
     ("channel", "token", "cuda:sm90", "fbgemm f8f8bf16_rowwise"),
     ("channel", "token", "cuda:sm90+scaled_mm", "aten._scaled_mm"),
-    ("channel", "token", "cuda:sm89", "aten._scaled_mm"),
+    ("channel", "token", SM89, "aten._scaled_mm"),
     ("channel", "token", "cuda:sm120", "aten._scaled_mm"),
     ("channel", "token", "xpu", "aten._scaled_mm"),
     ("channel", "tensor", "cuda:sm90", "fbgemm f8f8bf16_rowwise"),
     ("channel", "tensor", "xpu", "aten._scaled_mm"),
     ("tensor", "tensor", "cuda:sm90", "fbgemm f8f8bf16_rowwise"),
     ("tensor", "tensor", "xpu", "aten._scaled_mm"),
-    ("tensor", "token", "cuda:sm89", "aten._scaled_mm"),
+    ("tensor", "token", SM89, "aten._scaled_mm"),
     ("block", "group", "cuda:sm90", "fbgemm f8f8bf16_groupwise"),
 ]
 
@@ -219,7 +228,7 @@ def test_one_quantization_for_all_that_share_an_input():
 @pytest.mark.parametrize(
     ("name", "experts", "target"),
     [
-        *(("llama/FP8", None, target) for target in ("cuda:sm90", "cuda:sm89", "cuda:sm80", "xpu")),
+        *(("llama/FP8", None, target) for target in ("cuda:sm90", SM89, "cuda:sm80", "xpu")),
         ("llama/FP8_BLOCK", None, "cuda:sm90"),
         ("qwen3moe/FP8_DYNAMIC", "batched_mm", "cuda:sm90"),
         ("qwen3moe/FP8_DYNAMIC", "grouped_mm", "cuda:sm90+scaled_mm"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DATA, fp8_config, logits, quantize, relative_error
+from test_scaled import SM89
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
@@ -49,7 +50,7 @@ def matmuls(program):
 X = torch.randn(3, 5, 128).bfloat16()
 
 
-@pytest.mark.parametrize("target", ["cuda:sm90", "cuda:sm89", "xpu"])
+@pytest.mark.parametrize("target", ["cuda:sm90", SM89, "xpu"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("strategy", "activation"), [("channel", "token"), ("tensor", "tensor"), ("tensor", "token")])
 def test_a_program_has_one_matmul_for_one_input(strategy, activation, bias, target):
