@@ -69,9 +69,10 @@ def backend(
     compiled = compile_fx(gm, list(example_inputs), config_patches=config)
     if marked and len(_reports) == before:
         log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", len(marked), target)
-    if marked and target.device == "cpu":
-        compiled = _leaving_files_first(compiled)
-    return Adjacent(compiled, gm.graph, groups) if groups else compiled
+    if groups:
+        compiled = Adjacent(compiled, gm.graph, groups)
+    # outermost: what lies side by side in a file must not be taken for moved, and then leave it one by one
+    return _leaving_files_first(compiled) if marked and target.device == "cpu" else compiled
 
 
 def _leaving_files_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
