@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from timing import COLD_BYTES, interleave, read_rate
 
-from ctfp8_compile.lowering import cpu_kernels
+from ctfp8_compile.ops import cpu as cpu_kernels
 
 #: N, K of the linears of a layer.
 SHAPES = {

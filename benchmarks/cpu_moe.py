@@ -14,7 +14,7 @@ import math
 import torch
 from timing import COLD_BYTES, interleave
 
-from ctfp8_compile.lowering import cpu_kernels
+from ctfp8_compile.ops import cpu as cpu_kernels
 
 
 def case(experts: int, top: int, n: int, k: int, tokens: int, block: list[int], seconds: float) -> list[float]:

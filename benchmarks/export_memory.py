@@ -31,7 +31,7 @@ def measure(folder: str, target: str) -> None:
     from torch.export import Dim
 
     import ctfp8_compile as ctfp8
-    import ctfp8_compile.export  # its imports belong to the baseline
+    import ctfp8_compile.aot.export  # its imports belong to the baseline
 
     peak, stop = 0, threading.Event()
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import relative_error  # noqa: E402
-from forge import FAMILIES, Forged, forge  # noqa: E402
+from support.forge import FAMILIES, Forged, forge  # noqa: E402
 
 import ctfp8_compile as ctfp8  # noqa: E402
 

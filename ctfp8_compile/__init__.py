@@ -9,21 +9,19 @@ model.forward = torch.compile(model.forward, backend="ctfp8")
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import ops  # defines the ctfp8:: operators
 from .errors import ArtifactError, CheckpointError, Ctfp8Error, InputError, SchemeError, TargetError, UsageError
 
 if TYPE_CHECKING:
-    from .artifact import Artifact, load
-    from .backend import backend, compiled_reports
-    from .export import explain, export, lower
-    from .hub import from_pretrained, prepare, save_pretrained
-    from .quantized import load_state_dict
+    from .aot.export import explain, export, lower
+    from .aot.load import Artifact, load
+    from .hf.hub import from_pretrained, prepare, save_pretrained
+    from .hf.static_cache import StaticCacheDecoder, static_cache
+    from .inductor.backend import backend, compiled_reports
+    from .model.state_dict import load_state_dict
     from .report import Entry, Report
-    from .static_cache import StaticCacheDecoder, static_cache
     from .target import Target
 
 __version__ = "0.1.0"
@@ -57,35 +55,24 @@ __all__ = [
 
 #: Where each name lives. They are imported on first use, so that loading an artifact needs no transformers.
 _HOMES = {
-    "artifact": ("Artifact", "load"),
-    "backend": ("backend", "compiled_reports"),
-    "export": ("explain", "export", "lower"),
-    "hub": ("from_pretrained", "prepare", "save_pretrained"),
-    "quantized": ("load_state_dict",),
-    "report": ("Entry", "Report"),
-    "static_cache": ("StaticCacheDecoder", "static_cache"),
-    "target": ("Target",),
+    ".aot.export": ("explain", "export", "lower"),
+    ".aot.load": ("Artifact", "load"),
+    ".hf.hub": ("from_pretrained", "prepare", "save_pretrained"),
+    ".hf.static_cache": ("StaticCacheDecoder", "static_cache"),
+    ".inductor.backend": ("backend", "compiled_reports"),
+    ".model.state_dict": ("load_state_dict",),
+    ".report": ("Entry", "Report"),
+    ".target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
-class _Package(ModuleType):
-    """Importing a submodule binds its name here; `backend` and `export` are to stay the functions of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOME_OF.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOME_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

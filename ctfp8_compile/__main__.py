@@ -1,5 +1,5 @@
 """`python -m ctfp8_compile` is the command `ctfp8`."""
 
-from .cli import app
+from .cli.app import app
 
 app(prog_name="ctfp8")

@@ -15,7 +15,7 @@ from torch import fx
 from .. import ops
 from ..graph import call
 from ..target import Target
-from . import cpu_kernels
+from ..ops import cpu as cpu_kernels
 from .kernel import KINDS, SCALINGS, Operands, Problem
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -24,9 +24,9 @@ from ..graph import is_marker, is_plumbing, is_view, op_name, parameter_name, tr
 from ..lowering import kernels_of
 from ..report import Entry, Report
 from ..target import Target
-from .expand import expand_marker
+from .decompose import expand_marker
 from .experts import GatheredExpertsRule, GroupedExpertsRule
-from .join import join
+from .combine_linears import join
 from .linear import BatchedMatmulRule, LinearRule, MatmulRule
 from .lower import lower_scaled, share_quantization
 from .rule import Rule

@@ -13,7 +13,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationStatus
-from forge import scheme_of, weight_scale
+from support.forge import scheme_of, weight_scale
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 

@@ -1,0 +1,1 @@
+"""What the files of a checkpoint hold: schemes, tensors, and where their rows go in a model."""

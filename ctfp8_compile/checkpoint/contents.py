@@ -1,0 +1,117 @@
+"""What a checkpoint folder holds, from the headers of its files and its config: nothing of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import SchemeError
+from .files import FP8_DTYPE, Checkpoint, TensorInfo, check_config_file, checkpoint_files
+from .scheme import Schemes
+
+_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I16": 16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors whose names differ by numbers only, and which are alike otherwise.
+
+    Attributes:
+        name: with `*` for the numbers.
+        what: of an FP8 weight its scheme; of others why they are not FP8; of what is wrong, what is.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    fp8: bool
+    what: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint by kinds of tensors; sizes are in bytes. `bf16_bytes` is what the model takes when decompressed."""
+
+    model: str
+    files: int
+    schemes: str
+    rows: tuple[Row, ...]
+    fp8_bytes: int
+    scale_bytes: int
+    other_bytes: int
+    bf16_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only."""
+        return asdict(self)
+
+
+def look(folder: Path) -> Contents:
+    """Reads the headers of all safetensors files of a folder, and its config.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, an index is wrong.
+        SchemeError: the config has no quantization_config, or one of another method.
+    """
+    files = checkpoint_files(folder)
+    check_config_file(folder)
+    config = json.loads((folder / "config.json").read_text())
+    schemes = Schemes(config["quantization_config"])
+    tensors = Checkpoint(files)
+    counts: Counter[tuple[str, tuple[int, ...], str, str]] = Counter()
+    fp8 = scales = other = bf16 = 0
+    for name, info in tensors.items():
+        size = _nbytes(info)
+        if info.dtype == FP8_DTYPE:
+            fp8, bf16 = fp8 + size, bf16 + 2 * size
+        elif name.endswith(("_scale", "_zero_point")):
+            scales += size
+            continue
+        else:
+            other, bf16 = other + size, bf16 + size
+        counts[re.sub(r"\d+", "*", name), info.shape, info.dtype, _what(name, info, schemes)] += 1
+    rows = [
+        Row(name, n, shape, dtype, n * math.prod(shape) * _BITS.get(dtype, 8) // 8, dtype == FP8_DTYPE, what)
+        for (name, shape, dtype, what), n in counts.items()
+    ]
+    rows.sort(key=lambda row: (not row.fp8, row.what, -row.nbytes, row.name))
+    described = Counter(row.what for row in rows if row.fp8)
+    return Contents(
+        model=", ".join(config.get("architectures") or [config.get("model_type", "unknown model")]),
+        files=len(files),
+        schemes="; ".join(described) or "no FP8 weights",
+        rows=tuple(rows),
+        fp8_bytes=fp8,
+        scale_bytes=scales,
+        other_bytes=other,
+        bf16_bytes=bf16,
+    )
+
+
+def _nbytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * _BITS.get(info.dtype, 8) // 8
+
+
+def _what(name: str, info: TensorInfo, schemes: Schemes) -> str:
+    module, _, leaf = name.rpartition(".")
+    if info.dtype == FP8_DTYPE:
+        try:
+            return str(schemes.scheme(module) or "no group of the config covers it")
+        except SchemeError as error:
+            return str(error)
+    if leaf == "weight_packed" or info.dtype in ("I8", "U8"):
+        return f"another format: {schemes.describe(module)}"
+    if leaf != "weight" or len(info.shape) < 2:
+        return "not a matrix"
+    if schemes.ignores(module):
+        return "ignored by the config"
+    if "embed" in name:
+        return "an embedding"
+    return "no target of the config" if schemes.group(module) is None else "left as it is in the file"

@@ -1,0 +1,356 @@
+"""The command line: `ctfp8 inspect | explain | export | generate | bench`.
+
+Results go to stdout (`--json`: nothing but JSON), progress and errors to stderr. Exit codes: 0 done, 1 an error, 2 a wrong
+command line.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..errors import CheckpointError, Ctfp8Error, UsageError
+
+app = typer.Typer(
+    name="ctfp8",
+    help="Run compressed-tensors FP8 checkpoints at FP8 speed and memory: look into one, see what becomes of it, run it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+_debug = False
+
+Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id.", metavar="CKPT")]
+Target = Annotated[
+    str | None, typer.Option(help="cpu, xpu, cuda:sm90 …, +fbgemm or +scaled_mm behind it; need not be this machine.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ctfp8 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks, and warnings of the libraries.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turns errors into a line or two on stderr and exit code 1; `--debug` lets them through."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **kwargs: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                if not _debug:
+                    warnings.simplefilter("ignore")
+                function(*args, **kwargs)
+        except Ctfp8Error as error:
+            if _debug:
+                raise
+            err.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+        except BrokenPipeError:
+            raise  # whoever read the output has enough: typer ends quietly
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            if _debug:
+                raise
+            first = next(iter(str(error).strip().splitlines()), "")
+            err.print(f"[bold red]error:[/] {type(error).__name__}: {_escape(first)}", soft_wrap=True, highlight=False)
+            err.print("ctfp8 --debug … shows where it comes from.")
+        else:
+            return
+        raise typer.Exit(1)
+
+    return app.command()(command)
+
+
+def _escape(text: object) -> str:
+    return str(text).replace("[", "\\[")
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+@_command
+def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
+    """What a checkpoint holds: schemes, layers, sizes, what is not FP8 and why. Reads headers, no weights.
+
+    [dim]ctfp8 inspect examples/models/moe[/]
+    """
+    from ..checkpoint.contents import look
+
+    found = look(_folder(checkpoint))
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    out.print(
+        f"[bold]{_escape(found.model)}[/], {found.files} file{'s' * (found.files != 1)}; {_escape(found.schemes)}"
+    )
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("number", "shape", "dtype", "size", "tensors"):
+        table.add_column(column, overflow="fold")
+    for what, rows in itertools.groupby(found.rows, lambda row: row.what):
+        table.add_section()
+        table.add_row("", "", "", "", f"[bold]{_escape(what)}[/]")
+        for row in rows:
+            shape = "×".join(map(str, row.shape)) or "scalar"
+            table.add_row(
+                str(row.count), shape, row.dtype, _size(row.nbytes), _escape(row.name), style="" if row.fp8 else "dim"
+            )
+    out.print(table, highlight=False)
+    out.print(
+        f"FP8 weights {_size(found.fp8_bytes)}, their scales {_size(found.scale_bytes)}, the rest {_size(found.other_bytes)}; "
+        f"in bf16 {_size(found.bf16_bytes)}"
+    )
+
+
+def _folder(checkpoint: str) -> Path:
+    if not Path(checkpoint).is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: no such folder. inspect reads local files; fetch a hub id with `hf download`."
+        )
+    return Path(checkpoint)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
+
+
+# ------------------------------------------------------------------------------------------- explain, export, generate
+
+
+@_command
+def explain(
+    checkpoint: Checkpoint,
+    target: Target = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the picture of it, one self-contained page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What becomes of each FP8 weight on a target, and why some stay dequantized. Nothing is compiled or run.
+
+    [dim]ctfp8 explain examples/models/moe --target cuda:sm90 --html moe.html[/]
+    """
+    from .. import Target as Machine
+    from .. import explain as explain_model
+
+    if target is not None:
+        Machine.parse(target)  # before a long load
+    if html is not None:
+        _check_place(html)
+    model = _load(checkpoint)
+    with err.status("tracing …"):
+        report = explain_model(model, *_example(model), target=target)
+    if html is not None:
+        report.to_html(html)
+        err.print(f"wrote {html}")
+    print(json.dumps(report.to_dict()) if as_json else report)
+
+
+@_command
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Argument(help="The file to write; ends in .pt2.", metavar="OUT")],
+    target: Target = None,
+    package: Annotated[str | None, typer.Option(help="aoti: machine code for this machine instead of a graph.")] = None,
+    cache: Annotated[
+        int | None, typer.Option(help="With a key-value cache for this many tokens inside, batch 1: for generation.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model, rewritten for a target, to one file that runs without transformers (ctfp8.load).
+
+    Batch and sequence are dynamic; with --cache the number of tokens of a call is.
+
+    [dim]ctfp8 export examples/models/llama llama.pt2 --target cuda:sm90[/]
+    """
+    import torch
+
+    from .. import StaticCacheDecoder
+    from .. import Target as Machine
+    from .. import export as export_model
+
+    if target is not None:
+        Machine.parse(target)
+    _check_place(output)
+    if output.suffix != ".pt2":
+        raise UsageError(f"{output}: artifacts are .pt2 files; give the path that suffix.")
+    model = _load(checkpoint)
+    args, kwargs = _example(model, batch=2)
+    shapes: Any = {
+        "input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")},
+        **dict.fromkeys(kwargs),
+    }
+    if cache is not None:
+        model = StaticCacheDecoder(model, 1, cache)
+        args, kwargs = (args[0][:1], torch.tensor(0)), {}
+        shapes = ({1: torch.export.Dim("tokens", max=cache)}, None)
+    with err.status("tracing, rewriting and writing …"):
+        report = export_model(model, args, kwargs, output, target, shapes, package)
+    if as_json:
+        print(json.dumps({"path": str(output), "bytes": output.stat().st_size, **report.to_dict()}))
+    else:
+        out.print(
+            f"wrote {output} ({_size(output.stat().st_size)}); {_escape(report.summary())}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@_command
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token at each step.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
+    eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, runs slower.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text with the compiled model; says how fast.
+
+    [dim]ctfp8 generate examples/models/llama --prompt "Return a list of "[/]
+    """
+    from transformers import AutoTokenizer, set_seed
+
+    from .bench import Decoder
+
+    _check_folder(checkpoint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: no tokenizer that transformers can read is there. Copy tokenizer.json and tokenizer_config.json "
+            "of the original model into the folder."
+        ) from error
+    model = _load(checkpoint)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    decoder = Decoder(model, ids.shape[1] + max_new_tokens, None if eager else "ctfp8")
+    if not eager:
+        with err.status("compiling for prompt and decode (cached by Inductor for the next time) …"):
+            decoder.warm_up(ids)
+    set_seed(seed)
+    ends = model.generation_config.eos_token_id
+    shown = prompt
+    if not as_json:
+        print(prompt, end="", flush=True)
+    tokens: list[int] = []
+    for token in decoder.tokens(ids, max_new_tokens, temperature):
+        if token == ends or (isinstance(ends, list) and token in ends):
+            break
+        tokens.append(token)
+        text = prompt + tokenizer.decode(tokens)
+        if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    speed = {"prompt_tokens": ids.shape[1], "prefill_seconds": decoder.prefill_seconds, "new_tokens": len(tokens),
+             "tokens_per_second": decoder.tokens_per_second}  # fmt: skip
+    if as_json:
+        print(json.dumps({"text": prompt + tokenizer.decode(tokens), **speed}))
+        return
+    print()
+    err.print(
+        f"prompt: {ids.shape[1]} tokens in {decoder.prefill_seconds * 1e3:.0f} ms; then {decoder.tokens_per_second:.1f} tokens/s"
+    )
+
+
+@_command
+def bench(
+    checkpoint: Checkpoint,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=2)] = 32,
+    rounds: Annotated[int, typer.Option(help="Repeats; medians are shown.", min=1)] = 5,
+    inductor: Annotated[bool, typer.Option("--inductor", help="Also bf16 compiled by Inductor.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prefill and decode speed and weight memory, against the same model decompressed to bf16, in turn in one process.
+
+    [dim]ctfp8 bench examples/models/llama --plot llama.svg[/]
+    """
+    from .bench import check_plot, compare, draw
+
+    if plot is not None:
+        _check_place(plot)
+        check_plot(plot)
+    plain = _load(checkpoint, dequantize=True)
+    ways: dict[str, tuple[Any, str | None]] = {"ctfp8": (_load(checkpoint), "ctfp8"), "bf16 eager": (plain, None)}
+    if inductor:
+        ways["bf16 Inductor"] = (plain, "inductor")
+    results = compare(ways, prompt_tokens, new_tokens, rounds, err)
+    if plot is not None:
+        draw(results, prompt_tokens, plot, f"{Path(checkpoint).resolve().name}, prompt of {prompt_tokens}, batch 1")
+        err.print(f"wrote {plot}")
+    if as_json:
+        print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
+        return
+    base = results["bf16 eager"]
+    table = Table("", "prefill", "decode", "weights", box=None, header_style="dim")
+    for way, speed in results.items():
+        table.add_row(
+            way,
+            f"{prompt_tokens / speed.prefill_seconds:.0f} tokens/s ({base.prefill_seconds / speed.prefill_seconds:.2f}×)",
+            f"{speed.tokens_per_second:.1f} tokens/s ({speed.tokens_per_second / base.tokens_per_second:.2f}×)",
+            f"{_size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
+        )
+    out.print(table)
+
+
+def _check_place(file: Path) -> None:
+    if not file.absolute().parent.is_dir():
+        raise UsageError(f"{file}: the folder {file.absolute().parent} does not exist. Make it first.")
+
+
+def _load(checkpoint: str, **kwargs: Any) -> Any:
+    """The model under the class its config names: a causal language model, an encoder, …."""
+    import transformers
+
+    from .. import from_pretrained
+
+    if not _debug:
+        transformers.logging.set_verbosity_error()
+    _check_folder(checkpoint)
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    return from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **kwargs)
+
+
+def _check_folder(checkpoint: str) -> None:
+    """Hub ids are `owner/name`; all else names a folder."""
+    if not Path(checkpoint).is_dir() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/"))):
+        raise CheckpointError(f"{checkpoint}: no such folder, and not a hub id, which is owner/name.")
+
+
+def _example(model: Any, batch: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments to trace a model with: 16 tokens, no cache."""
+    import inspect as python_inspect
+
+    import torch
+
+    ids = torch.arange(16 * batch).reshape(batch, 16) % min(model.config.get_text_config().vocab_size, 256)
+    caches = "use_cache" in python_inspect.signature(model.forward).parameters
+    return (ids,), {"use_cache": False} if caches else {}

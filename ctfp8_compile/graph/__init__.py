@@ -1,0 +1,22 @@
+"""ATen graphs: building nodes, tracing weights back to their markers, printing."""
+
+from .nodes import before, call, fake_value, sizes, value
+from .text import format_graph, op_name
+from .weight import MARKER, Weight, is_marker, is_plumbing, is_view, parameter_name, trace_weight
+
+__all__ = [
+    "MARKER",
+    "Weight",
+    "before",
+    "call",
+    "fake_value",
+    "format_graph",
+    "is_marker",
+    "is_plumbing",
+    "is_view",
+    "op_name",
+    "parameter_name",
+    "sizes",
+    "trace_weight",
+    "value",
+]

@@ -1,0 +1,141 @@
+"""A matmul's weight operand, traced back through views to the marker it was dequantized by."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .nodes import value
+
+aten = torch.ops.aten
+
+MARKER = torch.ops.ctfp8.dequantize.default
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A consumer's weight operand, traced back to its marker through views.
+
+    Attributes:
+        marker: the `ctfp8::dequantize` node.
+        transposed: the operand is `[..., K, N]`.
+        broadcast: a `[N, K]` weight was expanded over batch dimensions.
+        matrix: index of the one expert selected, where the marker holds several.
+        ids: node with the int expert of each row (`[T]`), where the operand was gathered by row.
+    """
+
+    marker: fx.Node
+    transposed: bool = False
+    broadcast: bool = False
+    matrix: Any = None
+    ids: fx.Node | None = None
+
+    @property
+    def name(self) -> str:
+        return parameter_name(self.marker)
+
+
+def is_marker(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is MARKER
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a node only looks at a weight in another way (see `trace_weight`)."""
+    return node.op == "call_function" and node.target in _VIEWS
+
+
+def is_plumbing(node: fx.Node) -> bool:
+    """Whether a node computes nothing: a view, a part of a tuple, a size."""
+    return is_view(node) or node.target in (operator.getitem, aten.squeeze.dim, aten.slice.Tensor, aten.sym_size.int)
+
+
+def trace_weight(node: Any) -> Weight | None:
+    """Follows a matmul operand back through transposes, broadcasts, selects and gathers to a marker; None if it has none."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if node.target is MARKER:
+        return Weight(node)
+    if node.target not in _VIEWS:
+        return None
+    inner = trace_weight(node.args[0])
+    return None if inner is None else _VIEWS[node.target](node, inner)
+
+
+def _transpose(node: fx.Node, inner: Weight) -> Weight | None:
+    rank = value(node).dim()
+    if node.target is aten.permute.default:
+        order = [d % rank for d in node.args[1]]
+    else:
+        order = list(range(rank))
+        a, b = (d % rank for d in (node.args[1:3] if len(node.args) > 1 else (0, 1)))
+        order[a], order[b] = b, a
+    if order == list(range(rank)):
+        return inner
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    return replace(inner, transposed=not inner.transposed) if order == swapped else None
+
+
+def _reshape(node: fx.Node, inner: Weight) -> Weight | None:
+    """Only what keeps the matrix: broadcasting it, or folding broadcast dimensions into one."""
+    weight_rank = value(inner.marker).dim() - (inner.matrix is not None)
+    same_matrix = value(node).shape[-2:] == value(node.args[0]).shape[-2:] if value(node).dim() >= 2 else False
+    if not same_matrix or inner.ids is not None:
+        return None
+    if value(node).dim() == value(node.args[0]).dim() == weight_rank:
+        return inner if value(node).shape == value(node.args[0]).shape else None
+    return replace(inner, broadcast=True) if weight_rank == 2 else None
+
+
+def _select(node: fx.Node, inner: Weight) -> Weight | None:
+    plain = inner.matrix is None and inner.ids is None and value(inner.marker).dim() == 3
+    return replace(inner, matrix=node.args[2]) if plain and node.args[1] == 0 else None
+
+
+def _gather(node: fx.Node, inner: Weight) -> Weight | None:
+    indices = node.args[1]
+    plain = inner.matrix is None and inner.ids is None and value(inner.marker).dim() == 3
+    if not plain or len(indices) != 1 or indices[0] is None or value(indices[0]).dim() != 1:
+        return None
+    if value(indices[0]).dtype not in (torch.int64, torch.int32):
+        return None
+    return replace(inner, ids=indices[0])
+
+
+def _same(node: fx.Node, inner: Weight) -> Weight:
+    return inner
+
+
+_VIEWS = {
+    aten.permute.default: _transpose,
+    aten.transpose.int: _transpose,
+    aten.t.default: _transpose,
+    aten.expand.default: _reshape,
+    aten.view.default: _reshape,
+    aten.reshape.default: _reshape,
+    aten.unsqueeze.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten.select.int: _select,
+    aten.index.Tensor: _gather,
+    aten.clone.default: _same,
+    aten.alias.default: _same,
+    aten.detach.default: _same,
+}
+
+
+def parameter_name(marker: fx.Node) -> str:
+    """The model's name of the parameter a marker dequantizes, from the module stack that tracers keep."""
+    stack = marker.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        owner, found, rest = f".{path}".partition(".parametrizations.")
+        if found:
+            owner = owner.removeprefix(".")
+            owner = owner.replace("L['self']", "").replace("L['fn']", "").removeprefix("L['").replace("']", "")
+            owner = owner.replace("[", ".").replace("]", "").replace("'", "").replace("._modules", "").lstrip(".")
+            name = rest.split(".")[0]
+            return f"{owner}.{name}" if owner else name
+    source = marker.args[0]
+    return source.name if isinstance(source, fx.Node) else str(source)

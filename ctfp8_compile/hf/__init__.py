@@ -1,0 +1,1 @@
+"""All that touches transformers: its loader, its weight conversions, its caches."""

@@ -1,0 +1,181 @@
+"""Loading and saving through transformers. Its loader does the work; `quantizer` tells it what stays FP8."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ..checkpoint import files as ckpt
+from ..checkpoint.layout import identity
+from ..checkpoint.scheme import Schemes
+from ..errors import CheckpointError, SchemeError, UsageError
+from ..model.freeze import dequantize_, protect
+from ..model.parametrization import attach
+from ..model.plan import plan, read_scales
+from ..ops import FP8
+from .quantizer import METHOD, Config, Quantizer
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+                  "trust_remote_code", "code_revision")  # fmt: skip
+
+
+def from_pretrained(
+    path_or_id: str | Path,
+    auto_class: Any = AutoModelForCausalLM,
+    dequantize: bool = False,
+    **transformers_kwargs: Any,
+) -> Any:
+    """Loads a compressed-tensors FP8 checkpoint with its weights, MoE experts included, left in float8_e4m3fn.
+
+    Args:
+        path_or_id: a checkpoint folder or a hub id.
+        auto_class: which transformers class loads it: an `AutoModelFor…` or a model class.
+        dequantize: return a plain model in `dtype` instead (weights bit-exact with compressed-tensors' dequantize).
+        **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
+            `dtype` is what FP8 weights dequantize to and what the other weights are loaded in.
+
+    Returns:
+        The transformers model, in eval mode, no parameter requiring a gradient.
+
+    Raises:
+        CheckpointError: a file is damaged or incomplete; names the tensor. Nothing is ever initialised at random.
+        SchemeError: the config is not compressed-tensors FP8, or does not cover an FP8 weight.
+    """
+    if "quantization_config" in transformers_kwargs:
+        raise SchemeError("quantization_config is read from the checkpoint; do not pass one.")
+    with_info = transformers_kwargs.pop("output_loading_info", False)
+    folder = Path(path_or_id)
+    if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
+        ckpt.Checkpoint(ckpt.checkpoint_files(folder))
+    config = _private_config(path_or_id, transformers_kwargs)
+    try:
+        model, info = auto_class.from_pretrained(
+            path_or_id, config=config, output_loading_info=True,
+            **{**transformers_kwargs, "ignore_mismatched_sizes": True},  # we name them, see _check_complete
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
+    _check_complete(path_or_id, info)
+    protect(model)
+    if dequantize:
+        dequantize_(model)
+        model.hf_quantizer.remove_quantization_config(model)
+    return (model, info) if with_info else model
+
+
+def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) -> None:
+    """Writes the model as a compressed-tensors checkpoint: names, shapes, dtypes and bits of the one it came from.
+
+    `model.save_pretrained(folder)` does the same.
+
+    Args:
+        model: loaded by `from_pretrained` or prepared by `prepare`.
+        **transformers_kwargs: as for `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
+    """
+    source = getattr(model.config, "_name_or_path", "")
+    if source and Path(folder).resolve() == Path(source).resolve():
+        raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
+    model.save_pretrained(folder, **transformers_kwargs)
+
+
+def prepare(model: Any) -> Any:
+    """Takes over a model that transformers loaded from a compressed-tensors FP8 checkpoint and that has not run yet.
+
+    transformers keeps the FP8 weights of Linears until the first forward pass; this replaces that decompression by our
+    parametrization, in place.
+
+    Returns:
+        `model`, as `from_pretrained` would have returned it.
+
+    Raises:
+        UsageError: the weights were already decompressed (by a forward pass, or, for MoE experts, while loading).
+        CheckpointError: a scale is missing or not usable.
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        raise UsageError("this model was not loaded from a quantized checkpoint. Use ctfp8.from_pretrained.")
+    quantizer = Quantizer(Config.from_dict({**(config if isinstance(config, dict) else config.to_dict())}))
+    weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+    fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
+    _refuse_decompressed(model, quantizer.schemes, fp8)
+    found = []
+    for name, module in fp8.items():
+        own = {f"{name}.{k}": v for k, v in module.state_dict().items()}
+        tensors = ckpt.InMemory(own)
+        info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype)
+        found.append((module, info, *read_scales(tensors, info)))
+    for module, info, weight_scale, input_scale in found:
+        for leaf in ("weight_scale", "input_scale", "weight_zero_point"):
+            module._parameters.pop(leaf, None)
+        for attribute in ("quantization_scheme", "quantization_status"):
+            module.__dict__.pop(attribute, None)
+        attach(module, "weight", info, weight_scale, input_scale)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if getattr(hook, "__module__", "").startswith("compressed_tensors"):
+            del model._forward_pre_hooks[key]  # it would decompress the weights on the first forward
+    model.hf_quantizer = quantizer
+    quantizer.take_over_saving(model)
+    protect(model)
+    return model
+
+
+def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]) -> None:
+    """Raises if a weight that the config says is FP8 is not FP8 any more."""
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        expert = parameter.dim() == 3 and schemes.group(f"{module}.0.gate_proj") is not None
+        linear = isinstance(model.get_submodule(module), nn.Linear) and name.endswith(".weight") and not fp8
+        if parameter.dtype != FP8 and (expert or (linear and schemes.group(module) is not None)):
+            raise UsageError(
+                f"{name} was quantized in the checkpoint, but transformers has decompressed it to {parameter.dtype} "
+                f"({'it does so with experts while loading' if expert else 'on the first forward pass'}). "
+                "Load the checkpoint with ctfp8.from_pretrained, which keeps it in FP8."
+            )
+
+
+def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> PretrainedConfig:
+    """The checkpoint's config with `quant_method` swapped for our private name; taken out of `kwargs` if given there."""
+    config = kwargs.pop("config", None)
+    if config is None:
+        if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
+            ckpt.check_config_file(Path(path_or_id))
+        hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
+        config = AutoConfig.from_pretrained(path_or_id, **hub)
+    config = copy.deepcopy(config)
+    holders = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
+    found = False
+    for holder in holders:
+        quantization = getattr(holder, "quantization_config", None)
+        if quantization is None:
+            continue
+        if not isinstance(quantization, dict):
+            quantization = quantization.to_dict()
+        Schemes(quantization)  # says what is wrong with it, in our words
+        holder.quantization_config = {**quantization, "quant_method": METHOD}
+        found = True
+    if not found:
+        raise SchemeError(
+            f"{path_or_id}: its config.json has no quantization_config, so it is not a quantized checkpoint. "
+            "Load it with transformers' own from_pretrained."
+        )
+    return config
+
+
+def _check_complete(path_or_id: str | Path, info: Any) -> None:
+    """A weight that the model needs and the file lacks was just initialised at random: never hand that out."""
+    missing = sorted(info["missing_keys"] if isinstance(info, dict) else info.missing_keys)
+    mismatched = sorted(info["mismatched_keys"] if isinstance(info, dict) else info.mismatched_keys)
+    if missing:
+        raise CheckpointError(
+            f"{path_or_id}: the model needs {missing[0]}, but no tensor of the checkpoint provides it "
+            f"({len(missing)} missing in all: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}). "
+            "The checkpoint is incomplete, or was saved for another class: pass the right auto_class."
+        )
+    if mismatched:
+        name, found, declared = mismatched[0]
+        raise CheckpointError(f"{name}: {list(found)} in the checkpoint, {list(declared)} in the model's config.")

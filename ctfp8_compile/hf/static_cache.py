@@ -1,0 +1,98 @@
+"""Key-value caches of a fixed size: for compiled generation, and inside an exported model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from ..errors import UsageError
+
+_STATE = ("keys", "values", "cumulative_length")
+
+
+def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> StaticCache:
+    """A static key-value cache whose tensors exist already, for a compiled model's `past_key_values`.
+
+    `StaticCache(config=…, max_cache_len=…)` makes them at the first forward pass. Where that pass is compiled too, the model
+    is compiled once without them and a second time with them. `cache.reset()` empties it for another text. Latent attention
+    (DeepSeek) and linear attention still begin at the first pass.
+
+        cache = ctfp8.static_cache(model, batch_size=1, max_length=512)
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
+
+    Args:
+        model: a causal language model of transformers.
+        batch_size, max_length: sequences, and tokens of each, that it holds.
+    """
+    config = model.config.get_text_config(decoder=True)
+    cache = StaticCache(config=config, max_cache_len=max_length)
+    layers = getattr(config, "per_layer_config", [config] * len(cache.layers))
+    for layer, own in zip(cache.layers, layers, strict=True):
+        latent = getattr(own, "qk_head_dim", None) is not None
+        if latent or not getattr(layer, "supports_early_init", True):
+            continue  # what latent and linear attention keep has other shapes; their layers begin at the first pass
+        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        empty = torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
+        layer.lazy_initialization(empty, empty)
+    return cache
+
+
+class StaticCacheDecoder(nn.Module):
+    """`logits = decoder(input_ids, position)`, the cache being buffers that each call updates.
+
+    One entry point serves prefill and decode, with the number of tokens as a dynamic dimension:
+
+        decoder = ctfp8.StaticCacheDecoder(model, batch_size=1, max_length=256)
+        tokens = torch.export.Dim("tokens", max=256)
+        ctfp8.export(decoder, (ids, torch.tensor(0)), path="model.pt2", dynamic_shapes=({1: tokens}, None))
+
+        module = ctfp8.load("model.pt2")
+        logits = module(prompt, torch.tensor(0))                    # prefill
+        logits = module(token, torch.tensor(prompt.shape[1]))       # decode, and so on
+
+    Two entry points would have to share weights and cache, but torch's archive stores, and its loader allocates, each
+    program's tensors on their own: a second program would double the file and leave two caches. Two artifacts would too.
+    A program for a fixed number of tokens, should a device want one, is the same export without `dynamic_shapes`.
+
+    Args:
+        model: a causal language model of transformers with FP8 weights.
+        batch_size, max_length: of the cache. Its zeros are part of the file.
+    """
+
+    def __init__(self, model: Any, batch_size: int = 1, max_length: int = 1024):
+        super().__init__()
+        self.model = model
+        self.max_length = max_length
+        self.cache = static_cache(model, batch_size, max_length)
+        plain = [type(layer) is StaticLayer and layer.is_initialized for layer in self.cache.layers]
+        odd = {type(layer).__name__ for layer, fine in zip(self.cache.layers, plain, strict=True) if not fine}
+        if odd:
+            raise UsageError(
+                f"the cache of {type(model).__name__} has layers of type {', '.join(sorted(odd))}, which begin at the first "
+                "pass or depend on values: torch.export cannot trace them. Export the model without a cache: "
+                "kwargs={'use_cache': False}."
+            )
+        for i, layer in enumerate(self.cache.layers):
+            for name in _STATE:
+                self.register_buffer(f"{name}_{i}", getattr(layer, name), persistent=False)
+        self.eval()
+
+    def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """Logits of all tokens given.
+
+        Args:
+            input_ids: `[batch, tokens]`.
+            position: of the first token, int64 without dimensions; 0 begins a new text.
+        """
+        for i, layer in enumerate(self.cache.layers):
+            for name in _STATE:  # torch.export knows only state that is reached through the module
+                setattr(layer, name, getattr(self, f"{name}_{i}"))
+            layer.cumulative_length.copy_(position)
+        positions = position + torch.arange(input_ids.shape[1], device=input_ids.device)
+        out = self.model(input_ids=input_ids, position_ids=positions[None], past_key_values=self.cache, use_cache=True)
+        return out.logits

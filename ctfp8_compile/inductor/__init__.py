@@ -1,0 +1,1 @@
+"""`torch.compile(model, backend="ctfp8")`: the passes inside Inductor."""

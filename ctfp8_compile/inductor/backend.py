@@ -1,0 +1,180 @@
+"""`torch.compile(model, backend="ctfp8")`: Inductor, with our passes at its post-grad hook."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .. import lowering, passes
+from ..errors import TargetError, UsageError
+from ..graph import MARKER, is_marker
+from ..model.storage import leave_files
+from ..passes import side_by_side
+from ..report import Report
+from ..target import Target
+from .packed import Adjacent
+
+log = logging.getLogger("ctfp8_compile")
+
+OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.join")
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles a dynamo graph for inference: FP8 matmuls are rewritten for the target, Inductor does the rest.
+
+    Args:
+        mode, options: as for Inductor. Options of ours: `ctfp8.target`, such as `"cuda:sm90"`; default: the device the
+            FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"` or `"scaled_mm"`.
+            `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs.
+
+    Raises:
+        UsageError: the graph needs gradients, or an option is unknown.
+        TargetError: the target is not the device the weights are on.
+    """
+    ours, theirs = _split_options(options)
+    marked = [
+        node for node in gm.graph.nodes if node.op == "call_function" and node.target in (MARKER, MARKER.overloadpacket)
+    ]
+    if not marked:
+        _warn_no_fp8()
+    elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+        raise UsageError(
+            "ctfp8 compiles for inference, but an input of this graph requires a gradient. "
+            "Call the model under torch.no_grad(), or detach the input."
+        )
+    target = _target(ours.get("ctfp8.target"), marked)
+    if "ctfp8.kernels" in ours:
+        target = target.limited_to(ours["ctfp8.kernels"])
+    wrapper = torch._TorchCompileInductorWrapper(mode, theirs, None)
+    config = dict(wrapper.config)
+    config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"))
+    groups = side_by_side.declare(gm.graph) if marked and ours.get("ctfp8.join", target.device != "cpu") else []
+    gm.recompile()
+    before = len(_reports)
+    compiled = compile_fx(gm, list(example_inputs), config_patches=config)
+    if marked and len(_reports) == before:
+        log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", len(marked), target)
+    if groups:
+        compiled = Adjacent(compiled, gm.graph, groups)
+    # outermost: what lies side by side in a file must not be taken for moved, and then leave it one by one
+    return _leaving_files_first(compiled) if marked and target.device == "cpu" else compiled
+
+
+def _leaving_files_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The weights are arguments of the compiled graph: at its first call they leave the checkpoint's mapped files."""
+    called = False
+
+    def call(*args: Any) -> Any:
+        nonlocal called
+        if not called:
+            leave_files(args)
+            called = True
+        return compiled(*args)
+
+    return call
+
+
+class Fp8Pass(CustomGraphPass):
+    """Our pipeline as Inductor's post-grad pass; another custom pass the user set runs before it.
+
+    Its `uuid` enters the key of Inductor's code cache: same sources, target and kernels, same code.
+    """
+
+    def __init__(self, target: Target, first: Any = None):
+        self.target, self.first = target, first
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for custom in self.first if isinstance(self.first, (list, tuple)) else [self.first]:
+            if custom is not None:
+                custom(graph)
+        report = passes.run(graph, self.target)
+        if report.rewritten or report.kept:
+            _reports.append(report)
+            log.info("%s", report.summary())
+
+    def uuid(self) -> Any:
+        theirs = []
+        for custom in self.first if isinstance(self.first, (list, tuple)) else [self.first]:
+            if custom is not None:
+                theirs.append(custom.uuid() if isinstance(custom, CustomGraphPass) else None)
+                if theirs[-1] is None:
+                    return None  # a pass Inductor cannot identify: no caching, as it would do itself
+        return (
+            _source_hash(),
+            passes.fingerprint(),
+            str(self.target),
+            lowering.fingerprint(self.target),
+            tuple(map(str, theirs)),
+        )
+
+
+#: Reports of the graphs compiled in this process, newest last; a cache hit adds none.
+_reports: list[Report] = []
+
+
+def compiled_reports() -> tuple[Report, ...]:
+    """The reports of all graphs this process compiled (Inductor cache hits excepted: they skip the passes)."""
+    return tuple(_reports)
+
+
+@functools.cache
+def _source_hash() -> str:
+    """Over every file that decides what a pass does."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.parent.rglob("*")):
+        if file.suffix in (".py", ".cpp", ".h"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _split_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    options = options or {}
+    ours = {k: v for k, v in options.items() if k.startswith("ctfp8.")}
+    for key in ours:
+        if key not in OPTIONS:
+            raise UsageError(f"unknown option {key!r}; ctfp8 knows {', '.join(OPTIONS)}.")
+    return ours, {k: v for k, v in options.items() if k not in ours}
+
+
+def _target(wanted: str | None, marked: list[fx.Node]) -> Target:
+    """The target asked for, checked against the device the weights are on; by default that device."""
+    weights = [n.args[0].meta.get("example_value") for n in marked if isinstance(n.args[0], fx.Node)]
+    device = next((w.device for w in weights if isinstance(w, Tensor)), torch.device("cpu"))
+    if wanted is None:
+        return Target.detect(device)
+    target = Target.parse(wanted)
+    if target.device != device.type:
+        raise TargetError(
+            f"ctfp8.target is {target}, but the model's weights are on {device}. Move the model with .to({target.device!r}), "
+            "or compile for another machine with ctfp8.lower."
+        )
+    return target
+
+
+@functools.cache
+def _warn_no_fp8() -> None:
+    warnings.warn(
+        "backend='ctfp8': this graph holds no FP8 weight, so it is compiled by plain Inductor. Load the checkpoint with "
+        "ctfp8_compile.from_pretrained (transformers' own from_pretrained decompresses the weights), or a plain "
+        "nn.Module with ctfp8_compile.load_state_dict.",
+        stacklevel=3,
+    )
+
+
+__all__ = ["backend", "compiled_reports", "is_marker"]

@@ -1,0 +1,63 @@
+"""Parameters of a compiled graph that lie side by side in memory: where they are moved there, and how Inductor reads them.
+
+`side_by_side.declare` says which. A graph may be called with other parameters than it was compiled with (another layer, a
+model moved to another device), so that they do is made sure at every call, by comparing addresses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings, register_lowering
+
+from ..graph import fake_value
+from ..passes.side_by_side import SIDE_BY_SIDE
+
+aten = torch.ops.aten
+
+
+class Adjacent:
+    """Calls a compiled graph after making sure that the parameters of each group lie side by side."""
+
+    def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, groups: Sequence[Sequence[fx.Node]]):
+        at = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+        self.compiled = compiled
+        #: Of each group: `(argument, its distance in bytes from the first)`.
+        self.groups: list[list[tuple[int, int]]] = []
+        for group in groups:
+            ends = itertools.accumulate(fake_value(node).nbytes for node in group)
+            self.groups.append([(at[node], begin) for node, begin in zip(group, (0, *ends), strict=False)])
+
+    def __call__(self, *args: Any) -> Any:
+        for group in self.groups:
+            begin = args[group[0][0]].data_ptr()
+            if any(args[i].data_ptr() != begin + distance for i, distance in group):
+                move_together([args[i] for i, _ in group])
+        return self.compiled(*args)
+
+
+@torch.no_grad()
+def move_together(tensors: Sequence[Tensor]) -> None:
+    """Moves tensors into one allocation, one behind the other along the first dimension; they become views of it."""
+    first = tensors[0]
+    rows = [t.shape[0] for t in tensors]
+    whole = torch.empty((sum(rows), *first.shape[1:]), dtype=first.dtype, device=first.device)
+    for tensor, part in zip(tensors, whole.split(rows), strict=True):
+        part.copy_(tensor)
+        tensor.data = part
+
+
+@register_lowering(SIDE_BY_SIDE, type_promotion_kind=None)
+def _side_by_side(parts: Any) -> Any:
+    inputs = [getattr(getattr(part, "data", None), "data", None) for part in parts]
+    if not all(isinstance(i, ir.InputBuffer) and not isinstance(i, ir.ConstantBuffer) for i in inputs):
+        return lowerings[aten.cat.default](parts, 0)  # frozen to constants, or copied: no longer parameters
+    _, *inner = parts[0].get_size()
+    return lowerings[aten.as_strided.default](
+        parts[0], [sum(part.get_size()[0] for part in parts), *inner], list(parts[0].get_stride())
+    )

@@ -1,0 +1,1 @@
+"""FP8 parameters in an nn.Module: planned, attached, frozen, loaded; no transformers here."""

@@ -1,0 +1,94 @@
+"""A model with FP8 weights is for inference: what would lose the weights is refused before anything is half done."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import UsageError
+from ..ops import FP8
+from ..ops import cpu as cpu_kernels
+from .parametrization import CAST, quantized_parameters
+from .storage import LeaveFiles
+
+
+class _KeepsFP8:
+    """Mixed into the class of a model with FP8 weights: casts and pickles are refused before anything is half done."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        device = next((q.weight_scale.device for _, _, q in quantized_parameters(self)), None)  # type: ignore[arg-type]
+        if device is not None and fn(torch.empty(0, dtype=FP8, device=device)).dtype != FP8:
+            raise UsageError(CAST)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _refuse_cast(self) -> Any:
+        raise UsageError(CAST)
+
+    # transformers overrides these two with a message of its own, so `_apply` alone would not be asked
+    half = float = _refuse_cast
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        if requires_grad:
+            raise UsageError(_TRAIN)
+        return super().requires_grad_(False)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            raise UsageError(_TRAIN)
+        return super().train(False)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        from copy import deepcopy
+
+        new = self.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__ = deepcopy(self.__dict__, memo)
+        return new
+
+    def __getstate__(self) -> Any:
+        raise UsageError(
+            "a model with FP8 weights cannot be pickled (torch.save(model)). Save it as a checkpoint with "
+            "ctfp8.save_pretrained(model, folder), its tensors with torch.save(model.state_dict(), file), "
+            "or its graph with ctfp8.export."
+        )
+
+
+_TRAIN = (
+    "FP8 weights are for inference; this model cannot be trained. Load it with "
+    "ctfp8.from_pretrained(..., dequantize=True) for a plain model that can."
+)
+
+
+def protect(model: nn.Module) -> None:
+    """Makes the root of a model refuse what would lose its FP8 weights; also sets `eval()` and no gradients.
+
+    If the C++ CPU kernels were built before, eager code takes them from here on; compiling a model builds them. When the
+    model first runs, its CPU weights leave the mapped files.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()
+    with contextlib.suppress(cpu_kernels.KernelBuildError):  # the compiler will say so where it matters
+        cpu_kernels.load(build=False)
+    cls = type(model)
+    if not isinstance(model, _KeepsFP8):
+        namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        model.__class__ = type(cls.__name__, (_KeepsFP8, cls), namespace)
+        model.register_forward_pre_hook(LeaveFiles(model))
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Replaces every FP8 parameter by its dequantized value, in place: a plain model, twice the memory."""
+    for path, module, _ in list(quantized_parameters(model)):
+        name = path.rpartition(".")[2]
+        value = getattr(module, name).contiguous()
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    if isinstance(model, _KeepsFP8):
+        model.__class__ = type(model).__mro__[2]
+    return model

@@ -1,0 +1,112 @@
+"""FP8 parameters in an nn.Module: a parametrization whose only output is one `ctfp8::dequantize` node.
+
+The module's own code stays as it is. It asks for `self.weight` and gets the dequantized tensor; a tracer sees the marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..checkpoint import files as ckpt
+from ..errors import CheckpointError, UsageError
+from ..ops import FP8
+from .plan import QuantizedParameter
+
+CAST = (
+    "this model holds float8_e4m3fn weights, and changing its dtype (.to(dtype), .half(), .float(), .bfloat16()) would "
+    "cast them too and throw their scales away. Choose the dtype when loading, from_pretrained(..., dtype=...), "
+    "or load with dequantize=True for a plain model; .to(device) is fine."
+)
+
+
+class Dequantize(nn.Module):
+    """Parametrization of one FP8 parameter: float8_e4m3fn `[..., N, K]` in, `dtype` out.
+
+    Buffers:
+        weight_scale: float32 `[..., ceil(N / block[0]), ceil(K / block[1])]`.
+        input_scale: float32, one per checkpoint tensor merged into this one: `[S]` for a linear, `[E, S]` for experts;
+            None where activations are not static.
+    """
+
+    weight_scale: Tensor
+    input_scale: Tensor | None
+
+    def __init__(self, info: QuantizedParameter, weight_scale: Tensor, input_scale: Tensor | None):
+        super().__init__()
+        self.info = info
+        self.block = list(info.layout.block(info.scheme))
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("input_scale", input_scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        out = torch.ops.ctfp8.dequantize(
+            weight, self.weight_scale, self.input_scale, self.block, self.info.scheme.activation, self.info.dtype
+        )
+        return out.transpose(-1, -2) if self.info.layout.transposed else out
+
+    def static_scale(self, source: str) -> Tensor:
+        """The static activation scale of one checkpoint tensor: float32, no dimensions."""
+        assert self.input_scale is not None
+        groups = self.input_scale.view(-1, self.input_scale.shape[-1])
+        seen = [0] * groups.shape[0]
+        for p in self.info.layout.placements:  # the order in which `read_scales` grouped them
+            group = p.start // self.info.layout.shape[-2]
+            if p.source == source:
+                return groups[group, seen[group]]
+            seen[group] += 1
+        raise KeyError(source)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dequantize:
+        # a cast of the model (autocast helpers, .float()) must not round the scales
+        if fn(torch.empty(0, dtype=FP8, device=self.weight_scale.device)).dtype != FP8:
+            raise UsageError(CAST)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.info.scheme}, block={tuple(self.block)}, {self.info.dtype}"
+
+
+def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Dequantize]]:
+    """All FP8 parameters of a model: `(name, owning module, parametrization)`.
+
+    The FP8 tensor itself is `owner.parametrizations[name.rpartition(".")[2]].original`.
+    """
+    for path, module in model.named_modules():
+        if isinstance(parametrizations := getattr(module, "parametrizations", None), nn.ModuleDict):
+            for name, chain in parametrizations.items():
+                dequantize = next(iter(chain.children()), None)
+                if isinstance(dequantize, Dequantize):
+                    yield (f"{path}.{name}" if path else name), module, dequantize
+
+
+def stored_weight(module: nn.Module, name: str) -> Tensor:
+    """The float8_e4m3fn tensor behind parameter `name` (no dots) of `module`."""
+    return module.parametrizations[name].original  # type: ignore[index,union-attr]
+
+
+def attach(
+    module: nn.Module, name: str, info: QuantizedParameter, weight_scale: Tensor, input_scale: Tensor | None
+) -> None:
+    """Puts the parametrization on a module whose parameter `name` already is the stored FP8 tensor.
+
+    Raises:
+        CheckpointError: the weight holds NaN codes.
+    """
+    weight = module._parameters[name]
+    if weight is None or weight.dtype != FP8 or weight.device.type == "meta":
+        raise CheckpointError(f"{info.layout.sources[0]}: was not loaded as float8_e4m3fn; please report this.")
+    if ckpt.has_nan_code(weight):
+        raise CheckpointError(
+            f"{info.layout.sources[0]}: holds NaN codes (0x7f or 0xff). The file is damaged or the weights overflowed; "
+            "quantize it again."
+        )
+    weight.requires_grad_(False)
+    device = weight.device
+    dequantize = Dequantize(info, weight_scale.to(device), None if input_scale is None else input_scale.to(device))
+    dequantize.eval()
+    parametrize.register_parametrization(module, name, dequantize, unsafe=True)
+    module.parametrizations.eval()  # type: ignore[union-attr]

@@ -1,0 +1,97 @@
+"""How each parameter of a model is quantized: decided and checked from the files' headers, before a weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import files as ckpt
+from ..checkpoint.layout import Layout
+from ..checkpoint.scheme import Scheme, Schemes
+from ..errors import SchemeError
+
+
+@dataclass(frozen=True)
+class StoredScale:
+    """How the file stored a scale, so that saving gives back the same bits."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QuantizedParameter:
+    """All that is known of one FP8 parameter of a model.
+
+    Attributes:
+        scheme: the checkpoint's scheme.
+        layout: which checkpoint tensors it is made of.
+        dtype: what it dequantizes to.
+        scales, input_scales: by checkpoint weight name, how the file stored them.
+    """
+
+    scheme: Scheme
+    layout: Layout
+    dtype: torch.dtype
+    scales: Mapping[str, StoredScale]
+    input_scales: Mapping[str, StoredScale]
+
+
+def plan(tensors: ckpt.Checkpoint, schemes: Schemes, layout: Layout, dtype: torch.dtype) -> QuantizedParameter:
+    """Decides how one parameter is quantized and checks all that it needs, from headers alone.
+
+    Raises:
+        CheckpointError, SchemeError: naming the tensor.
+    """
+    found: dict[str, Scheme] = {}
+    for source in layout.sources:
+        scheme = schemes.scheme(source.removesuffix(".weight"))
+        if scheme is None:
+            raise SchemeError(
+                f"{tensors[source]}: FP8 in the file, but quantization_config has no group that covers it "
+                "(or ignores it). Correct its targets or ignore list."
+            )
+        ckpt.check_scale(tensors, tensors[source], scheme)
+        found[source] = scheme
+    first = layout.sources[0]
+    for source, scheme in found.items():
+        if scheme != found[first]:
+            raise SchemeError(
+                f"{source} ({scheme}) and {first} ({found[first]}) are merged, but differ in their scheme."
+            )
+
+    def stored(name: str) -> StoredScale:
+        return StoredScale(ckpt.SCALE_DTYPES[tensors[name].dtype], tensors[name].shape)
+
+    static = found[first].activation == "tensor"
+    return QuantizedParameter(
+        found[first],
+        layout,
+        dtype,
+        {s: stored(ckpt.scale_name(s)) for s in layout.sources},
+        {s: stored(ckpt.input_scale_name(s)) for s in layout.sources} if static else {},
+    )
+
+
+def read_scales(tensors: ckpt.Checkpoint, info: QuantizedParameter) -> tuple[Tensor, Tensor | None]:
+    """Reads, checks and lays out the scales of one parameter: `(weight_scale, input_scale)`, float32.
+
+    Raises:
+        CheckpointError: a scale is NaN, infinite, zero or negative.
+    """
+    names = [ckpt.scale_name(s) for s in info.scales] + [ckpt.input_scale_name(s) for s in info.input_scales]
+    values = tensors.read(names)
+    for name, value in values.items():
+        ckpt.check_scale_values(tensors[name], value)
+    weight_scale = info.layout.scale({s: values[ckpt.scale_name(s)] for s in info.scales}, info.scheme)
+    if not info.input_scales:
+        return weight_scale, None
+    # one value per matrix, grouped by the expert it went to: [S] for a linear, [E, S] for experts
+    groups: list[list[Tensor]] = [[] for _ in range(math.prod(info.layout.shape[:-2]))]
+    for p in info.layout.placements:
+        groups[p.start // info.layout.shape[-2]].append(values[ckpt.input_scale_name(p.source)].reshape(()).float())
+    return weight_scale, torch.stack([torch.stack(g) for g in groups]).view(*info.layout.shape[:-2], -1)

@@ -1,0 +1,71 @@
+"""Loading a state dict with FP8 weights into any nn.Module, without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoint import files as ckpt
+from ..checkpoint.layout import identity
+from ..checkpoint.scheme import Schemes
+from ..errors import CheckpointError
+from .freeze import protect
+from .parametrization import attach
+from .plan import QuantizedParameter, plan, read_scales
+
+
+def load_state_dict(
+    module: nn.Module, state_dict: Mapping[str, Tensor], quantization_config: Mapping[str, Any]
+) -> nn.Module:
+    """Loads a state dict with FP8 weights into any nn.Module, without transformers.
+
+    Args:
+        module: its parameters may be on the meta device; names are those of the state dict. A parameter `p` that the
+            state dict holds in float8_e4m3fn needs `p_scale` beside it (`weight` → `weight_scale`).
+        state_dict: FP8 weights, scales, and everything else the module has.
+        quantization_config: as in a compressed-tensors checkpoint's `config.json`.
+
+    Returns:
+        `module`, in eval mode, its quantized parameters still float8_e4m3fn. They dequantize to the dtype the module's
+        parameter had.
+
+    Raises:
+        CheckpointError: a parameter or scale is missing, left over, of the wrong shape or value.
+        SchemeError: the config does not cover an FP8 weight, or is not compressed-tensors FP8.
+    """
+    schemes = Schemes(quantization_config)
+    tensors = ckpt.InMemory(state_dict)
+    own = module.state_dict()
+    plans: dict[str, QuantizedParameter] = {}
+    used: set[str] = set()
+    for name, parameter in own.items():
+        if name not in tensors:
+            raise CheckpointError(f"{name}: the module needs it, the state dict lacks it.")
+        used.add(name)
+        if tuple(parameter.shape) != tensors[name].shape:
+            raise CheckpointError(f"{tensors[name]}: the module declares {list(parameter.shape)}.")
+        ckpt.check_weight(tensors[name])
+        if tensors[name].dtype == ckpt.FP8_DTYPE:
+            plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype)
+            used |= {ckpt.scale_name(name), ckpt.input_scale_name(name)}
+    if extra := sorted(set(tensors) - used):
+        raise CheckpointError(
+            f"{extra[0]}: in the state dict, but the module has no such parameter ({len(extra)} in all)."
+        )
+    scales = {name: read_scales(tensors, info) for name, info in plans.items()}
+    for name in own:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        value = state_dict[name].detach()
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value.to(own[name].dtype)
+            continue
+        owner._parameters[leaf] = nn.Parameter(
+            value if name in plans else value.to(own[name].dtype), requires_grad=False
+        )
+        if name in plans:
+            attach(owner, leaf, plans[name], *scales[name])
+    protect(module)
+    return module

@@ -1,0 +1,383 @@
+// The `ctfp8::` operators on CPU tensors: checks, choice of instruction set, and how the work is cut and shared by threads.
+//
+// All matmuls are one routine, `multiply`: groups of activation rows, each with the weight of one expert. Schemas and
+// reference implementations are in ctfp8_compile/ops/operators.py.
+#include <ATen/Parallel.h>
+#include <ATen/cpu/Utils.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+
+namespace ctfp8 {
+namespace {
+
+using at::Tensor;
+
+// ---------------------------------------------------------------------------------------------------- instruction set
+
+struct Selection {
+  const Kernels* bf16;    // for bfloat16 activations
+  const Kernels* others;  // for float32 and float16 activations, and for dequantize
+};
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+  for (const Kernels* kernels : {avx512_bf16(), avx512(), avx2(), portable()}) {
+    if (kernels) found.push_back(kernels);
+  }
+  return found;
+}
+
+Selection select(const std::string& name) {
+  std::string names;
+  for (const Kernels* kernels : available()) {
+    if (name.empty() || name == kernels->name) return {kernels, kernels->item == 2 ? avx512() : kernels};
+    names += std::string(names.empty() ? "" : ", ") + kernels->name;
+  }
+  TORCH_CHECK(false, "ctfp8: this CPU has no instruction set called '", name, "'; choose one of: ", names);
+}
+
+Selection& selection() {
+  static Selection chosen = select(std::getenv("CTFP8_CPU_ISA") ? std::getenv("CTFP8_CPU_ISA") : "");
+  return chosen;
+}
+
+// torch's brgemm multiplies with AMX tiles where they exist; elsewhere our own kernel is no slower.
+void torch_brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b, float* c) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, false, static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(b), c);
+}
+
+bool brgemm_used = false;
+
+bool has_brgemm() {
+  try {
+    const uint16_t a[32] = {}, b[32 * 16] = {};
+    float c[16];
+    torch_brgemm(1, 16, 32, 32, 16, 16, a, b, c);
+    at::native::cpublas::brgemm_release();
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+// False where torch has no such brgemm for this CPU.
+bool use_brgemm(bool use) {
+  brgemm_used = use && avx512_bf16() && has_brgemm();
+  set_brgemm(brgemm_used ? &torch_brgemm : nullptr);
+  return brgemm_used == use;
+}
+
+// Asks the CPU, then the system for the permission to use tiles.
+bool has_amx() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile) && at::cpu::init_amx();
+#else
+  return false;
+#endif
+}
+
+const bool amx = has_amx() && use_brgemm(true);
+
+void set_isa(std::string name) { selection() = select(name); }
+std::string isa() { return selection().bf16->name + std::string(brgemm_used && selection().bf16->item == 2 ? "+amx" : ""); }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : available()) names.emplace_back(kernels->name);
+  return names;
+}
+
+// ------------------------------------------------------------------------------------------------------------- checks
+
+Dtype dtype_of(const Tensor& x, const char* op) {
+  if (x.scalar_type() == at::kBFloat16) return Dtype::bf16;
+  if (x.scalar_type() == at::kHalf) return Dtype::f16;
+  TORCH_CHECK(x.scalar_type() == at::kFloat, op, ": x must be bfloat16, float16 or float32, not ", x.scalar_type());
+  return Dtype::f32;
+}
+
+// A weight with `[experts, N, K]` codes, and the tensors that keep its memory alive.
+struct Weights {
+  Tensor codes, scale;
+  Weight first;
+  int64_t experts;
+
+  Weight of(int64_t expert) const {
+    Weight w = first;
+    w.codes += expert * (codes.dim() == 3 ? codes.stride(0) : 0);
+    w.scale += expert * (scale.dim() == 3 ? scale.stride(0) : 0);
+    return w;
+  }
+};
+
+Weights weights(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRef block, int64_t dim, const char* op) {
+  TORCH_CHECK(weight.scalar_type() == at::kFloat8_e4m3fn, op, ": weight must be float8_e4m3fn, not ", weight.scalar_type());
+  TORCH_CHECK(weight.dim() == dim, op, ": weight must have ", dim, " dimensions, not ", weight.dim());
+  TORCH_CHECK(weight_scale.scalar_type() == at::kFloat, op, ": weight_scale must be float32, not ", weight_scale.scalar_type());
+  TORCH_CHECK(block.size() == 2 && block[0] > 0 && block[1] >= 0, op, ": block must be two positive sizes, not ", block);
+  Weights out;
+  const int64_t rows = weight.size(-2), cols = weight.size(-1);
+  out.experts = dim == 3 ? weight.size(0) : 1;
+  out.first.rows = rows;
+  out.first.cols = cols;
+  out.first.block_rows = block[0];
+  out.first.block_cols = std::max<int64_t>(std::min(block[1], cols), 1);
+  int64_t scale_rows = (rows + block[0] - 1) / block[0], scale_cols = (cols + out.first.block_cols - 1) / out.first.block_cols;
+  // Like the reference, take one scale for a whole dimension whatever the block says.
+  const bool sized = weight_scale.dim() == dim && (dim == 2 || weight_scale.size(0) == out.experts);
+  if (sized && weight_scale.size(-2) == 1) scale_rows = 1, out.first.block_rows = std::max<int64_t>(rows, 1);
+  if (sized && weight_scale.size(-1) == 1) scale_cols = 1, out.first.block_cols = std::max<int64_t>(cols, 1);
+  TORCH_CHECK(sized && weight_scale.size(-2) == scale_rows && (weight_scale.size(-1) == scale_cols || !cols), op,
+              ": weight_scale must be ", dim == 3 ? std::to_string(out.experts) + " x " : std::string(), scale_rows, " x ",
+              scale_cols, " for a weight of ", weight.sizes(), " in blocks of ", block, ", not ", weight_scale.sizes());
+  // A slice of rows or experts keeps its memory; only columns must lie next to each other.
+  out.codes = weight.stride(-1) == 1 || cols <= 1 ? weight : weight.contiguous();
+  out.scale = weight_scale.stride(-1) == 1 || weight_scale.size(-1) <= 1 ? weight_scale : weight_scale.contiguous();
+  out.first.codes = static_cast<const uint8_t*>(out.codes.const_data_ptr());
+  out.first.row_stride = out.codes.stride(-2);
+  out.first.scale = out.scale.const_data_ptr<float>();
+  out.first.scale_stride = out.scale.stride(-2);
+  out.first.segments = scale_cols;
+  return out;
+}
+
+// ----------------------------------------------------------------------------------------------------- cutting the work
+
+// Runs `body(item)` for every item on torch's threads. Each takes the next item when it is done with one: items differ in
+// size, and threads in speed. `work` is the number of multiply-adds (or elements) of an item: below the sum of them at which
+// two threads begin to be faster than one, waiting for the other is all risk, and on a busy machine a wait is a time slice.
+template <class F>
+void share(int64_t items, int64_t work, const F& body) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
+  if (threads <= 1 || items * work < 200'000 || at::in_parallel_region()) {
+    for (int64_t item = 0; item < items; ++item) body(item);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(item);
+  });
+}
+
+// How many threads `share` may use: 1 where this file was compiled without OpenMP.
+int64_t threads() {
+#ifdef INTRA_OP_PARALLEL
+  return at::get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+struct Group {
+  int64_t expert, begin, end;  // rows [begin, end) of the order in which activations are prepared
+};
+
+// out[order[i]] = x[order[i]] @ weight[expert].T + bias for i in a group; `order` is the identity where it is empty.
+void multiply(const Tensor& x, const Weights& weights, const std::vector<Group>& groups, const std::vector<int64_t>& order,
+              const float* bias, Tensor& out, Dtype dtype) {
+  const Kernels& kernels = dtype == Dtype::bf16 ? *selection().bf16 : *selection().others;
+  const int64_t n = weights.first.rows, item = kernels.item;
+  if (groups.empty() || n == 0) return;
+  const Tensor source = item == 4 ? x.to(at::kFloat) : x;
+
+  // A block of a group's rows is prepared once, and multiplied with all rows of the weight.
+  constexpr int64_t kRows = 512, kSlice = 16;
+  struct Block {
+    int64_t expert, row, rows, at;
+  };
+  std::vector<Block> blocks;
+  std::vector<std::pair<int64_t, int64_t>> slices;  // block, first row in it
+  int64_t bytes = 0, total = 0;
+  for (const Group& group : groups) {
+    total += group.end - group.begin;
+    for (int64_t row = group.begin; row < group.end; row += kRows) {
+      const int64_t rows = std::min(kRows, group.end - row), block = static_cast<int64_t>(blocks.size());
+      blocks.push_back({group.expert, row, rows, bytes});
+      for (int64_t i = 0; i < rows; i += kSlice) slices.emplace_back(block, i);
+      bytes += (kernels.bytes(weights.first, rows) + 63) / 64 * 64;
+    }
+  }
+  static thread_local Buffer prepared_buffer;
+  char* prepared = static_cast<char*>(prepared_buffer.get(bytes));
+  const char* from = static_cast<const char*>(source.const_data_ptr());
+  const auto place = [&](int64_t row) { return order.empty() ? row : order[row]; };
+  share(static_cast<int64_t>(slices.size()), kSlice * weights.first.cols, [&](int64_t index) {
+    const auto& [number, first] = slices[index];
+    const Block& block = blocks[number];
+    const int64_t count = std::min(kSlice, block.rows - first);
+    const void* rows[kSlice];
+    for (int64_t i = 0; i < count; ++i) rows[i] = from + place(block.row + first + i) * weights.first.cols * item;
+    kernels.prepare(weights.first, rows, first, count, block.rows, prepared + block.at);
+  });
+
+  // Small pieces keep threads even, but not fewer than eight rows of the weight, which a kernel reads together.
+  int64_t width = kernels.cols;
+  const auto count = [&] { return static_cast<int64_t>(blocks.size()) * ((n + width - 1) / width); };
+  while (width > 8 && count() < 8 * at::get_num_threads()) width = (width / 2 + 7) / 8 * 8;
+  const int64_t parts = (n + width - 1) / width;
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t out_item = out.element_size();
+  share(count(), width * weights.first.cols * total / std::max<int64_t>(1, blocks.size()), [&](int64_t index) {
+    const Block& block = blocks[index / parts];
+    const int64_t begin = index % parts * width, end = std::min(n, begin + width);
+    static thread_local Buffer sums_buffer;
+    float* sums = static_cast<float*>(sums_buffer.get(block.rows * (end - begin) * 4));
+    kernels.matmul(weights.of(block.expert), begin, end, prepared + block.at, block.rows, sums, end - begin);
+    if (brgemm_used) at::native::cpublas::brgemm_release();
+    for (int64_t i = 0; i < block.rows; ++i) {
+      kernels.finish(sums + i * (end - begin), bias ? bias + begin : nullptr, end - begin, to + (place(block.row + i) * n + begin) * out_item, dtype);
+    }
+  });
+}
+
+// ----------------------------------------------------------------------------------------------------------- operators
+
+Tensor dequantized_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                          at::IntArrayRef block) {
+  const char* op = "ctfp8::dequantized_linear";
+  const Dtype dtype = dtype_of(x, op);
+  const Weights w = weights(weight, weight_scale, block, 2, op);
+  const int64_t n = w.first.rows, k = w.first.cols;
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == k, op, ": the last dimension of x must be ", k, ", as in the weight, but x is ", x.sizes());
+  Tensor bias_f32;
+  if (bias) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, op, ": bias must have ", n, " elements, but is ", bias->sizes());
+    bias_f32 = bias->to(at::kFloat).contiguous();
+  }
+  auto sizes = x.sizes().vec();
+  sizes.back() = n;
+  int64_t m = 1;
+  for (size_t i = 0; i + 1 < sizes.size(); ++i) m *= sizes[i];
+  if (k == 0) {
+    Tensor out = at::zeros(sizes, x.options());
+    return bias ? out.add_(*bias) : out;
+  }
+  Tensor out = at::empty(sizes, x.options().memory_format(at::MemoryFormat::Contiguous));
+  multiply(x.contiguous(), w, {{0, 0, m}}, {}, bias ? bias_f32.const_data_ptr<float>() : nullptr, out, dtype);
+  return out;
+}
+
+void check_rows(const Tensor& x, const Weights& w, const Tensor& index, const char* name, const char* op) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == w.first.cols, op, ": x must be rows of ", w.first.cols, " columns, as in the weight, but is ",
+              x.sizes());
+  TORCH_CHECK(index.dim() == 1 && (index.scalar_type() == at::kInt || index.scalar_type() == at::kLong), op, ": ", name,
+              " must be a vector of int32 or int64, not ", index.scalar_type(), " ", index.sizes());
+}
+
+Tensor dequantized_grouped_mm(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& offs,
+                              at::IntArrayRef block) {
+  const char* op = "ctfp8::dequantized_grouped_mm";
+  const Dtype dtype = dtype_of(x, op);
+  const Weights w = weights(weight, weight_scale, block, 3, op);
+  check_rows(x, w, offs, "offs", op);
+  TORCH_CHECK(offs.size(0) == w.experts, op, ": offs must have one end for each of ", w.experts, " experts, not ", offs.size(0));
+  const Tensor ends = offs.to(at::kLong).contiguous();
+  std::vector<Group> groups;
+  int64_t start = 0;
+  for (int64_t expert = 0; expert < w.experts; ++expert) {
+    const int64_t end = ends.const_data_ptr<int64_t>()[expert];
+    TORCH_CHECK(end >= start && end <= x.size(0), op, ": offs must rise from 0 to at most the ", x.size(0), " rows of x, but end ",
+                expert, " is ", end, " after ", start);
+    if (end > start) groups.push_back({expert, start, end});
+    start = end;
+  }
+  Tensor out = at::empty({x.size(0), w.first.rows}, x.options().memory_format(at::MemoryFormat::Contiguous));
+  if (w.first.cols == 0) return out.zero_();
+  if (start < x.size(0)) out.narrow(0, start, x.size(0) - start).zero_();
+  multiply(x.contiguous(), w, groups, {}, nullptr, out, dtype);
+  return out;
+}
+
+Tensor dequantized_gathered_mm(const Tensor& x, const Tensor& weight, const Tensor& weight_scale, const Tensor& ids,
+                               at::IntArrayRef block) {
+  const char* op = "ctfp8::dequantized_gathered_mm";
+  const Dtype dtype = dtype_of(x, op);
+  const Weights w = weights(weight, weight_scale, block, 3, op);
+  check_rows(x, w, ids, "ids", op);
+  const int64_t t = x.size(0);
+  TORCH_CHECK(ids.size(0) == t, op, ": ids must name the expert of each of ", t, " rows, not of ", ids.size(0));
+  const Tensor expert_of = ids.to(at::kLong).contiguous();
+  const int64_t* experts = expert_of.const_data_ptr<int64_t>();
+
+  // Counting sort: rows of one expert become a group, so that its weight is read once.
+  std::vector<int64_t> start(w.experts + 1, 0), order(t);
+  for (int64_t i = 0; i < t; ++i) {
+    TORCH_CHECK(experts[i] >= 0 && experts[i] < w.experts, op, ": ids must be from 0 to ", w.experts - 1, ", but row ", i, " has ", experts[i]);
+    ++start[experts[i] + 1];
+  }
+  std::vector<Group> groups;
+  for (int64_t expert = 0; expert < w.experts; ++expert) {
+    start[expert + 1] += start[expert];
+    if (start[expert + 1] > start[expert]) groups.push_back({expert, start[expert], start[expert + 1]});
+  }
+  for (int64_t i = 0; i < t; ++i) order[start[experts[i]]++] = i;
+
+  Tensor out = at::empty({t, w.first.rows}, x.options().memory_format(at::MemoryFormat::Contiguous));
+  if (w.first.cols == 0) return out.zero_();
+  multiply(x.contiguous(), w, groups, order, nullptr, out, dtype);
+  return out;
+}
+
+Tensor dequantize(const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>&, at::IntArrayRef block,
+                  std::string_view, at::ScalarType type) {
+  const char* op = "ctfp8::dequantize";
+  TORCH_CHECK(weight.dim() >= 2, op, ": weight must have rows and columns, not ", weight.dim(), " dimensions");
+  TORCH_CHECK(weight_scale.dim() == weight.dim() && weight_scale.sizes().slice(0, weight.dim() - 2) == weight.sizes().slice(0, weight.dim() - 2),
+              op, ": weight_scale must have the leading dimensions of the weight ", weight.sizes(), ", but is ", weight_scale.sizes());
+  const bool direct = type == at::kBFloat16 || type == at::kHalf || type == at::kFloat;
+  Tensor out = at::empty(weight.sizes(), weight.options().dtype(direct ? type : at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+  const int64_t rows = weight.size(-2), cols = weight.size(-1);
+  if (out.numel() == 0) return direct ? out : out.to(type);
+  const Weights w = weight.dim() == 2
+                        ? weights(weight, weight_scale, block, 2, op)
+                        : weights(weight.dim() == 3 ? weight : weight.reshape({-1, rows, cols}),
+                                  weight.dim() == 3 ? weight_scale : weight_scale.reshape({-1, weight_scale.size(-2), weight_scale.size(-1)}),
+                                  block, 3, op);
+  const Dtype dtype = type == at::kBFloat16 ? Dtype::bf16 : type == at::kHalf ? Dtype::f16 : Dtype::f32;
+  const Kernels& kernels = *selection().others;
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t item_rows = std::max<int64_t>(1, 65536 / cols), total = w.experts * rows, size = out.element_size();
+  share((total + item_rows - 1) / item_rows, item_rows * cols, [&](int64_t item) {
+    static thread_local Buffer buffer;
+    float* line = static_cast<float*>(buffer.get(cols * 4));
+    for (int64_t row = item * item_rows; row < std::min(total, (item + 1) * item_rows); ++row) {
+      kernels.dequantize(w.of(row / rows), row % rows, line);
+      kernels.finish(line, nullptr, cols, to + row * cols * size, dtype);
+    }
+  });
+  return direct ? out : out.to(type);
+}
+
+}  // namespace
+}  // namespace ctfp8
+
+TORCH_LIBRARY_IMPL(ctfp8, CPU, m) {
+  m.impl("dequantize", &ctfp8::dequantize);
+  m.impl("dequantized_linear", &ctfp8::dequantized_linear);
+  m.impl("dequantized_grouped_mm", &ctfp8::dequantized_grouped_mm);
+  m.impl("dequantized_gathered_mm", &ctfp8::dequantized_gathered_mm);
+}
+
+TORCH_LIBRARY(ctfp8_cpu, m) {
+  m.def("isa() -> str", &ctfp8::isa);
+  m.def("isas() -> str[]", &ctfp8::isas);
+  m.def("threads() -> int", &ctfp8::threads);
+  m.def("set_isa(str name) -> ()", &ctfp8::set_isa);
+  m.def("use_brgemm(bool use) -> bool", &ctfp8::use_brgemm);
+}

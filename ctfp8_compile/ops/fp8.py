@@ -1,0 +1,77 @@
+"""The arithmetic of FP8 scales and codes, written once for tensors and for graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+
+FP8_MAX = 448.0
+
+#: The smallest largest value a scale is computed from, so that a row of zeros does not divide by zero.
+AMAX_MIN = 1e-12
+
+aten = torch.ops.aten
+
+_convert = torch.ops.prims.convert_element_type.default
+
+
+def expand_scale(weight_scale: Tensor, block: list[int], rows: int, cols: int) -> Tensor:
+    """One scale per element group, broadcastable to `[..., rows, cols]`.
+
+    Args:
+        weight_scale: `[..., ceil(rows / block[0]), ceil(cols / block[1])]`.
+    """
+    for dim, size, step in ((-2, rows, block[0]), (-1, cols, block[1])):
+        if weight_scale.shape[dim] != 1 and step != 1:
+            weight_scale = weight_scale.repeat_interleave(step, dim).narrow(dim, 0, size)
+    return weight_scale
+
+
+def dequantize_reference(weight: Tensor, weight_scale: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
+    """`(float32(weight) * weight_scale)` rounded once to `dtype`: compressed-tensors' own arithmetic, bit for bit."""
+    scale = expand_scale(weight_scale, block, weight.shape[-2], weight.shape[-1])
+    return (weight.to(torch.float32) * scale).to(dtype)
+
+
+Do = Callable[..., Any]
+"""Applies an ATen operator: to tensors (`apply`), or by adding a node to a graph. The arithmetic below is written once."""
+
+
+def apply(op: Any, *args: Any) -> Any:
+    return op(*args)
+
+
+def quantize_per_token_steps(do: Do, x: Any) -> tuple[Any, Any]:
+    """`scale_a = max(|row|) / 448` in float32; `x / scale_a` rounded to nearest even: `([M, K] FP8, [M, 1])`."""
+    wide = do(_convert, x, torch.float32)
+    return _quantize_steps(do, wide, do(aten.amax.default, do(aten.abs.default, wide), [-1], True))
+
+
+def quantize_per_group_steps(do: Do, x: Any, cols: int, group: int) -> tuple[Any, Any]:
+    """The same for every `group` columns of a row: `([M, K] FP8, [M, K / group])`; `cols` is K."""
+    wide = do(aten.reshape.default, do(_convert, x, torch.float32), [-1, cols // group, group])
+    codes, scale = _quantize_steps(do, wide, do(aten.amax.default, do(aten.abs.default, wide), [-1], True))
+    return do(aten.reshape.default, codes, [-1, cols]), do(aten.squeeze.dim, scale, -1)
+
+
+def quantize_per_tensor_steps(do: Do, x: Any, input_scale: Any) -> tuple[Any, Any]:
+    """A scale for all, dynamic where `input_scale` is None: `([M, K] FP8, [1, 1])`, or `[M, 1]` where that has rows."""
+    wide = do(_convert, x, torch.float32)
+    if input_scale is None:
+        return _quantize_steps(do, wide, do(aten.amax.default, do(aten.abs.default, wide), [0, 1], True))
+    return _round_steps(do, wide, input_scale), input_scale
+
+
+def _quantize_steps(do: Do, wide: Any, amax: Any) -> tuple[Any, Any]:
+    scale = do(aten.div.Tensor, do(aten.clamp_min.default, amax, AMAX_MIN), FP8_MAX)
+    return _round_steps(do, wide, scale), scale
+
+
+def _round_steps(do: Do, wide: Any, scale: Any) -> Any:
+    clamped = do(aten.clamp.default, do(aten.div.Tensor, wide, scale), -FP8_MAX, FP8_MAX)
+    return do(_convert, clamped, FP8)

@@ -1,0 +1,266 @@
+"""The `ctfp8::` operators: schema, meta function and reference implementation side by side.
+
+All of them describe a weight in the same way:
+
+- `weight`: `[..., N, K]` float8_e4m3fn
+- `weight_scale`: `[..., ceil(N / block[0]), ceil(K / block[1])]` float32
+- `block`: rows and columns that share a scale. A scale per channel is `block = [1, K]`.
+
+`dequantize` is the marker that a loaded FP8 parameter leaves in a traced graph. Rules rewrite its consumers to the other
+operators; each has a reference implementation in plain ATen, so a rewritten graph runs on any device:
+
+- `dequantized_…`: a matmul of an activation as it is (CPU);
+- `quantize_…`, then `scaled_…`: a matmul of FP8 with FP8. Activations are `[M, K]`, `scale_a` is `[M, 1]` float32, or
+  `[M, K / group]` for a scale per token and group of columns. A target lowers these to operators of its own.
+
+`side_by_side` says that parameters lie one behind the other in memory, so that one matmul can read them all; where they do
+not, it concatenates them along the first dimension (see `ctfp8_compile.passes.side_by_side`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .fp8 import (
+    FP8,
+    apply,
+    dequantize_reference,
+    expand_scale,
+    quantize_per_group_steps,
+    quantize_per_tensor_steps,
+    quantize_per_token_steps,
+)
+
+_lib = torch.library.Library("ctfp8", "DEF")
+
+_lib.define(
+    "dequantize(Tensor weight, Tensor weight_scale, Tensor? input_scale, int[] block, str activation, "
+    "ScalarType dtype) -> Tensor"
+)
+
+_lib.define(
+    "dequantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int[] block) -> Tensor",
+)
+
+_lib.define(
+    "dequantized_grouped_mm(Tensor x, Tensor weight, Tensor weight_scale, Tensor offs, int[] block) -> Tensor",
+)
+
+_lib.define(
+    "dequantized_gathered_mm(Tensor x, Tensor weight, Tensor weight_scale, Tensor ids, int[] block) -> Tensor",
+)
+
+_lib.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
+
+_lib.define("quantize_per_group(Tensor x, int group) -> (Tensor, Tensor)")
+
+_lib.define("quantize_per_tensor(Tensor x, Tensor? input_scale) -> (Tensor, Tensor)")
+
+_lib.define(
+    "scaled_mm(Tensor x, Tensor weight, Tensor scale_a, Tensor weight_scale, Tensor? bias, int[] block, "
+    "ScalarType out_dtype) -> Tensor"
+)
+
+_lib.define(
+    "scaled_grouped_mm(Tensor x, Tensor weight, Tensor scale_a, Tensor weight_scale, Tensor offs, int[] block, "
+    "ScalarType out_dtype) -> Tensor"
+)
+
+_lib.define("side_by_side(Tensor[] parts) -> Tensor")
+
+#: Elements dequantized at a time by the eager reference, so that its float32 intermediate stays small.
+_CHUNK = 1 << 22
+
+
+def _dequantize(
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None,
+    block: list[int],
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    if weight.numel() <= _CHUNK:
+        return dequantize_reference(weight, weight_scale, block, dtype)
+    if weight.dim() > 2:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        for i in range(weight.shape[0]):
+            out[i] = _dequantize(weight[i], weight_scale[i], None, block, activation, dtype)
+        return out
+    step = max(1, _CHUNK // weight.shape[-1] // block[0]) * block[0]
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for i in range(0, weight.shape[0], step):
+        rows = weight[i : i + step]
+        scale = weight_scale[i // block[0] : i // block[0] + math.ceil(rows.shape[0] / block[0])]
+        out[i : i + step] = dequantize_reference(rows, scale, block, dtype)
+    return out
+
+
+_lib.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::dequantize")
+def _(
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor | None,
+    block: list[int],
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _dequantized_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int]
+) -> Tensor:
+    w = dequantize_reference(weight, weight_scale, block, x.dtype)
+    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+_lib.impl("dequantized_linear", _dequantized_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::dequantized_linear")
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _dequantized_grouped_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, block: list[int]) -> Tensor:
+    out = x.new_zeros((x.shape[0], weight.shape[-2]))
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        if end > start:
+            w = dequantize_reference(weight[expert], weight_scale[expert], block, x.dtype)
+            out[start:end] = x[start:end] @ w.t()
+        start = end
+    return out
+
+
+_lib.impl("dequantized_grouped_mm", _dequantized_grouped_mm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::dequantized_grouped_mm")
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, block: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[-2]))
+
+
+def _dequantized_gathered_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, block: list[int]) -> Tensor:
+    out = x.new_empty((x.shape[0], weight.shape[-2]))
+    for row, expert in enumerate(ids.tolist()):
+        w = dequantize_reference(weight[expert], weight_scale[expert], block, x.dtype)
+        out[row] = w @ x[row]
+    return out
+
+
+_lib.impl("dequantized_gathered_mm", _dequantized_gathered_mm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::dequantized_gathered_mm")
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, block: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[-2]))
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts)
+
+
+_lib.impl("side_by_side", _side_by_side, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::side_by_side")
+def _(parts: list[Tensor]) -> Tensor:
+    return parts[0].new_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+
+
+def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_per_token_steps(apply, x)
+
+
+def _quantize_per_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    return quantize_per_group_steps(apply, x, x.shape[-1], group)
+
+
+def _quantize_per_tensor(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    codes, scale = quantize_per_tensor_steps(apply, x, input_scale)
+    return codes, scale.clone() if input_scale is not None else scale  # an operator must not return its input
+
+
+_lib.impl("quantize_per_token", _quantize_per_token, "CompositeExplicitAutograd")
+
+_lib.impl("quantize_per_group", _quantize_per_group, "CompositeExplicitAutograd")
+
+_lib.impl("quantize_per_tensor", _quantize_per_tensor, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::quantize_per_token")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+@torch.library.register_fake("ctfp8::quantize_per_group")
+def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty((x.shape[0], x.shape[1] // group), dtype=torch.float32)
+
+
+@torch.library.register_fake("ctfp8::quantize_per_tensor")
+def _(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (1, 1) if input_scale is None else input_scale.shape
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(shape, dtype=torch.float32)
+
+
+def _scaled_mm(
+    x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int],
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    group = x.shape[-1] // scale_a.shape[-1] if x.shape[-1] else 1
+    wide = x.to(torch.float32) * expand_scale(scale_a, [1, group], x.shape[0], x.shape[1])
+    out = wide @ dequantize_reference(weight, weight_scale, block, torch.float32).t()
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+_lib.impl("scaled_mm", _scaled_mm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::scaled_mm")
+def _(
+    x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int],
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+
+
+def _scaled_grouped_mm(
+    x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, offs: Tensor, block: list[int],
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    out = x.new_zeros((x.shape[0], weight.shape[-2]), dtype=out_dtype)
+    scale_a = scale_a.expand(x.shape[0], -1)
+    start = 0
+    for expert, end in enumerate(offs.tolist()):
+        rows = slice(start, end)
+        out[rows] = _scaled_mm(x[rows], weight[expert], scale_a[rows], weight_scale[expert], None, block, out_dtype)
+        start = end
+    return out
+
+
+_lib.impl("scaled_grouped_mm", _scaled_grouped_mm, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ctfp8::scaled_grouped_mm")
+def _(
+    x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, offs: Tensor, block: list[int],
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], weight.shape[-2]), dtype=out_dtype)
+
+
+#: By kind of matmul (`lowering.kernel.KINDS`), the operator that takes an unquantized activation and an FP8 weight.
+DEQUANTIZED = {
+    "linear": torch.ops.ctfp8.dequantized_linear.default,
+    "grouped_mm": torch.ops.ctfp8.dequantized_grouped_mm.default,
+    "gathered_mm": torch.ops.ctfp8.dequantized_gathered_mm.default,
+}

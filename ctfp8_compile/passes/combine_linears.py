@@ -1,0 +1,84 @@
+"""Scaled matmuls with one input, whose weights lie side by side (`ctfp8_compile.passes.side_by_side`), become one.
+
+    before                                                      after
+    %a = scaled_mm(%x, slice(%w, 0, 0, 64), %sa, …)             %y = scaled_mm(%x, %w, %sa, %s, …)
+    %b = scaled_mm(%x, slice(%w, 0, 64, 96), %sa, …)            %a = clone(slice(%y, 1, 0, 64))
+                                                                %b = clone(slice(%y, 1, 64, 96))
+
+The clones give consumers the strides they were traced with; Inductor fuses them into pointwise ones.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph import before, call, value
+from ..lowering.scaled import KERNEL
+from .side_by_side import SIDE_BY_SIDE
+
+aten = torch.ops.aten
+_ctfp8 = torch.ops.ctfp8
+#: Matmuls that can be joined, and where they have what lies side by side: weight, its scales, bias.
+_PARTS = {_ctfp8.scaled_mm.default: (1, 3, 4), _ctfp8.dequantized_linear.default: (1, 2, 3)}
+
+
+def join(graph: fx.Graph) -> None:
+    """Joins in place what reads all parts of a `side_by_side` node with the same kernel; other parts go apart again."""
+    groups: dict[Any, list[tuple[int, fx.Node]]] = defaultdict(list)
+    for node in graph.nodes:
+        if (at := _PARTS.get(node.target)) and (part := _part(node.args[at[0]])) is not None:
+            rest = [arg for i, arg in enumerate(node.args) if i not in at]
+            groups[part[0], node.target, repr(rest), node.meta.get(KERNEL)].append((part[1], node))
+    for (weight, *_), members in groups.items():
+        members.sort(key=lambda member: member[0])
+        if sum(value(node).shape[-1] for _, node in members) == value(weight).shape[0]:
+            _join(graph, members)
+    for node in [n for n in graph.nodes if n.target is SIDE_BY_SIDE]:
+        _apart(graph, node)
+
+
+def _join(graph: fx.Graph, members: list[tuple[int, fx.Node]]) -> None:
+    nodes = {node for _, node in members}
+    first = next(node for node in graph.nodes if node in nodes)
+    arguments = list(first.args)
+    for i in _PARTS[first.target]:
+        if arguments[i] is not None:
+            part = _part(arguments[i])
+            assert part is not None
+            arguments[i] = part[0]
+    with before(graph, first):
+        out = call(graph, first.target, *arguments, like=first)
+        for begin, node in members:
+            dim, end = value(node).dim() - 1, begin + value(node).shape[-1]
+            part = call(graph, aten.slice.Tensor, out, dim, begin, end, like=node)
+            part.meta.pop(KERNEL, None)
+            part = call(graph, aten.clone.default, part, like=part, memory_format=torch.contiguous_format)
+            node.replace_all_uses_with(part, propagate_meta=False)
+    for node in nodes:
+        graph.erase_node(node)
+
+
+def _apart(graph: fx.Graph, whole: fx.Node) -> None:
+    """Slices of a `side_by_side` node become its parts."""
+    begin = 0
+    parts = {}
+    for part in whole.args[0]:
+        parts[begin] = part
+        begin += value(part).shape[0]
+    for node in list(whole.users):
+        if node.target is aten.slice.Tensor:
+            node.replace_all_uses_with(parts[node.args[2]], propagate_meta=False)
+            graph.erase_node(node)
+    if not whole.users:
+        graph.erase_node(whole)
+
+
+def _part(node: Any) -> tuple[fx.Node, int] | None:
+    """`(side_by_side node, first row)` of a part of it."""
+    if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and node.args[0].target is SIDE_BY_SIDE:
+        return node.args[0], node.args[2]
+    return None

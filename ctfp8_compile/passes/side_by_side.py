@@ -1,0 +1,126 @@
+"""Linears with one input (q, k, v; gate, up) become one matmul, without a copy of their weights.
+
+    before                                  declared                                        joined (passes.join)
+    linear(x, dequantize(%q, %s0, …))       %w = side_by_side([%q, %k, %v])                 %y = scaled_mm(%x8, %w, …, %s, …)
+    linear(x, dequantize(%k, %s1, …))       %s = side_by_side([%s0, %s1, %s2])              slice(%y, 1, 0, Nq) …
+    linear(x, dequantize(%v, %s2, …))       linear(x, dequantize(slice(%w, …), slice(%s, …), …)) …
+
+`declare` does the first step, on the graph that dynamo or torch.export gives. `ctfp8::side_by_side` is a concatenation, so
+the graph is right wherever it runs. That it costs nothing is seen to at its end:
+
+- a compiled graph takes the parameters as they are: `inductor/packed.py` moves those of a group into one allocation before the
+  first call (they stay parameters of their modules, with their own names and shapes, as views of it), and Inductor reads
+  all of them through the first one;
+- an exported program gets one parameter in their place (`fold`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from ..graph import MARKER, fake_value
+
+aten = torch.ops.aten
+SIDE_BY_SIDE = torch.ops.ctfp8.side_by_side.default
+_LINEARS = (aten.linear.default, torch.nn.functional.linear)
+_MARKERS = (MARKER, MARKER.overloadpacket)
+
+
+def declare(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Declares, in place, which parameters are to lie side by side; returns their placeholders, group by group.
+
+    Args:
+        graph: of dynamo or torch.export, in which linears are whole and a marker's weight is a placeholder.
+    """
+    by_input: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _LINEARS and (alike := _alike(node)) is not None:
+            by_input[node.args[0], alike].append(node)
+    first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+    groups: list[list[fx.Node]] = []
+
+    def join(consumers: Sequence[fx.Node], index: int, apart: bool = True) -> None:
+        """Argument `index` of each consumer becomes its part of all of them; or all of them."""
+        parts = [node.args[index] for node in consumers]
+        groups.append(parts)
+        with graph.inserting_before(first):
+            whole = _add(graph, SIDE_BY_SIDE, parts)
+            end = 0
+            for node, part in zip(consumers, parts, strict=True):
+                begin, end = end, end + fake_value(part).shape[0]
+                node.update_arg(index, _add(graph, aten.slice.Tensor, whole, 0, begin, end) if apart else whole)
+
+    for linears in by_input.values():
+        if len(linears) < 2:
+            continue
+        markers = [node.args[1] for node in linears]
+        join(markers, 0)
+        join(markers, 1)
+        if markers[0].args[2] is not None:
+            join(markers, 2, apart=False)  # they share their input, so they share its scale: the largest
+        if len(linears[0].args) > 2 and linears[0].args[2] is not None:
+            join(linears, 2)
+    return groups
+
+
+def _alike(linear: fx.Node) -> Any:
+    """What linears must have in common to be joined; None for one that cannot be."""
+    _, marker, *bias = linear.args
+    if not isinstance(marker, fx.Node) or marker.target not in _MARKERS or len(marker.users) > 1 or linear.kwargs:
+        return None
+    weight, _, input_scale, block, activation, dtype = marker.args
+    for parameter in (*marker.args[:3], *bias):
+        if parameter is not None and not _own(parameter):
+            return None
+    rows, cols = fake_value(weight).shape
+    if rows % 16 or rows % block[0]:
+        return None  # a kernel's gate, or a block of scales, would not take them joined
+    bias_dtype = fake_value(bias[0]).dtype if bias and bias[0] is not None else None
+    return cols, tuple(block), activation, dtype, input_scale is None, bias_dtype, fake_value(weight).device
+
+
+def _own(parameter: Any) -> bool:
+    return isinstance(parameter, fx.Node) and parameter.op == "placeholder" and len(parameter.users) == 1
+
+
+def _add(graph: fx.Graph, op: Any, parts: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(op, (parts, *args))
+    one = parts if isinstance(parts, fx.Node) else parts[0]
+    fakes = fake_value(parts) if isinstance(parts, fx.Node) else [fake_value(p) for p in parts]
+    with fake_value(one).fake_mode:
+        node.meta["val" if "val" in one.meta else "example_value"] = op(fakes, *args)
+    return node
+
+
+# ---------------------------------------------------------------------------------------------------- an exported program
+
+
+def fold(program: ExportedProgram) -> None:
+    """Gives a program one parameter for each group that lies side by side; those it was made of go."""
+    signature = program.graph_signature
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    gone = set()
+    for node in [n for n in program.graph.nodes if n.target is SIDE_BY_SIDE]:
+        parts = node.args[0]
+        assert all(len(part.users) == 1 for part in parts)
+        names = [specs[part.name].target for part in parts]
+        whole = torch.cat([program.state_dict.pop(name) for name in names])
+        name = f"{names[0]}_joined"
+        program.state_dict[name] = (
+            nn.Parameter(whole, requires_grad=False) if names[0] in signature.parameters else whole
+        )
+        specs[parts[0].name].target = name
+        parts[0].meta = {**parts[0].meta, "val": node.meta["val"]}
+        node.replace_all_uses_with(parts[0], propagate_meta=False)
+        program.graph.erase_node(node)
+        for part in parts[1:]:
+            gone.add(part.name)
+            program.graph.erase_node(part)
+    signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in gone]
+    program.graph_module.recompile()

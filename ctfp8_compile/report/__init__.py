@@ -1,0 +1,5 @@
+"""What became of each FP8 weight: as data, as text, as a picture."""
+
+from .report import Entry, Report
+
+__all__ = ["Entry", "Report"]

@@ -1,0 +1,107 @@
+"""What became of each FP8 weight of a graph: which rule rewrote it to which kernel, or why it stayed dequantized."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One FP8 parameter.
+
+    Attributes:
+        name: the model's name of the parameter.
+        rule: the rule that matched its use; empty if none did.
+        kernel: what runs it now; empty if it stayed dequantized.
+        reason: why it stayed dequantized; empty if it was rewritten.
+        shape: stored shape, `[N, K]` or `[E, N, K]`.
+        block: rows and columns that share a scale.
+        activation: the checkpoint's activation scheme.
+        uses: how often the graph uses it.
+        before, after: the operations on the way from the weight to its use, as traced and as rewritten; `after` is empty
+            where nothing was.
+    """
+
+    name: str
+    rule: str
+    kernel: str
+    reason: str
+    shape: tuple[int, ...]
+    block: tuple[int, ...]
+    activation: str
+    uses: int = 1
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the FP8 weight and its float32 scales."""
+        *experts, rows, cols = self.shape
+        row_blocks, col_blocks = (-(-n // b) if b else 1 for n, b in zip((rows, cols), self.block, strict=True))
+        return math.prod(experts) * (rows * cols + 4 * row_blocks * col_blocks)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of rewriting one or several graphs for a target.
+
+    Attributes:
+        experts_per_token: how many experts of each layer one token reads, where the model's config says so.
+    """
+
+    target: str
+    rewritten: tuple[Entry, ...]
+    kept: tuple[Entry, ...]
+    experts_per_token: int | None = None
+
+    def summary(self) -> str:
+        """One line: how many weights run on which kernel, how many stayed dequantized, and why."""
+        total = len(self.rewritten) + len(self.kept)
+        parts = [f"{total} FP8 weights for {self.target}"]
+        for (rule, kernel), n in Counter((e.rule, e.kernel) for e in self.rewritten).most_common():
+            parts.append(f"{n} {rule} → {kernel}")
+        for reason, n in Counter(e.reason for e in self.kept).most_common():
+            parts.append(f"{n} dequantized in the graph ({reason})")
+        return "; ".join(parts)
+
+    def __str__(self) -> str:
+        lines = [self.summary(), ""]
+        width = max((len(e.name) for e in (*self.rewritten, *self.kept)), default=0)
+        for e in self.rewritten:
+            lines.append(f"  {e.name:<{width}}  {_shape(e)}  {e.rule} → {e.kernel}")
+        for e in self.kept:
+            lines.append(f"  {e.name:<{width}}  {_shape(e)}  dequantized: {e.reason}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, as `json.dumps` takes them."""
+        return {
+            "target": self.target,
+            "rewritten": [asdict(e) for e in self.rewritten],
+            "kept": [asdict(e) for e in self.kept],
+        }
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes a picture of the rewrite as one self-contained page, and returns its path."""
+        from .html import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+        return Path(path)
+
+    @staticmethod
+    def merge(reports: Iterable[Report]) -> Report:
+        """One report over several graphs; a weight that stayed dequantized in any of them counts as kept."""
+        reports = list(reports)
+        kept = {e.name: e for r in reports for e in r.kept}
+        rewritten = {e.name: e for r in reports for e in r.rewritten if e.name not in kept}
+        per_token = next((r.experts_per_token for r in reports if r.experts_per_token), None)
+        return Report(reports[0].target if reports else "", tuple(rewritten.values()), tuple(kept.values()), per_token)
+
+
+def _shape(entry: Entry) -> str:
+    return "×".join(str(s) for s in entry.shape)

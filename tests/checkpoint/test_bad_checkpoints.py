@@ -1,0 +1,302 @@
+"""Bad files: one exception of ours that names the tensor and the cure, never a random initialisation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from compressed_tensors.compressors import compress_module
+from compressed_tensors.quantization import initialize_module_for_quantization, preset_name_to_scheme
+from conftest import DATA, logits
+from safetensors.torch import load_file, save_file
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.checkpoint.files import has_nan_code
+from ctfp8_compile.ops import FP8
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+GATE = "model.layers.0.mlp.experts.1.gate_proj.weight"
+
+
+def _refused(tmp_path, name, edit, match, error=ctfp8.CheckpointError):
+    folder = tmp_path / "bad"
+    shutil.copytree(DATA / name, folder)
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    edit(tensors, config)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=match):
+        ctfp8.from_pretrained(folder)
+
+
+def _group(config):
+    return config["quantization_config"]["config_groups"]["group_0"]
+
+
+def _weights(config):
+    return _group(config)["weights"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda t, c: (t.pop(Q), t.pop(Q + "_scale")), "the model needs model.layers.0.self_attn.q_proj.weight"),
+        (lambda t, c: t.pop(Q), "q_proj.weight_scale .*q_proj.weight is missing"),
+        (lambda t, c: t.pop(Q + "_scale"), "q_proj.weight_scale is not in the checkpoint"),
+        (lambda t, c: t.pop("model.norm.weight"), "the model needs model.norm.weight"),
+        (
+            lambda t, c: t.update({Q + "_scale": t[Q + "_scale"][:64].clone()}),
+            r"q_proj.weight_scale .*\[64, 1\].*expected shape",
+        ),
+        (lambda t, c: t.update({Q + "_scale": t[Q + "_scale"].to(torch.int32)}), "a scale must be float32"),
+        (lambda t, c: t[Q + "_scale"][5].fill_(float("nan")), r"q_proj.weight_scale .*scale nan at index \[5, 0\]"),
+        (lambda t, c: t[Q + "_scale"][0].fill_(float("inf")), "scale inf"),
+        (lambda t, c: t[Q + "_scale"][0].zero_(), "scale 0.0"),
+        (lambda t, c: t[Q + "_scale"][0].neg_(), "scale -"),
+        (lambda t, c: t[Q].view(torch.uint8)[3, 5].fill_(0xFF), "q_proj.weight: holds NaN codes"),
+        (lambda t, c: t.update({Q: t[Q].float().to(torch.float8_e5m2)}), "q_proj.weight .*float8_e5m2"),
+        (lambda t, c: t.update({Q: t[Q][:, :64].contiguous()}), r"q_proj.weight .*declares .*\[128, 128\]"),
+        (lambda t, c: c["quantization_config"]["ignore"].append("re:.*q_proj"), "no group that covers it"),
+        (
+            lambda t, c: t.update({Q: t[Q].bfloat16()}),
+            "q_proj.weight_scale .*q_proj.weight is BF16, not FP8",
+        ),
+        (lambda t, c: t.update({"lm_head.weight_scale": torch.ones(1)}), "lm_head.weight_scale .*is BF16, not FP8"),
+        (
+            lambda t, c: t.update({Q.replace("weight", "input_scale"): torch.ones(1)}),
+            "q_proj.input_scale .*uses no input_scale",
+        ),
+        (
+            lambda t, c: t.update({Q + "_g_idx": torch.zeros(128, dtype=torch.int32)}),
+            "q_proj.weight_g_idx .*uses no weight_g_idx",
+        ),
+        (lambda t, c: t.update({"model.norm.weight": torch.ones(128).int()}), "norm.weight .*not a floating-point"),
+        (lambda t, c: t.update({"lm_head.weight": t["lm_head.weight"][:9].clone()}), r"lm_head.weight: \[9, 128\] in"),
+        (lambda t, c: _weights(c).update(strategy="diagonal"), "group_0.weights.strategy: .*'diagonal' is not a valid"),
+        (
+            lambda t, c: _weights(c).update(strategy="tensor_group", group_size=16),
+            "down_proj .group .group_0.*'tensor_group' is not supp",
+        ),
+        (lambda t, c: _weights(c).update(symmetric=False), "down_proj .group .group_0.*asymmetric"),
+        (lambda t, c: _weights(c).update(num_bits=4), "down_proj .group .group_0.*not FP8 .4-bit float"),
+        (
+            lambda t, c: _group(c).update(output_activations=_weights(c)),
+            "down_proj .group .group_0.*output_activations",
+        ),
+        (lambda t, c: _group(c).update(targets=["re:("]), "'re:.' is not a regular expression"),
+        (lambda t, c: c["quantization_config"].update(config_groups={}), "has no config_groups"),
+        (lambda t, c: c["quantization_config"].update(format="unknown"), "'unknown' is not a valid CompressionFormat"),
+        (
+            lambda t, c: c["quantization_config"].update(transform_config={"config_groups": {"R1": {}}}),
+            "transform_config.*wrong results",
+        ),
+        (
+            lambda t, c: c["quantization_config"].update(sparsity_config={"format": "sparse-24-bitmask"}),
+            "sparsity_config.*wrong results",
+        ),
+    ],
+)
+def test_dense(tmp_path, edit, match):
+    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, match, ctfp8.Ctfp8Error)
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda t, c: t.pop(GATE), "experts"),
+        (lambda t, c: t.pop(GATE + "_scale"), "experts.1.gate_proj.weight_scale is not in the checkpoint"),
+        (lambda t, c: t.update({GATE: t[GATE].to(torch.bfloat16)}), "experts.1.gate_proj.weight .* is not FP8, but"),
+        (lambda t, c: c["quantization_config"]["ignore"].append("re:.*experts.1.gate_proj"), "experts.1.gate_proj"),
+        (
+            lambda t, c: t.update({GATE: t[GATE][:, :64].contiguous()}),
+            r"experts.1.gate_proj.weight \[\d+, 64\]: .*of 128 columns",
+        ),
+    ],
+)
+def test_experts(tmp_path, edit, match):
+    _refused(tmp_path, "qwen3moe/FP8_DYNAMIC", edit, match, ctfp8.Ctfp8Error)
+
+
+def test_plain_experts_of_an_odd_shape(tmp_path):
+    """Experts that were never quantized are merged by transformers, which must not have the last word."""
+
+    def edit(tensors, config):
+        for name in [n for n in tensors if ".experts." in n]:
+            tensor = tensors.pop(name)
+            if not name.endswith("_scale"):
+                tensors[name] = tensor.to(torch.bfloat16)
+        tensors[GATE] = tensors[GATE][:, :64].contiguous()
+        config["quantization_config"]["ignore"].append("re:.*experts")
+
+    _refused(
+        tmp_path,
+        "qwen3moe/FP8_DYNAMIC",
+        edit,
+        "layers.0.mlp.experts.gate_up_proj: .*experts.1.gate_proj.weight .*cannot be merged",
+    )
+
+
+def test_mixtral_without_any_expert(tmp_path):
+    def edit(tensors, config):
+        for name in [n for n in tensors if ".experts." in n]:
+            del tensors[name]
+
+    _refused(tmp_path, "mixtral/FP8_DYNAMIC", edit, "the model needs model.layers.0.mlp.experts")
+
+
+def test_static_scheme_without_input_scale(tmp_path):
+    name = Q.removesuffix("weight") + "input_scale"
+    _refused(tmp_path, "llama/FP8", lambda t, c: t.pop(name), "q_proj.input_scale is missing")
+
+
+def test_wrong_block_size(tmp_path):
+    def edit(tensors, config):
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["block_structure"] = [64, 64]
+
+    _refused(tmp_path, "llama/FP8_BLOCK", edit, "expected shape")
+
+
+def test_no_quantization_config(tmp_path):
+    _refused(
+        tmp_path,
+        "llama/FP8_DYNAMIC",
+        lambda t, c: c.pop("quantization_config"),
+        "no quantization_config",
+        ctfp8.SchemeError,
+    )
+
+
+def test_another_method(tmp_path):
+    def edit(tensors, config):
+        config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "quant_method='fp8'", ctfp8.SchemeError)
+
+
+def test_a_layer_in_another_format_is_named(tmp_path):
+    def edit(tensors, config):
+        del tensors[Q], tensors[Q + "_scale"]
+        tensors[Q + "_packed"] = torch.zeros(128, 16, dtype=torch.int32)
+
+    _refused(
+        tmp_path, "llama/FP8_DYNAMIC", edit, "q_proj.weight_packed .*quantized in another format", ctfp8.SchemeError
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "tensor", "words"),
+    [
+        ("W4A16", "weight_packed", "4-bit int"),
+        ("W8A8", "weight", "8-bit int"),
+        ("NVFP4", "weight_packed", "4-bit float"),
+        ("MXFP4", "weight_(packed|scale)", "4-bit float"),
+        ("MXFP8", "weight_scale", "8-bit float"),
+    ],
+)
+def test_formats_beside_fp8_are_named_with_their_group(tmp_path, preset, tensor, words):
+    """A file of two formats, both written by compressed-tensors: one sentence says which weights are not FP8."""
+
+    def edit(tensors, config):
+        scheme = preset_name_to_scheme(preset, ["re:.*mlp.*"])
+        for name in [n for n in tensors if ".mlp." in n and n.endswith(".weight")]:
+            linear = torch.nn.Linear(*reversed(tensors[name].shape), bias=False, dtype=torch.bfloat16)
+            linear.weight.data = tensors.pop(name).to(torch.bfloat16)
+            initialize_module_for_quantization(linear, scheme)
+            for own, parameter in linear.named_parameters():
+                if own.endswith("_scale"):
+                    parameter.data = torch.full_like(parameter.data.float(), 0.5).to(parameter.dtype)
+            compress_module(linear)
+            tensors.pop(name + "_scale")
+            tensors |= {f"{name.removesuffix('.weight')}.{own}": p.clone() for own, p in linear.state_dict().items()}
+        config["quantization_config"]["config_groups"]["group_1"] = json.loads(scheme.model_dump_json())
+        config["quantization_config"]["format"] = "mixed-precision"
+
+    match = f"mlp.down_proj.{tensor} .* and 5 more: .*group 'group_1' .{words} weights.; only .*with transformers"
+    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, match, ctfp8.SchemeError)
+
+
+def test_scales_of_a_quantized_kv_cache_are_kept_but_not_used(tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(DATA / "llama/FP8", folder)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    own = {f"model.layers.{i}.self_attn.{k}_scale": torch.full((1,), 0.1 + i) for i in range(2) for k in "kv"}
+    save_file(tensors | own, folder / "model.safetensors", {"format": "pt"})
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config["quantization_config"]["kv_cache_scheme"] = cache
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"quantized KV cache .4 scales .*layers.0.self_attn.k_scale") as caught:
+        model = ctfp8.from_pretrained(folder)
+    assert len([w for w in caught if "KV cache" in str(w.message)]) == 1
+    assert torch.equal(logits(model), logits(ctfp8.from_pretrained(DATA / "llama/FP8")))
+    ctfp8.save_pretrained(model, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == tensors.keys() | own.keys()
+    assert all(torch.equal(saved[name], scale) for name, scale in own.items())
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert {key: kept[key] for key in cache} == cache
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (None, "no config.json"),
+        ("{", "config.json is not valid JSON"),
+        ("[]", "config.json is not an object"),
+        ('{"model_type": "llama", "quantization_config": []}', "quantization_config in config.json is not an object"),
+    ],
+)
+def test_config_file(tmp_path, text, match):
+    folder = tmp_path / "bad"
+    shutil.copytree(DATA / "llama/FP8_DYNAMIC", folder)
+    (folder / "config.json").unlink() if text is None else (folder / "config.json").write_text(text)
+    with pytest.raises(ctfp8.Ctfp8Error, match=match):
+        ctfp8.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 5000, -1])
+def test_truncated_file(tmp_path, keep):
+    shutil.copytree(DATA / "llama/FP8_DYNAMIC", tmp_path / "bad")
+    file = tmp_path / "bad" / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:keep])
+    with pytest.raises(ctfp8.CheckpointError, match="model.safetensors: not a readable safetensors file"):
+        ctfp8.from_pretrained(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("shard", "match"),
+    [
+        ("gone.safetensors", "names the shard gone.safetensors, which is missing"),
+        ("../llama/model.safetensors", "leaves the checkpoint's folder"),
+        ("/etc/model.safetensors", "leaves the checkpoint's folder"),
+    ],
+)
+def test_index_that_points_elsewhere(tmp_path, shard, match):
+    folder = tmp_path / "bad"
+    shutil.copytree(DATA / "llama/FP8_DYNAMIC", folder)
+    names = load_file(folder / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors") | {Q: shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ctfp8.CheckpointError, match=match):
+        ctfp8.from_pretrained(folder)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ctfp8.CheckpointError, match="neither model.safetensors nor"):
+        ctfp8.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("offset", range(9))
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_nan_codes_are_found_at_any_alignment(offset, code):
+    data = torch.arange(5000, dtype=torch.int64).to(torch.uint8)
+    data[(data & 0x7F) == 0x7F] = 0x7E
+    weight = data[offset:4900].view(FP8)
+    assert not has_nan_code(weight)
+    for at in (0, 17, weight.numel() - 1):
+        changed = data.clone()
+        changed[offset + at] = code
+        assert has_nan_code(changed[offset:4900].view(FP8))

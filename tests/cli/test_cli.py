@@ -1,0 +1,202 @@
+"""The command line: what each command prints, its JSON, its files, and its errors without a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DATA, FP8_PARAMETERS
+from typer.testing import CliRunner
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.cli.app import app
+from ctfp8_compile.cli.bench import Decoder
+
+SHIPPED = DATA.parent.parent / "examples/models"
+
+
+def ctfp8_command(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "100"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_inspect_names_schemes_layers_sizes_and_why_not():
+    out = ctfp8_command("inspect", SHIPPED / "moe").stdout
+    assert "Qwen3MoeForCausalLM, 1 file; channel weights, token activations" in out
+    assert "model.layers.*.mlp.experts.*.down_proj.weight" in out
+    assert "ignored by the config" in out
+    assert "an embedding" in out
+
+
+def test_inspect_json_sizes_are_those_of_the_file():
+    found = json.loads(ctfp8_command("inspect", SHIPPED / "llama", "--json").stdout)
+    file = SHIPPED / "llama/model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert found["fp8_bytes"] + found["scale_bytes"] + found["other_bytes"] == file.stat().st_size - header
+    assert sum(row["count"] for row in found["rows"] if row["fp8"]) == 35
+    assert found["bf16_bytes"] == 2 * found["fp8_bytes"] + found["other_bytes"]
+
+
+def test_inspect_reads_headers_only(tmp_path):
+    """A 100 GB checkpoint of holes: no disk, no time."""
+    shutil.copy(DATA / "llama/FP8/config.json", tmp_path)
+    weights = {f"model.layers.{i}.mlp.up_proj.weight": [100_000, 100_000] for i in range(10)}
+    index = {}
+    for i, (name, shape) in enumerate(weights.items()):
+        size = shape[0] * shape[1]
+        header = {name: {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [0, size]}}
+        header |= {name + "_scale": {"dtype": "F32", "shape": [1], "data_offsets": [size, size + 4]}}
+        text = json.dumps(header).encode()
+        with open(tmp_path / f"model-{i}.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + size + 4)
+        index |= dict.fromkeys(header, f"model-{i}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    found = json.loads(ctfp8_command("inspect", tmp_path, "--json").stdout)
+    assert found["files"] == 10
+    assert found["fp8_bytes"] == 10**11
+
+
+def test_explain_for_another_machine_with_a_picture(tmp_path):
+    page = tmp_path / "moe.html"
+    result = ctfp8_command("explain", SHIPPED / "moe", "--target", "cuda:sm90", "--html", page)
+    assert result.stdout.startswith(
+        "24 FP8 weights for cuda:sm90; 16 linear → fbgemm f8f8bf16_rowwise; 8 grouped experts"
+    )
+    assert "model.layers.0 … 3" in page.read_text()
+
+
+@pytest.mark.parametrize("family", list(FP8_PARAMETERS))
+def test_explain_json(family):
+    report = json.loads(ctfp8_command("explain", DATA / family / "FP8_DYNAMIC", "--target", "xpu", "--json").stdout)
+    assert len(report["rewritten"]) + len(report["kept"]) == FP8_PARAMETERS[family]
+    assert {e["kernel"] for e in report["rewritten"]} == {"aten._scaled_mm"}
+
+
+@pytest.mark.parametrize("options", [[], ["--cache", "32"]])
+def test_an_exported_file_gives_the_models_logits(tmp_path, options, load):
+    file = tmp_path / "llama.pt2"
+    made = json.loads(ctfp8_command("export", DATA / "llama/FP8", file, *options, "--json").stdout)
+    assert made["bytes"] == file.stat().st_size
+    assert made["target"] == "cpu"
+    program = ctfp8.load(file)
+    ids = torch.arange(5, 16)[None]
+    with torch.no_grad():
+        want = load("llama/FP8")(ids, use_cache=False).logits
+        got = program(ids, torch.tensor(0)) if options else program(ids, use_cache=False)
+    got = got if isinstance(got, torch.Tensor) else got["logits"] if isinstance(got, dict) else got.logits
+    assert (got - want).norm() / want.norm() < 0.02
+
+
+def test_generate_is_greedy_transformers():
+    from transformers import AutoTokenizer
+
+    prompt = "Return a list of "
+    made = json.loads(
+        ctfp8_command(
+            "generate", SHIPPED / "llama", "--prompt", prompt, "--max-new-tokens", 12, "--eager", "--json"
+        ).stdout
+    )
+    model, tokenizer = ctfp8.from_pretrained(SHIPPED / "llama"), AutoTokenizer.from_pretrained(SHIPPED / "llama")
+    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    assert made["text"] == tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert made["new_tokens"] == 12
+    assert made["tokens_per_second"] > 0
+
+
+def test_generate_prints_while_it_goes_and_is_reproducible():
+    arguments = (
+        "generate",
+        SHIPPED / "llama",
+        "--prompt",
+        "def ",
+        "--max-new-tokens",
+        20,
+        "--temperature",
+        1,
+        "--eager",
+    )
+    one, two = (ctfp8_command(*arguments, "--seed", 3) for _ in range(2))
+    assert one.stdout == two.stdout
+    assert one.stdout.startswith("def ")
+    assert "tokens/s" in one.stderr
+
+
+def test_bench_table_json_and_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "llama.svg"
+    result = ctfp8_command(
+        "bench", DATA / "llama/FP8", "--prompt-tokens", 8, "--new-tokens", 3, "--rounds", 1, "--plot", plot, "--json"
+    )
+    speeds = json.loads(result.stdout)
+    assert set(speeds) == {"ctfp8", "bf16 eager"}
+    assert speeds["ctfp8"]["weight_bytes"] < speeds["bf16 eager"]["weight_bytes"]
+    assert all(speed["tokens_per_second"] > 0 for speed in speeds.values())
+    text = plot.read_text()
+    assert "<svg" in text
+    assert "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+
+def test_a_compiled_decoder_compiles_twice_and_not_again():
+    """Once for prompts of every length, once for one token."""
+    model = ctfp8.from_pretrained(DATA / "llama/FP8", dtype=torch.float32)  # no near ties between tokens
+    # dynamo decides that, whatever the compiler behind it: `bench`, and generate's tests, have ours
+    compiled, eager = Decoder(model, 40, "eager"), Decoder(model, 40, None)
+    for length in (7, 12, 20):
+        ids = torch.arange(5, 5 + length)[None]
+        assert list(compiled.tokens(ids, 5)) == list(eager.tokens(ids, 5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+ERRORS = {
+    "no folder": (["inspect", "nowhere"], "nowhere: no such folder"),
+    "not a checkpoint": (["inspect", "{tmp}"], "Is this a checkpoint folder?"),
+    "not a hub id": (["explain", "./nowhere"], "no such folder, and not a hub id"),
+    "not quantized": (["explain", "{data}/llama/dense"], "no quantization_config"),
+    "no target": (["explain", "{data}/llama/FP8", "--target", "tpu"], "'tpu' is not a target"),
+    "no place": (["explain", "{data}/llama/FP8", "--html", "{tmp}/no/x.html"], "does not exist. Make it first."),
+    "no artifact": (["export", "{data}/llama/FP8", "{tmp}/x.bin"], "give the path that suffix"),
+    "no tokenizer": (["generate", "{data}/llama/FP8", "--prompt", "x"], "tokenizer"),
+    "no picture": (["bench", "{data}/llama/FP8", "--plot", "{tmp}/x.txt"], "a plot is one of .png, .svg, .pdf"),
+}
+
+
+@pytest.mark.parametrize("case", list(ERRORS))
+def test_errors_are_a_line_on_stderr_and_exit_code_1(case, tmp_path):
+    arguments, message = ERRORS[case]
+    result = ctfp8_command(*(a.format(tmp=tmp_path, data=DATA) for a in arguments), code=1)
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+    assert not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_where_an_error_comes_from():
+    result = CliRunner().invoke(app, ["--debug", "inspect", "nowhere"])
+    assert isinstance(result.exception, ctfp8.CheckpointError)
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["generate", "x"], ["bench", "x", "--rounds", "0"]])
+def test_a_wrong_command_line_is_exit_code_2(arguments):
+    ctfp8_command(*arguments, code=2)
+
+
+def test_as_a_program():
+    """`python -m ctfp8_compile`, and that results go to stdout alone."""
+    run = subprocess.run(
+        [sys.executable, "-m", "ctfp8_compile", "inspect", str(SHIPPED / "llama"), "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["model"] == "LlamaForCausalLM"
+    assert not run.stderr
+    version = subprocess.run([sys.executable, "-m", "ctfp8_compile", "--version"], capture_output=True, text=True)
+    assert version.stdout == f"ctfp8 {ctfp8.__version__}\n"

@@ -1,0 +1,359 @@
+"""The C++ CPU kernels against float64 arithmetic and the reference implementations, on every instruction set of this CPU."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ctfp8_compile import ops
+from ctfp8_compile.ops import cpu as cpu_kernels
+
+FP8 = torch.float8_e4m3fn
+op = torch.ops.ctfp8
+
+cpu_kernels.load()
+ISAS: list[str] = torch.ops.ctfp8_cpu.isas()
+
+#: Of the sum of absolute products, what float32 accumulation and one rounding to the type may miss.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 4e-6}
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.ops.ctfp8_cpu.set_isa("")
+    torch.set_num_threads(threads)
+
+
+def codes(*shape: int, nan: bool = False) -> Tensor:
+    raw = torch.randint(0, 256, shape, dtype=torch.uint8)
+    if not nan:
+        raw = torch.where((raw & 0x7F) == 0x7F, raw - 1, raw)
+    return raw.view(FP8)
+
+
+def misaligned(t: Tensor, offset: int) -> Tensor:
+    """The same values at an address that is `offset` bytes past an aligned one, as in a memory-mapped checkpoint."""
+    raw = torch.zeros(t.numel() * t.element_size() + 64, dtype=torch.uint8)
+    start = -raw.data_ptr() % 64 + offset
+    raw = raw[start : start + t.numel() * t.element_size()]
+    raw.copy_(t.contiguous().view(torch.uint8).reshape(-1))
+    return raw.view(t.dtype).view(t.shape)
+
+
+def scales(n: int, k: int, block: list[int], *lead: int) -> Tensor:
+    return torch.rand(*lead, math.ceil(n / block[0]), math.ceil(k / block[1])) * 0.02 + 1e-3
+
+
+def exact(
+    x: Tensor, weight: Tensor, scale: Tensor, block: list[int], bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The product in float64, and the sum of the absolute values of its terms."""
+    w = weight.to(torch.float64) * ops.expand_scale(scale.double(), block, *weight.shape[-2:])
+    out, size = x.double() @ w.mT, x.double().abs() @ w.abs().mT
+    return (out, size) if bias is None else (out + bias.double(), size + bias.double().abs())
+
+
+def check(out: Tensor, expected: Tensor, size: Tensor) -> None:
+    allowed = size * TOLERANCE[out.dtype] + expected.abs() * ROUNDING[out.dtype] + 1e-7
+    wrong = (out.double() - expected).abs() - allowed
+    assert wrong.numel() == 0 or wrong.max() <= 0, f"off by {wrong.max():.3g} more than allowed"
+
+
+BLOCKS = st.sampled_from(
+    ["channel", [128, 128], [64, 128], [1, 128], [128, 64], [16, 100], [3, 7], [1, 1], [1, 64], [1000, 1000]]
+)
+DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float16])
+ROWS = st.one_of(st.integers(0, 9), st.sampled_from([13, 16, 17, 31, 33, 48, 49, 64, 65, 100, 129]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=60, deadline=None)
+@given(
+    m=ROWS,
+    n=st.integers(1, 200),
+    k=st.integers(1, 700),
+    block=BLOCKS,
+    dtype=DTYPES,
+    offset=st.integers(0, 63),
+    data=st.data(),
+)
+def test_linear(
+    isa: str, m: int, n: int, k: int, block: list[int] | str, dtype: torch.dtype, offset: int, data: st.DataObject
+) -> None:
+    torch.manual_seed(0)
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2])))
+    block = [1, k] if isinstance(block, str) else block
+    weight, scale = misaligned(codes(n, k), offset), scales(n, k, block)
+    x = torch.randn(m, k).to(dtype)
+    if data.draw(st.booleans()):
+        x = torch.randn(k, m).to(dtype).t()
+    bias = data.draw(st.sampled_from([None, torch.bfloat16, torch.float32, torch.float64]))
+    b = None if bias is None else torch.randn(n).to(bias)
+    out = op.dequantized_linear(x, weight, scale, b, block)
+    assert out.dtype == dtype
+    assert out.shape == (m, n)
+    check(out, *exact(x, weight, scale, block, b))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("m", [1, 4, 16, 520])
+def test_linear_of_real_size(isa: str, dtype: torch.dtype, m: int) -> None:
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    n, k = (96, 1500) if m > 16 else (513, 4096)
+    for block in ([1, k], [128, 128]):
+        weight, scale, x = codes(n, k), scales(n, k, block), torch.randn(m, k).to(dtype)
+        check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
+
+
+def test_no_worse_than_torch_on_dequantized_weights() -> None:
+    x, weight, scale = torch.randn(16, 2048).bfloat16(), codes(256, 2048), scales(256, 2048, [128, 128])
+    expected, _ = exact(x, weight, scale, [128, 128])
+    error = lambda out: ((out.double() - expected).norm() / expected.norm()).item()  # noqa: E731
+    stock = torch.nn.functional.linear(x, op.dequantize(weight, scale, None, [128, 128], "none", torch.bfloat16))
+    assert error(op.dequantized_linear(x, weight, scale, None, [128, 128])) <= error(stock)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_every_code(isa: str, dtype: torch.dtype, m: int) -> None:
+    """A weight of one column times one is the decoded code itself."""
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    weight = torch.arange(256, dtype=torch.uint8).view(FP8)
+    out = op.dequantized_linear(torch.ones(m, 1, dtype=dtype), weight[:, None], torch.ones(256, 1), None, [1, 1])
+    torch.testing.assert_close(out.float(), weight.float().expand(m, 256), rtol=0, atol=0, equal_nan=True)
+    # and at each place of a chunk, so that every lane is seen
+    for place in (0, 7, 8, 15, 16, 33, 63, 64, 100):
+        row = torch.zeros(256, 101, dtype=torch.uint8).view(FP8)
+        row[:, place] = weight
+        x = torch.zeros(m, 101, dtype=dtype)
+        x[:, place] = 1
+        out = op.dequantized_linear(x, row, torch.ones(256, 1), None, [1, 101])
+        torch.testing.assert_close(out.float(), weight.float().expand(m, 256), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, deadline=None)
+@given(
+    lead=st.sampled_from([(), (3,), (2, 2)]),
+    n=st.integers(1, 150),
+    k=st.integers(1, 400),
+    block=BLOCKS,
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    offset=st.integers(0, 63),
+    tiny=st.booleans(),
+)
+def test_dequantize_is_bit_exact(
+    isa: str, lead: tuple[int, ...], n: int, k: int, block: list[int] | str, dtype: torch.dtype, offset: int, tiny: bool
+) -> None:
+    torch.manual_seed(0)
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    block = [1, k] if isinstance(block, str) else block
+    weight = misaligned(codes(*lead, n, k, nan=True), offset)
+    scale = scales(n, k, block, *lead) * (1e-37 if tiny else 1)
+    out = op.dequantize(weight, scale, None, block, "dynamic", dtype)
+    expected = ops.dequantize_reference(weight, scale, block, dtype)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()]
+    nan = expected.isnan()
+    assert torch.equal(nan, out.isnan())
+    assert torch.equal(out.view(integer)[~nan], expected.view(integer)[~nan])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.sampled_from([0, 0, 1, 2, 9, 20, 70]), min_size=1, max_size=6),
+    extra=st.integers(0, 3),
+    n=st.integers(1, 130),
+    k=st.integers(1, 300),
+    block=BLOCKS,
+    dtype=DTYPES,
+    index=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_grouped(
+    isa: str,
+    counts: list[int],
+    extra: int,
+    n: int,
+    k: int,
+    block: list[int] | str,
+    dtype: torch.dtype,
+    index: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    block = [1, k] if isinstance(block, str) else block
+    e = len(counts)
+    weight, scale = codes(e, n, k), scales(n, k, block, e)
+    x, offs = torch.randn(sum(counts) + extra, k).to(dtype), torch.tensor(counts).cumsum(0).to(index)
+    out = op.dequantized_grouped_mm(x, weight, scale, offs, block)
+    begin = 0
+    for expert, end in enumerate(offs.tolist()):
+        check(out[begin:end], *exact(x[begin:end], weight[expert], scale[expert], block))
+        begin = end
+    assert torch.equal(out[begin:], torch.zeros_like(out[begin:]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25, deadline=None)
+@given(
+    t=st.sampled_from([0, 1, 2, 12, 60]),
+    e=st.integers(1, 5),
+    n=st.integers(1, 130),
+    k=st.integers(1, 300),
+    block=BLOCKS,
+    dtype=DTYPES,
+    index=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_gathered(
+    isa: str, t: int, e: int, n: int, k: int, block: list[int] | str, dtype: torch.dtype, index: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    block = [1, k] if isinstance(block, str) else block
+    weight, scale = codes(2 * e, n, k)[::2], scales(n, k, block, e)
+    x, ids = torch.randn(t, k).to(dtype), torch.randint(0, e, (t,), dtype=index)
+    out = op.dequantized_gathered_mm(x, weight, scale, ids, block)
+    assert out.shape == (t, n)
+    for row in range(t):
+        check(out[row], *(v[0] for v in exact(x[row : row + 1], weight[ids[row]], scale[ids[row]], block)))
+
+
+def test_slices_and_layouts() -> None:
+    weight, x = codes(64, 96), torch.randn(2, 3, 40).bfloat16()
+    scale = torch.rand(64, 1)
+    for w, s in (
+        (weight[8:40, 5:45], scale[8:40]),
+        (weight[::2, :40], scale[::2]),
+        (weight[:40, :].view(torch.uint8).t().contiguous().t().view(FP8)[:, :40], scale[:40]),
+    ):
+        expected, size = exact(x, w, s, [1, 40])
+        check(op.dequantized_linear(x, w, s, None, [1, 40]), expected, size)
+    assert op.dequantized_linear(x[0, 0], weight[:, :40], scale, None, [1, 40]).shape == (64,)
+
+
+def test_one_scale_broadcasts_as_in_the_reference() -> None:
+    x, weight = torch.randn(3, 64), codes(32, 64)
+    for scale in (torch.rand(1, 1), torch.rand(32, 1), torch.rand(1, 2)):
+        out = op.dequantized_linear(x, weight, scale, None, [1, 32])
+        check(out, *exact(x, weight, scale, [1, 32]))
+
+
+def test_empty_sizes() -> None:
+    bias = torch.randn(5)
+    none = torch.ones(5, 0)
+    assert torch.equal(op.dequantized_linear(torch.ones(2, 0), codes(5, 0), none, bias, [1, 0]), bias.expand(2, 5))
+    assert torch.equal(op.dequantized_linear(torch.ones(2, 0), codes(5, 0), none, None, [1, 128]), torch.zeros(2, 5))
+    assert op.dequantized_linear(torch.ones(2, 7), codes(0, 7), torch.ones(0, 1), None, [1, 7]).shape == (2, 0)
+    assert op.dequantized_linear(torch.ones(0, 4, 7), codes(3, 7), torch.ones(3, 1), None, [1, 7]).shape == (0, 4, 3)
+
+
+@pytest.mark.parametrize("m", [2, 30])
+def test_not_a_number_stays_in_its_row(m: int) -> None:
+    weight = codes(9, 70)
+    weight.view(torch.uint8)[4, 69] = 0xFF
+    for dtype in (torch.bfloat16, torch.float32):
+        out = op.dequantized_linear(torch.ones(m, 70, dtype=dtype), weight, torch.ones(9, 1), None, [1, 70])
+        assert out.isnan().nonzero()[:, 1].unique().tolist() == [4]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_and_repeats_agree(isa: str) -> None:
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    for m in (1, 7, 40):
+        x, weight, scale = torch.randn(m, 1000).bfloat16(), codes(300, 1000), scales(300, 1000, [128, 128])
+        torch.set_num_threads(1)
+        one = op.dequantized_linear(x, weight, scale, None, [128, 128])
+        torch.set_num_threads(2)
+        for _ in range(3):
+            assert torch.equal(op.dequantized_linear(x, weight, scale, None, [128, 128]), one)
+
+
+def test_threads_are_those_of_torch() -> None:
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        assert torch.ops.ctfp8_cpu.threads() == count
+
+
+@pytest.mark.parametrize("m", [9, 16, 70, 130])
+def test_brgemm(m: int) -> None:
+    """torch's block multiplication, which takes over where the CPU has AMX, gives the same."""
+    if not torch.ops.ctfp8_cpu.use_brgemm(True):
+        pytest.skip("torch has no bfloat16 brgemm for this CPU")
+    try:
+        for n, k, block in ((100, 300, [1, 300]), (130, 257, [128, 128]), (48, 1024, [64, 128]), (7, 65, [3, 7])):
+            x, weight, scale = torch.randn(m, k).bfloat16(), codes(n, k), scales(n, k, block)
+            check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
+    finally:
+        torch.ops.ctfp8_cpu.use_brgemm(False)
+
+
+W, S, X = codes(8, 16), torch.ones(8, 1), torch.ones(2, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: op.dequantized_linear(X.double(), W, S, None, [1, 16]), "x must be bfloat16, float16 or float32"),
+        (lambda: op.dequantized_linear(X[:, :8], W, S, None, [1, 16]), "last dimension of x must be 16"),
+        (lambda: op.dequantized_linear(X, W.float(), S, None, [1, 16]), "weight must be float8_e4m3fn"),
+        (lambda: op.dequantized_linear(X, W, S.half(), None, [1, 16]), "weight_scale must be float32"),
+        (lambda: op.dequantized_linear(X, W, S[:5], None, [1, 16]), "weight_scale must be 8 x 1"),
+        (lambda: op.dequantized_linear(X, W, S, torch.ones(3), [1, 16]), "bias must have 8 elements"),
+        (lambda: op.dequantized_linear(X, W, S, None, [16]), "block must be two positive sizes"),
+        (lambda: op.dequantized_linear(X, W[None], S, None, [1, 16]), "weight must have 2 dimensions"),
+        (
+            lambda: op.dequantized_gathered_mm(X, W[None], S[None], torch.tensor([0, 1]), [1, 16]),
+            "ids must be from 0 to 0",
+        ),
+        (lambda: op.dequantized_gathered_mm(X, W[None], S[None], torch.tensor([0, -1]), [1, 16]), "row 1 has -1"),
+        (
+            lambda: op.dequantized_gathered_mm(X, W[None], S[None], torch.tensor([0]), [1, 16]),
+            "expert of each of 2 rows",
+        ),
+        (lambda: op.dequantized_grouped_mm(X, W[None], S[None], torch.tensor([3]), [1, 16]), "offs must rise"),
+        (
+            lambda: op.dequantized_grouped_mm(X, W[None], S[None], torch.tensor([2.0]), [1, 16]),
+            "vector of int32 or int64",
+        ),
+        (lambda: op.dequantize(W, S[None], None, [1, 16], "none", torch.float32), "leading dimensions"),
+        (lambda: torch.ops.ctfp8_cpu.set_isa("mmx"), "choose one of"),
+    ],
+)
+def test_sentences(call: object, sentence: str) -> None:
+    with pytest.raises(RuntimeError, match=sentence):
+        call()  # type: ignore[operator]
+
+
+def test_no_access_outside_the_arrays(tmp_path: Path) -> None:
+    """All kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on arrays that end where their memory ends."""
+    sources = Path(cpu_kernels.__file__).parent
+    program = tmp_path / "kernels"
+    flags = ["-std=c++20", "-O0", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize=alignment",
+             "-fno-sanitize-recover=undefined"]  # fmt: skip
+    files = [Path(__file__).parents[1] / "asan" / "kernels.cpp", *sorted(sources.glob("isa_*.cpp"))]
+    subprocess.run(["g++", *flags, f"-I{sources}", *map(str, files), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) >= 3500 * len(ISAS)
+
+
+def test_state() -> None:
+    assert cpu_kernels.loaded()
+    assert cpu_kernels.isa().split("+")[0] == ISAS[0]
+    assert ISAS[-1] == "portable"

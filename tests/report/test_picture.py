@@ -1,0 +1,99 @@
+"""The HTML picture of a rewrite, in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import IDS
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.report import Entry, Report
+from ctfp8_compile.report.html import page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def entry(name, shape=(64, 64), kernel="kernel A", reason=""):
+    return Entry(name, "linear", kernel, reason, shape, (1, 64), "token", before=("ctfp8.dequantize", "mm"))
+
+
+def big_moe() -> Report:
+    """80 layers, two of them with experts that no kernel takes."""
+    done, kept = [], []
+    for i in range(80):
+        done += [entry(f"model.layers.{i}.self_attn.{w}_proj.weight", (4096, 4096)) for w in "qkvo"]
+        for name, shape in (("gate_up_proj", (128, 3072, 4096)), ("down_proj", (128, 4096, 1536))):
+            odd = i in (7, 41)
+            (kept if odd else done).append(
+                entry(
+                    f"model.layers.{i}.mlp.experts.{name}",
+                    shape,
+                    "" if odd else "kernel B",
+                    "odd <rows>" if odd else "",
+                )
+            )
+    return Report("cuda:sm90", tuple(done), tuple(kept), experts_per_token=8)
+
+
+def test_alike_layers_are_drawn_once_and_bytes_add_up():
+    text = page(big_moe())
+    names = re.findall(r'class="name">([^<]*?) <', text)
+    assert names == [
+        "model.layers.0 … 6",
+        "model.layers.7",
+        "model.layers.8 … 40",
+        "model.layers.41",
+        "model.layers.42 … 79",
+    ]
+    assert "7 alike" in text
+    assert "odd &lt;rows&gt;" in text
+    dense = 4 * (4096 * 4096 + 4096 * 4 * 64)  # a scale for each row and 64 columns
+    experts = 128 * ((3072 * 4096 + 3072 * 4 * 64) + (4096 * 1536 + 4096 * 4 * 24))
+    assert f"{80 * (dense + experts) / 1e9:.3g} GB" in text
+    assert f"{80 * (dense + experts / 16) / 1e9:.3g} GB" in text  # 8 of 128 experts
+
+
+def test_an_entry_says_what_it_was_and_what_it_became(load):
+    done = ctfp8.explain(load("qwen3moe/FP8_DYNAMIC"), (IDS,), {"use_cache": False}, target="cuda:sm90")
+    assert done.experts_per_token == 2
+    steps = {(e.before, e.after) for e in done.rewritten}
+    assert (("ctfp8.dequantize", "linear"), ("ctfp8.quantize_per_token", "ctfp8.scaled_mm")) in steps
+    kept = ctfp8.explain(load("qwen3moe/FP8_DYNAMIC"), (IDS,), {"use_cache": False}, target="cuda:sm80")
+    assert {(e.before[0], e.after) for e in kept.kept} == {("ctfp8.dequantize", ())}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian package chromium)")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_draws_it(width, tmp_path):
+    """The page measures itself in headless Chromium: rows, bars with width, nothing wider than the window."""
+    probe = """<script>addEventListener("load", () => {
+      document.querySelectorAll("details").forEach(d => d.open = true);
+      const bars = [...document.querySelectorAll(".bar i")].map(i => i.getBoundingClientRect());
+      document.title = JSON.stringify({rows: document.querySelectorAll(".layer").length, bars: bars.length,
+        flat: bars.filter(b => b.height < 8 || b.width <= 0).length,
+        wide: document.documentElement.scrollWidth - innerWidth});
+      box.value = "odd <rows>"; box.dispatchEvent(new Event("input"));
+      document.title += " shown " + [...document.querySelectorAll(".layer")].filter(d => d.style.display === "").length;
+    })</script>"""
+    file = tmp_path / "page.html"
+    file.write_text(page(big_moe()).replace("</body>", probe + "</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+               "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+               f"--window-size={width},1000"]  # fmt: skip
+    dom = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120).stdout
+    title = re.search(r"<title>(.*?)</title>", dom)[1]
+    assert '"rows":5' in title
+    assert '"flat":0' in title
+    assert int(re.search(r'"wide":(-?\d+)', title)[1]) <= 0
+    assert title.endswith("shown 2")
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={picture}", file.as_uri()], capture_output=True, timeout=120)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 20_000
+
+
+def test_a_page_without_entries():
+    assert "FP8 weights" in page(Report("cpu", (), ()))
