@@ -4,13 +4,17 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-real lint clean
+.PHONY: demo test test-long test-real lint clean
 
 demo: $(READY)
 	$(PY) examples/quickstart.py
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+
+# Long fuzzing, whole matrices and the like.
+test-long: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 -m long
 
 # A pretrained encoder, quantized here: its package carries the weights.
 test-real: $(READY)
