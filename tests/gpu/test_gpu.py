@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 from conftest import DATA, IDS, logits, relative_error
-from test_scaled import layer, quantized_activation
+from support.scaled import layer, quantized_activation
 from torch._inductor.utils import run_and_get_code
 
 import ctfp8_compile as ctfp8

@@ -14,6 +14,7 @@ import torch
 from conftest import DATA, IDS, fp8_config, quantize, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.scaled import SM89, layer, quantized_activation
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,59 +24,6 @@ from ctfp8_compile.lowering.kernel import Problem, choose
 from ctfp8_compile.target import Target
 
 FP8 = torch.float8_e4m3fn
-
-_library = torch.library.Library("aten", "IMPL")
-
-
-def _grouped_on_cpu(
-    x, w, scale_a, scale_b, offs=None, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False
-):
-    assert w.stride(-2) == 1, "the weight must be column-major"
-    assert scale_a.shape == (x.shape[0],)
-    assert scale_b.shape == (w.shape[0], w.shape[2])
-    return torch.ops.ctfp8.scaled_grouped_mm(
-        x, w.transpose(-2, -1), scale_a[:, None], scale_b[:, :, None], offs, [1, x.shape[1]], out_dtype
-    )
-
-
-def _rows_on_cpu(x, w, scale_a, scale_b, bias=None, scale_result=None, out_dtype=None, use_fast_accum=False):
-    return torch.ops.ctfp8.scaled_mm(x, w.t(), scale_a, scale_b.t(), bias, [1, x.shape[1]], out_dtype)
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    _library.impl("_scaled_grouped_mm", _grouped_on_cpu, "CPU")
-    if torch.__version__ < (2, 12):  # torch's own CPU kernel has no scales per row
-        _library.impl("_scaled_mm", _rows_on_cpu, "CPU")
-
-#: aten._scaled_mm on sm89 needs torch 2.12 or later.
-SM89 = "cuda:sm120" if torch.__version__ < (2, 12) else "cuda:sm89"
-
-
-def fp8_round(x):
-    """Round to nearest even to e4m3, by arithmetic in float64: 3 bits of mantissa, exponents from -6, steps of 2^-9 below."""
-    x = x.double().clamp(-448, 448)
-    exponent = torch.floor(torch.log2(x.abs().clamp(min=2.0**-30))).clamp(min=-6)
-    step = torch.exp2(exponent - 3)
-    return torch.round(x / step) * step
-
-
-def quantized_activation(x, activation, input_scale=None):
-    """The float64 value that an activation has after its quantization."""
-    x = x.double()
-    if activation == "token":
-        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
-    elif activation == "tensor":
-        scale = input_scale.double()
-    elif activation == "tensor_dynamic":
-        scale = x.abs().amax().clamp(min=1e-12) / 448
-    else:
-        groups = x.unflatten(-1, (-1, 128))
-        scale = (groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448).expand_as(groups).flatten(-2)
-    # scales are float32, and so is the quotient that is rounded
-    quotient = (x.float() / scale.float()).double()
-    return fp8_round(quotient) * scale.float().double()
-
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -123,27 +71,6 @@ def test_the_meta_functions_agree():
         (ctf.scaled_grouped_mm, (q, w[None], a, s[None], torch.tensor([5]), [1, 256], torch.bfloat16)),
     ):
         torch.library.opcheck(op.default, args, test_utils="test_faketensor")
-
-
-class Layer(nn.Module):
-    def __init__(self, n, k, bias=False):
-        super().__init__()
-        self.a = nn.Linear(k, n, bias=bias)
-
-    def forward(self, x):
-        return self.a(x)
-
-
-def layer(n, k, dtype, strategy="channel", activation="token", bias=False, block=(128, 128)):
-    torch.manual_seed(0)
-    weight, scale = quantize(torch.randn(n, k) * 0.1, strategy, block)
-    state = {"a.weight": weight, "a.weight_scale": scale}
-    if activation == "tensor":
-        state["a.input_scale"] = torch.tensor([0.02])
-    if bias:
-        state["a.bias"] = torch.randn(n, dtype=dtype)
-    config = fp8_config(strategy, activation, block)
-    return ctfp8.load_state_dict(Layer(n, k, bias).to(dtype), state, config), state
 
 
 CASES = [

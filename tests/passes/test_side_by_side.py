@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DATA, fp8_config, logits, quantize, relative_error
-from test_scaled import SM89
+from support.scaled import SM89
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
