@@ -27,18 +27,16 @@ from .rule import Match, Rule
 aten = torch.ops.aten
 
 
-def grouped_mm_ops() -> tuple[Any, ...]:
-    """ATen's grouped matmul, and the fallback transformers registers for dtypes it does not take."""
-    import transformers.integrations.moe  # noqa: F401 - registers transformers::grouped_mm_fallback
-
-    return aten._grouped_mm.default, torch.ops.transformers.grouped_mm_fallback.default
-
-
 class GroupedExpertsRule(Rule):
     """`_grouped_mm(x, weight, offs)`."""
 
     name = "grouped experts"
-    roots = grouped_mm_ops()
+
+    @property
+    def roots(self) -> tuple[Any, ...]:  # type: ignore[override]
+        """ATen's grouped matmul, and the fallback for dtypes it does not take, once transformers has registered it."""
+        fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+        return (aten._grouped_mm.default,) if fallback is None else (aten._grouped_mm.default, fallback.default)
 
     def pattern(self, node: fx.Node) -> Match | None:
         x, w = node.args[:2]
