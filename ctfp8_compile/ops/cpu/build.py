@@ -22,7 +22,7 @@ import torch
 from ... import ops as ops
 from ...errors import Ctfp8Error
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "csrc"
 _SOURCES = sorted(_FOLDER.glob("*.cpp"))
 _HEADERS = sorted(_FOLDER.glob("*.h"))
 # -fopenmp makes at::parallel_for parallel. Only compiled, never linked, with it: the symbols come from the OpenMP library

@@ -11,10 +11,21 @@
 namespace ctfp8 {
 namespace {
 
-constexpr int64_t kPanelCols = 96;   // weight rows of a tile: a multiple of the 24, 12, 8 and 6 of `panel_rows`
-constexpr int64_t kPanel = 64;       // activation rows of a panel
-constexpr int64_t kPiece = 128;      // columns multiplied at a time: a panel of them fits the first-level cache
-constexpr int64_t kGroup = 4;        // pieces decoded at a time, so that memory is read in longer runs
+constexpr int64_t kPanelCols = 96;  // weight rows of a tile: a multiple of the 24, 12, 8 and 6 of `panel_rows`
+constexpr int64_t kPanel = 64;      // activation rows of a panel
+constexpr int64_t kPiece = 128;     // columns multiplied at a time: a panel of them fits the first-level cache
+constexpr int64_t kGroup = 4;       // pieces decoded at a time, so that memory is read in longer runs
+
+// What this file needs besides `Vector`: bfloat16 pairs in sixteen lanes.
+template <class V>
+concept PairVector = Vector<V> && requires(const V v, const uint8_t* codes, uint16_t* to, typename V::Acc sum, __m512i pairs) {
+  // `step` codes as bfloat16s in the order of the columns.
+  v.decode_in_order(pairs, to);
+  // Up to `step` codes, the rest zero; reads nothing behind them.
+  pairs = V::load_tail(codes, int64_t{});
+  // sum + the products of sixteen pairs.
+  { V::dot(sum, pairs, pairs) } -> std::same_as<typename V::Acc>;
+};
 
 Brgemm brgemm = nullptr;
 
@@ -24,13 +35,13 @@ int64_t few(const Weight& w) { return brgemm || w.segments > 1 ? kFew : 32; }
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t pairs(const Weight& w) { return (w.block_cols + 1) / 2; }  // of a segment
 
-template <class V>
+template <PairVector V>
 int64_t panel_bytes(const Weight& w, int64_t m) {
   return m <= few(w) ? bytes<V>(w, m) : round_up(m, 16) * w.segments * pairs(w) * 4;
 }
 
 // Panel p of a block begins at pair 64 p * segments * pairs; in it, pair q of all its rows is one line of `width` pairs.
-template <class V>
+template <PairVector V>
 void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
   if (m <= few(w)) return prepare<V>(w, rows, begin, count, m, prepared);
   const int64_t panel = begin / kPanel, left = round_up(m, 16) - panel * kPanel, width = left < kPanel ? left : kPanel;
@@ -42,8 +53,9 @@ void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int6
       const __mmask32 mask = rest >= 32 ? 0xffffffff : rest <= 0 ? 0 : (1u << rest) - 1;
       __m512i v[16];
       for (int64_t i = 0; i < 16; ++i) {
-        v[i] = i < count && mask ? _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(rows[i]) + segment * w.block_cols + pair * 2)
-                                 : _mm512_setzero_si512();
+        v[i] = i < count && mask
+                   ? _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(rows[i]) + segment * w.block_cols + pair * 2)
+                   : _mm512_setzero_si512();
       }
       transpose(v);
       uint32_t* to = out + (segment * pairs(w) + pair) * width;
@@ -53,9 +65,9 @@ void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int6
 }
 
 // sums[r, :] += scale[r] * (tile[r, :] . panel) for R weight rows and Z * 16 activation rows.
-template <class V, int R, int Z>
-inline void panel_block(const uint16_t* tile, int64_t tile_stride, const uint32_t* x, int64_t count, const float* scale, float* sums,
-                        int64_t sums_stride) {
+template <PairVector V, int R, int Z>
+inline void panel_block(const uint16_t* tile, int64_t tile_stride, const uint32_t* x, int64_t count, const float* scale,
+                        float* sums, int64_t sums_stride) {
   __m512 sum[R][Z];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
@@ -83,7 +95,7 @@ inline void panel_block(const uint16_t* tile, int64_t tile_stride, const uint32_
     }
 }
 
-template <class V, int Z>
+template <PairVector V, int Z>
 void panel_rows(const uint16_t* tile, int64_t tile_stride, int64_t rows, const uint32_t* x, int64_t count, const float* scale,
                 float* sums, int64_t sums_stride) {
   constexpr int R = 24 / Z;
@@ -105,7 +117,7 @@ struct Piece {
 };
 
 // Each piece of a weight row to its own place in the tile, with zeros to a multiple of 64.
-template <class V>
+template <PairVector V>
 inline void decode_pieces(const V& v, const Weight& w, const uint8_t* row, const Piece* pieces, int64_t count, uint16_t* to) {
   for (int64_t g = 0; g < count; ++g) {
     const uint8_t* p = row + pieces[g].segment * w.block_cols + pieces[g].offset;
@@ -119,7 +131,7 @@ inline void decode_pieces(const V& v, const Weight& w, const uint8_t* row, const
   }
 }
 
-template <class V>
+template <PairVector V>
 void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y, int64_t ldy) {
   static thread_local Buffer sums_buffer;
   alignas(64) static thread_local uint16_t tile[kPanelCols * (kGroup * kPiece + 32)];
@@ -147,7 +159,8 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
       offset += step;
       if (left <= step) ++segment, offset = 0;
     }
-    for (int64_t r = 0; r < rows; ++r) decode_pieces(v, w, w.codes + (begin + r) * w.row_stride, pieces, count, tile + r * tile_stride);
+    for (int64_t r = 0; r < rows; ++r)
+      decode_pieces(v, w, w.codes + (begin + r) * w.row_stride, pieces, count, tile + r * tile_stride);
     for (int64_t g = 0; g < count; ++g) {
       const Piece& piece = pieces[g];
       const int64_t piece_pairs = (piece.length + 1) / 2;
@@ -182,11 +195,12 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
   }
 }
 
-template <class V>
+template <PairVector V>
 void panel_matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
   if (m <= few(w)) return gemv<V>(w, begin, end, static_cast<const typename V::X*>(prepared), m, y, ldy);
   for (int64_t n = begin; n < end; n += kPanelCols) {
-    panel_multiply<V>(w, n, end - n < kPanelCols ? end : n + kPanelCols, static_cast<const uint32_t*>(prepared), m, y + n - begin, ldy);
+    panel_multiply<V>(w, n, end - n < kPanelCols ? end : n + kPanelCols, static_cast<const uint32_t*>(prepared), m, y + n - begin,
+                      ldy);
   }
 }
 

@@ -10,7 +10,7 @@
 namespace ctfp8 {
 namespace {
 
-template <class V>
+template <Vector V>
 void prepare_row(const Weight& w, const typename V::X* row, typename V::X* prepared) {
   const int64_t pad = padded<V>(w);
   for (int64_t segment = 0; segment < w.segments; ++segment) {
@@ -25,19 +25,19 @@ void prepare_row(const Weight& w, const typename V::X* row, typename V::X* prepa
   }
 }
 
-template <class V>
+template <Vector V>
 int64_t bytes(const Weight& w, int64_t m) {
   return m * stride<V>(w) * static_cast<int64_t>(sizeof(typename V::X));
 }
 
-template <class V>
+template <Vector V>
 void prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t, void* prepared) {
   using X = typename V::X;
   for (int64_t i = 0; i < count; ++i)
     prepare_row<V>(w, static_cast<const X*>(rows[i]), static_cast<X*>(prepared) + (begin + i) * stride<V>(w));
 }
 
-template <class V>
+template <Vector V>
 void finish(const float* row, const float* bias, int64_t n, void* out, Dtype dtype) {
   if (dtype == Dtype::bf16) {
     auto* to = static_cast<uint16_t*>(out);
@@ -54,7 +54,7 @@ void finish(const float* row, const float* bias, int64_t n, void* out, Dtype dty
   }
 }
 
-template <class V>
+template <FloatVector V>
 void matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
   const auto* rows = static_cast<const typename V::X*>(prepared);
   if (m <= kFew) {
@@ -64,8 +64,7 @@ void matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, i
   }
 }
 
-// For vector types whose chunks are float32 in the order of the columns.
-template <class V>
+template <FloatVector V>
 void dequantize(const Weight& w, int64_t n, float* row) {
   const V v;
   alignas(64) float tail[V::step];

@@ -1,5 +1,5 @@
 // AVX-512 of 2017 (F, BW, VL, DQ): as AVX2, sixteen lanes at a time. Also serves float32 activations on newer CPUs.
-#include "kernels.h"
+#include "vector.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 

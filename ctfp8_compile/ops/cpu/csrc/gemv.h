@@ -1,39 +1,39 @@
 // Few activation rows: every weight row is read once, decoded in registers and multiplied with all of them.
 //
-// `V` is the vector type of an instruction set (see isa_*.cpp): it decodes a chunk of `V::step` codes and accumulates the
-// products of a weight chunk and an activation chunk in `V::Acc`. Included once by each instruction-set file.
+// Included once by each instruction-set file, for its vector type `V` (see vector.h).
 #pragma once
 #include "kernels.h"
+#include "vector.h"
 
 namespace ctfp8 {
 namespace {
 
-constexpr int kFew = 12;           // activation rows, at most, where decoding once into a buffer costs more than it saves
-constexpr int kAtOnce = 8;         // activation rows that share one decoding of the weight
-constexpr int64_t kSpan = 16384;   // bytes of their activations that stay in the first-level cache while weight rows pass
+constexpr int kFew = 12;          // activation rows, at most, where decoding once into a buffer costs more than it saves
+constexpr int kAtOnce = 8;        // activation rows that share one decoding of the weight
+constexpr int64_t kSpan = 16384;  // bytes of their activations that stay in the first-level cache while weight rows pass
 
 // A prepared activation row holds the segments of a weight row, each padded with zeros to whole chunks.
-template <class V>
+template <Vector V>
 int64_t padded(const Weight& w) {
   return (w.block_cols + V::step - 1) / V::step * V::step;
 }
 
 // An odd number of cache lines, so that rows do not compete for the same sets of the first-level cache.
-template <class V>
+template <Vector V>
 int64_t stride(const Weight& w) {
   constexpr int64_t line = 64 / sizeof(typename V::X);
   return ((w.segments * padded<V>(w) + line - 1) / line | 1) * line;
 }
 
 // With one or two rows of activations their chunks stay in registers while weight rows pass; with more, weight chunks stay.
-template <class V>
+template <Vector V>
 constexpr bool hold_weights(int m) {
   return m > 2;
 }
 
 // Weight rows at a time, so that all of it fits the registers. With several scales a row each sum needs a second one, which
 // may lie in memory where many activation rows share a chunk.
-template <class V>
+template <Vector V>
 constexpr int rows_for(int m, bool blocked) {
   const int sums = m * (blocked && m <= 4 ? 2 : 1), free = V::registers - V::constants - V::parts;
   const int rows = hold_weights<V>(m) ? free / (sums + V::parts) : (free - m * V::parts) / sums;
@@ -42,7 +42,7 @@ constexpr int rows_for(int m, bool blocked) {
 }
 
 // The sum of the lanes of each of N <= 16 vectors.
-template <class V, int N>
+template <Vector V, int N>
 inline void reduce_all(const typename V::Acc* sums, float* results) {
   if constexpr (requires { &V::reduce16; }) {
     typename V::Acc all[16];
@@ -55,7 +55,7 @@ inline void reduce_all(const typename V::Acc* sums, float* results) {
 }
 
 // y[i * ldy + r] += … for M activation rows and R weight rows starting at row n; `add` is false for the first columns.
-template <class V, int M, int R, bool blocked>
+template <Vector V, int M, int R, bool blocked>
 inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, bool add, float* y,
                      int64_t ldy) {
   typename V::Acc sum[M][R], total[blocked ? M : 1][blocked ? R : 1];
@@ -139,8 +139,9 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
     }
 }
 
-template <class V, int M, bool blocked>
-void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y, int64_t ldy) {
+template <Vector V, int M, bool blocked>
+void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y,
+             int64_t ldy) {
   constexpr int R = rows_for<V>(M, blocked);
   const V v;
   int64_t n = begin;
@@ -148,9 +149,9 @@ void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x
   for (; n < end; ++n) dot_rows<V, M, 1, blocked>(v, w, n, x, x_stride, add, y + n - begin, ldy);
 }
 
-template <class V, int M = kAtOnce>
-void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, int64_t m, bool add, float* y,
-               int64_t ldy) {
+template <Vector V, int M = kAtOnce>
+void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, int64_t m, bool add,
+               float* y, int64_t ldy) {
   if (m != M) {
     if constexpr (M > 1) gemv_span<V, M - 1>(w, begin, end, x, x_stride, m, add, y, ldy);
   } else if (w.segments == 1) {
@@ -162,7 +163,7 @@ void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X*
 
 // The columns are cut into spans: whole segments, or parts of one. The second eight activation rows find a span of the
 // weight in the second-level cache. Up to four rows are bound by memory, which likes long runs.
-template <class V>
+template <Vector V>
 void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t m, float* y, int64_t ldy) {
   const int64_t pad = padded<V>(w), x_stride = stride<V>(w), at_once = m < kAtOnce ? m : kAtOnce;
   const int64_t cols = m <= 4 ? pad * w.segments : kSpan / at_once / int64_t{sizeof(typename V::X)} / V::step * V::step;
@@ -182,7 +183,8 @@ void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, i
       }
       for (int64_t i = 0; i < m;) {
         const int64_t left = m - i, rows = left <= kAtOnce ? left : left < 2 * kAtOnce ? (left + 1) / 2 : kAtOnce;
-        gemv_span<V>(span, begin, end, x + i * x_stride + first * pad + offset, x_stride, rows, first + offset > 0, y + i * ldy, ldy);
+        gemv_span<V>(span, begin, end, x + i * x_stride + first * pad + offset, x_stride, rows, first + offset > 0, y + i * ldy,
+                     ldy);
         i += rows;
       }
     }

@@ -56,8 +56,10 @@ Selection& selection() {
 }
 
 // torch's brgemm multiplies with AMX tiles where they exist; elsewhere our own kernel is no slower.
-void torch_brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b, float* c) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, false, static_cast<const at::BFloat16*>(a), static_cast<const at::BFloat16*>(b), c);
+void torch_brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
+                  float* c) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, false, static_cast<const at::BFloat16*>(a),
+                              static_cast<const at::BFloat16*>(b), c);
 }
 
 bool brgemm_used = false;
@@ -241,7 +243,8 @@ void multiply(const Tensor& x, const Weights& weights, const std::vector<Group>&
     kernels.matmul(weights.of(block.expert), begin, end, prepared + block.at, block.rows, sums, end - begin);
     if (brgemm_used) at::native::cpublas::brgemm_release();
     for (int64_t i = 0; i < block.rows; ++i) {
-      kernels.finish(sums + i * (end - begin), bias ? bias + begin : nullptr, end - begin, to + (place(block.row + i) * n + begin) * out_item, dtype);
+      kernels.finish(sums + i * (end - begin), bias ? bias + begin : nullptr, end - begin,
+                     to + (place(block.row + i) * n + begin) * out_item, dtype);
     }
   });
 }
@@ -254,7 +257,8 @@ Tensor dequantized_linear(const Tensor& x, const Tensor& weight, const Tensor& w
   const Dtype dtype = dtype_of(x, op);
   const Weights w = weights(weight, weight_scale, block, 2, op);
   const int64_t n = w.first.rows, k = w.first.cols;
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == k, op, ": the last dimension of x must be ", k, ", as in the weight, but x is ", x.sizes());
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == k, op, ": the last dimension of x must be ", k, ", as in the weight, but x is ",
+              x.sizes());
   Tensor bias_f32;
   if (bias) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, op, ": bias must have ", n, " elements, but is ", bias->sizes());
@@ -274,8 +278,8 @@ Tensor dequantized_linear(const Tensor& x, const Tensor& weight, const Tensor& w
 }
 
 void check_rows(const Tensor& x, const Weights& w, const Tensor& index, const char* name, const char* op) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == w.first.cols, op, ": x must be rows of ", w.first.cols, " columns, as in the weight, but is ",
-              x.sizes());
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == w.first.cols, op, ": x must be rows of ", w.first.cols,
+              " columns, as in the weight, but is ", x.sizes());
   TORCH_CHECK(index.dim() == 1 && (index.scalar_type() == at::kInt || index.scalar_type() == at::kLong), op, ": ", name,
               " must be a vector of int32 or int64, not ", index.scalar_type(), " ", index.sizes());
 }
@@ -292,8 +296,8 @@ Tensor dequantized_grouped_mm(const Tensor& x, const Tensor& weight, const Tenso
   int64_t start = 0;
   for (int64_t expert = 0; expert < w.experts; ++expert) {
     const int64_t end = ends.const_data_ptr<int64_t>()[expert];
-    TORCH_CHECK(end >= start && end <= x.size(0), op, ": offs must rise from 0 to at most the ", x.size(0), " rows of x, but end ",
-                expert, " is ", end, " after ", start);
+    TORCH_CHECK(end >= start && end <= x.size(0), op, ": offs must rise from 0 to at most the ", x.size(0),
+                " rows of x, but end ", expert, " is ", end, " after ", start);
     if (end > start) groups.push_back({expert, start, end});
     start = end;
   }
@@ -318,7 +322,8 @@ Tensor dequantized_gathered_mm(const Tensor& x, const Tensor& weight, const Tens
   // Counting sort: rows of one expert become a group, so that its weight is read once.
   std::vector<int64_t> start(w.experts + 1, 0), order(t);
   for (int64_t i = 0; i < t; ++i) {
-    TORCH_CHECK(experts[i] >= 0 && experts[i] < w.experts, op, ": ids must be from 0 to ", w.experts - 1, ", but row ", i, " has ", experts[i]);
+    TORCH_CHECK(experts[i] >= 0 && experts[i] < w.experts, op, ": ids must be from 0 to ", w.experts - 1, ", but row ", i,
+                " has ", experts[i]);
     ++start[experts[i] + 1];
   }
   std::vector<Group> groups;
@@ -338,17 +343,21 @@ Tensor dequantize(const Tensor& weight, const Tensor& weight_scale, const std::o
                   std::string_view, at::ScalarType type) {
   const char* op = "ctfp8::dequantize";
   TORCH_CHECK(weight.dim() >= 2, op, ": weight must have rows and columns, not ", weight.dim(), " dimensions");
-  TORCH_CHECK(weight_scale.dim() == weight.dim() && weight_scale.sizes().slice(0, weight.dim() - 2) == weight.sizes().slice(0, weight.dim() - 2),
-              op, ": weight_scale must have the leading dimensions of the weight ", weight.sizes(), ", but is ", weight_scale.sizes());
+  TORCH_CHECK(weight_scale.dim() == weight.dim() &&
+                  weight_scale.sizes().slice(0, weight.dim() - 2) == weight.sizes().slice(0, weight.dim() - 2),
+              op, ": weight_scale must have the leading dimensions of the weight ", weight.sizes(), ", but is ",
+              weight_scale.sizes());
   const bool direct = type == at::kBFloat16 || type == at::kHalf || type == at::kFloat;
-  Tensor out = at::empty(weight.sizes(), weight.options().dtype(direct ? type : at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+  Tensor out =
+      at::empty(weight.sizes(), weight.options().dtype(direct ? type : at::kFloat).memory_format(at::MemoryFormat::Contiguous));
   const int64_t rows = weight.size(-2), cols = weight.size(-1);
   if (out.numel() == 0) return direct ? out : out.to(type);
-  const Weights w = weight.dim() == 2
-                        ? weights(weight, weight_scale, block, 2, op)
-                        : weights(weight.dim() == 3 ? weight : weight.reshape({-1, rows, cols}),
-                                  weight.dim() == 3 ? weight_scale : weight_scale.reshape({-1, weight_scale.size(-2), weight_scale.size(-1)}),
-                                  block, 3, op);
+  const Weights w =
+      weight.dim() == 2
+          ? weights(weight, weight_scale, block, 2, op)
+          : weights(weight.dim() == 3 ? weight : weight.reshape({-1, rows, cols}),
+                    weight.dim() == 3 ? weight_scale : weight_scale.reshape({-1, weight_scale.size(-2), weight_scale.size(-1)}),
+                    block, 3, op);
   const Dtype dtype = type == at::kBFloat16 ? Dtype::bf16 : type == at::kHalf ? Dtype::f16 : Dtype::f32;
   const Kernels& kernels = *selection().others;
   char* to = static_cast<char*>(out.mutable_data_ptr());

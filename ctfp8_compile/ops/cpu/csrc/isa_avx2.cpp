@@ -1,5 +1,5 @@
 // AVX2 + FMA + F16C: codes become float16 by a shift, then float32; float32 multiply-add.
-#include "kernels.h"
+#include "vector.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 

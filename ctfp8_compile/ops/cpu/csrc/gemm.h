@@ -12,7 +12,7 @@ namespace {
 constexpr int kTileCols = 64;
 
 // y[i * ldy + r] += scale * (x . tile) over `segments` segments of `padded` elements that lie next to each other.
-template <class V, int M, int R>
+template <FloatVector V, int M, int R>
 inline void dot_tile(const typename V::X* tile, int64_t tile_stride, const typename V::X* x, int64_t x_stride, int64_t segments,
                      int64_t padded, const float* const* scale, float* y, int64_t ldy) {
   typename V::Acc sum[M][R];
@@ -36,17 +36,16 @@ inline void dot_tile(const typename V::X* tile, int64_t tile_stride, const typen
   }
 }
 
-template <class V, int R>
+template <FloatVector V, int R>
 void dot_tile_rows(const typename V::X* tile, int64_t tile_stride, const typename V::X* x, int64_t x_stride, int64_t m,
                    int64_t segments, int64_t padded, const float* const* scale, float* y, int64_t ldy) {
   int64_t i = 0;
   for (; i + 4 <= m; i += 4)
     dot_tile<V, 4, R>(tile, tile_stride, x + i * x_stride, x_stride, segments, padded, scale, y + i * ldy, ldy);
-  for (; i < m; ++i)
-    dot_tile<V, 1, R>(tile, tile_stride, x + i * x_stride, x_stride, segments, padded, scale, y + i * ldy, ldy);
+  for (; i < m; ++i) dot_tile<V, 1, R>(tile, tile_stride, x + i * x_stride, x_stride, segments, padded, scale, y + i * ldy, ldy);
 }
 
-template <class V>
+template <FloatVector V>
 void gemm(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t m, float* y, int64_t ldy) {
   constexpr int R = V::registers >= 32 ? 4 : 2;
   constexpr int64_t kChunk = 4096 / sizeof(typename V::X) / V::step * V::step;  // 4 KiB of a row at a time

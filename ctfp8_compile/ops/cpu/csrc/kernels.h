@@ -53,7 +53,8 @@ const Kernels* avx512_bf16();  // bfloat16 activations only; no dequantize
 
 // C[m, n] (+)= A[m, k] B[k, n] in bfloat16 with B in pairs of rows (VNNI): torch's, which uses AMX tiles where they exist.
 // While it is set, avx512_bf16 multiplies blocks of many rows with it.
-using Brgemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b, float* c);
+using Brgemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const void* a, const void* b,
+                        float* c);
 void set_brgemm(Brgemm brgemm);
 
 }  // namespace ctfp8

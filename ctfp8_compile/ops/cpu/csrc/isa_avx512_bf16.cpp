@@ -1,5 +1,5 @@
 // AVX-512 VBMI + BF16 (Zen 4, Sapphire Rapids and later): codes become bfloat16 by two byte look-ups; bfloat16 dot products.
-#include "kernels.h"
+#include "vector.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -81,7 +81,8 @@ void set_brgemm(Brgemm function) { brgemm = function; }
 
 const Kernels* avx512_bf16() {
   using V = Avx512Bf16;
-  static const Kernels kernels = {"avx512-bf16", 2, kPanelCols, panel_bytes<V>, panel_prepare<V>, panel_matmul<V>, finish<V>, nullptr};
+  static const Kernels kernels = {"avx512-bf16",   2,         kPanelCols, panel_bytes<V>, panel_prepare<V>,
+                                  panel_matmul<V>, finish<V>, nullptr};
   const bool here = avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
   return here ? &kernels : nullptr;
 }

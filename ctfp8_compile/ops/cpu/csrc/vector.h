@@ -1,0 +1,64 @@
+// The contract of an instruction set: what each isa_*.cpp gives, as a class `V`, to the loops that are written once.
+//
+// `V` decodes codes a chunk at a time and accumulates products of a weight chunk and an activation chunk in float32. A new
+// instruction set is one file with such a class, an entry in kernels.h and one in the list of ops.cpp.
+#pragma once
+#include <concepts>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace ctfp8 {
+namespace {
+
+template <class V>
+concept Vector =
+    std::default_initializable<V> && requires(const V v, const uint8_t* codes, const typename V::X* x, typename V::X* to,
+                                              typename V::Acc sum, typename V::Chunk chunk, const float* row, uint16_t* halves) {
+      // What an activation is multiplied as: float, or uint16_t for bfloat16.
+      typename V::X;
+      // Elements of a chunk: the stride of every loop over columns.
+      { V::step } -> std::convertible_to<int>;
+      // Vector registers that there are, those that constants of `decode` occupy, and those of one chunk.
+      { V::registers + V::constants + V::parts } -> std::convertible_to<int>;
+      // Bytes ahead of the codes being read that are worth asking for.
+      { V::ahead } -> std::convertible_to<int>;
+      // What `decode` divides values by; sums are multiplied with it once, together with the scale.
+      { V::gain } -> std::convertible_to<float>;
+      // Asks for a cache line of codes; any address is allowed.
+      V::prefetch(codes);
+      // `step` codes from any address as a chunk of values / gain, exactly; NaN codes give NaN.
+      { v.decode(codes) } -> std::same_as<typename V::Chunk>;
+      // The same for the last n < step of them, the rest zero; reads nothing behind them.
+      { v.decode_tail(codes, int{}) } -> std::same_as<typename V::Chunk>;
+      // Brings `step` activations into the order in which `decode` leaves codes.
+      V::arrange(x, to);
+      // A chunk of activations as `arrange` left them.
+      { V::load(x) } -> std::same_as<typename V::Chunk>;
+      // Keeps a chunk in registers, where the compiler would read it again at each use.
+      V::hold(chunk);
+      // A sum of nothing.
+      { V::zero() } -> std::same_as<typename V::Acc>;
+      // sum + the products of two chunks, lane by lane, in float32.
+      { V::dot(sum, chunk, chunk) } -> std::same_as<typename V::Acc>;
+      // total + sum * scale.
+      { V::scale_add(sum, sum, float{}) } -> std::same_as<typename V::Acc>;
+      // The sum of the lanes. A static `reduce16(sums, results)`, which does sixteen at once, is taken where there is one.
+      { V::reduce(sum) } -> std::same_as<float>;
+      // out[i] = float16(row[i] + bias[i]), rounded to nearest even; bias may be null.
+      V::round_f16(row, row, int64_t{}, halves);
+    };
+
+// Chunks are float32 in the order of the columns: what `gemm` and `dequantize` need besides.
+template <class V>
+concept FloatVector = Vector<V> && std::same_as<typename V::X, float> && requires(float* to, typename V::Chunk chunk) {
+  // Writes a chunk to any address.
+  V::store(to, chunk);
+  // A chunk of zeros.
+  { V::zeros() } -> std::same_as<typename V::Chunk>;
+  // A chunk times a number.
+  { V::times(chunk, float{}) } -> std::same_as<typename V::Chunk>;
+};
+
+}  // namespace
+}  // namespace ctfp8
