@@ -1,4 +1,4 @@
-"""The `ctfp8::` operators: schema, meta function and reference implementation side by side.
+"""The `ctfp8::` operators: schema, meta function and reference implementation of each beside each other.
 
 All of them describe a weight in the same way:
 
@@ -20,6 +20,8 @@ not, it concatenates them along the first dimension (see `ctfp8_compile.passes.s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,47 +36,39 @@ from .fp8 import (
     quantize_per_token_steps,
 )
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _lib = torch.library.Library("ctfp8", "DEF")
 
-_lib.define(
-    "dequantize(Tensor weight, Tensor weight_scale, Tensor? input_scale, int[] block, str activation, "
-    "ScalarType dtype) -> Tensor"
-)
 
-_lib.define(
-    "dequantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int[] block) -> Tensor",
-)
+def operator(schema: str, *, meta: Callable[..., Any]) -> Callable[[F], F]:
+    """Defines `ctfp8::` + schema; the function below is its reference implementation, for every device.
 
-_lib.define(
-    "dequantized_grouped_mm(Tensor x, Tensor weight, Tensor weight_scale, Tensor offs, int[] block) -> Tensor",
-)
+    Args:
+        meta: takes the same arguments and returns empty tensors of the result's shape and dtype.
+    """
+    name = schema.partition("(")[0]
 
-_lib.define(
-    "dequantized_gathered_mm(Tensor x, Tensor weight, Tensor weight_scale, Tensor ids, int[] block) -> Tensor",
-)
+    def define(reference: F) -> F:
+        _lib.define(schema)
+        _lib.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ctfp8::{name}", meta, lib=_lib)
+        return reference
 
-_lib.define("quantize_per_token(Tensor x) -> (Tensor, Tensor)")
+    return define
 
-_lib.define("quantize_per_group(Tensor x, int group) -> (Tensor, Tensor)")
-
-_lib.define("quantize_per_tensor(Tensor x, Tensor? input_scale) -> (Tensor, Tensor)")
-
-_lib.define(
-    "scaled_mm(Tensor x, Tensor weight, Tensor scale_a, Tensor weight_scale, Tensor? bias, int[] block, "
-    "ScalarType out_dtype) -> Tensor"
-)
-
-_lib.define(
-    "scaled_grouped_mm(Tensor x, Tensor weight, Tensor scale_a, Tensor weight_scale, Tensor offs, int[] block, "
-    "ScalarType out_dtype) -> Tensor"
-)
-
-_lib.define("side_by_side(Tensor[] parts) -> Tensor")
 
 #: Elements dequantized at a time by the eager reference, so that its float32 intermediate stays small.
 _CHUNK = 1 << 22
 
 
+@operator(
+    "dequantize(Tensor weight, Tensor weight_scale, Tensor? input_scale, int[] block, str activation, ScalarType dtype)"
+    " -> Tensor",
+    meta=lambda weight, weight_scale, input_scale, block, activation, dtype: torch.empty_like(
+        weight, dtype=dtype, memory_format=torch.contiguous_format
+    ),
+)
 def _dequantize(
     weight: Tensor,
     weight_scale: Tensor,
@@ -99,21 +93,10 @@ def _dequantize(
     return out
 
 
-_lib.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ctfp8::dequantize")
-def _(
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor | None,
-    block: list[int],
-    activation: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-
-
+@operator(
+    "dequantized_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, int[] block) -> Tensor",
+    meta=lambda x, weight, weight_scale, bias, block: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
 def _dequantized_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int]
 ) -> Tensor:
@@ -121,14 +104,10 @@ def _dequantized_linear(
     return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
 
 
-_lib.impl("dequantized_linear", _dequantized_linear, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ctfp8::dequantized_linear")
-def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int]) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
+@operator(
+    "dequantized_grouped_mm(Tensor x, Tensor weight, Tensor weight_scale, Tensor offs, int[] block) -> Tensor",
+    meta=lambda x, weight, weight_scale, offs, block: x.new_empty((x.shape[0], weight.shape[-2])),
+)
 def _dequantized_grouped_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, block: list[int]) -> Tensor:
     out = x.new_zeros((x.shape[0], weight.shape[-2]))
     start = 0
@@ -140,14 +119,10 @@ def _dequantized_grouped_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, off
     return out
 
 
-_lib.impl("dequantized_grouped_mm", _dequantized_grouped_mm, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ctfp8::dequantized_grouped_mm")
-def _(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, block: list[int]) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[-2]))
-
-
+@operator(
+    "dequantized_gathered_mm(Tensor x, Tensor weight, Tensor weight_scale, Tensor ids, int[] block) -> Tensor",
+    meta=lambda x, weight, weight_scale, ids, block: x.new_empty((x.shape[0], weight.shape[-2])),
+)
 def _dequantized_gathered_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, block: list[int]) -> Tensor:
     out = x.new_empty((x.shape[0], weight.shape[-2]))
     for row, expert in enumerate(ids.tolist()):
@@ -156,62 +131,47 @@ def _dequantized_gathered_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, id
     return out
 
 
-_lib.impl("dequantized_gathered_mm", _dequantized_gathered_mm, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ctfp8::dequantized_gathered_mm")
-def _(x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, block: list[int]) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[-2]))
-
-
+@operator(
+    "side_by_side(Tensor[] parts) -> Tensor",
+    meta=lambda parts: parts[0].new_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:])),
+)
 def _side_by_side(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-_lib.impl("side_by_side", _side_by_side, "CompositeExplicitAutograd")
+def _codes_and_scales(x: Tensor, *scales: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(scales, dtype=torch.float32)
 
 
-@torch.library.register_fake("ctfp8::side_by_side")
-def _(parts: list[Tensor]) -> Tensor:
-    return parts[0].new_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
-
-
+@operator("quantize_per_token(Tensor x) -> (Tensor, Tensor)", meta=lambda x: _codes_and_scales(x, x.shape[0], 1))
 def _quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_per_token_steps(apply, x)
 
 
+@operator(
+    "quantize_per_group(Tensor x, int group) -> (Tensor, Tensor)",
+    meta=lambda x, group: _codes_and_scales(x, x.shape[0], x.shape[1] // group),
+)
 def _quantize_per_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return quantize_per_group_steps(apply, x, x.shape[-1], group)
 
 
+@operator(
+    "quantize_per_tensor(Tensor x, Tensor? input_scale) -> (Tensor, Tensor)",
+    meta=lambda x, input_scale: _codes_and_scales(x, *((1, 1) if input_scale is None else input_scale.shape)),
+)
 def _quantize_per_tensor(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     codes, scale = quantize_per_tensor_steps(apply, x, input_scale)
     return codes, scale.clone() if input_scale is not None else scale  # an operator must not return its input
 
 
-_lib.impl("quantize_per_token", _quantize_per_token, "CompositeExplicitAutograd")
-
-_lib.impl("quantize_per_group", _quantize_per_group, "CompositeExplicitAutograd")
-
-_lib.impl("quantize_per_tensor", _quantize_per_tensor, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ctfp8::quantize_per_token")
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-
-
-@torch.library.register_fake("ctfp8::quantize_per_group")
-def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty((x.shape[0], x.shape[1] // group), dtype=torch.float32)
-
-
-@torch.library.register_fake("ctfp8::quantize_per_tensor")
-def _(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape = (1, 1) if input_scale is None else input_scale.shape
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty(shape, dtype=torch.float32)
-
-
+@operator(
+    "scaled_mm(Tensor x, Tensor weight, Tensor scale_a, Tensor weight_scale, Tensor? bias, int[] block, "
+    "ScalarType out_dtype) -> Tensor",
+    meta=lambda x, weight, scale_a, weight_scale, bias, block, out_dtype: x.new_empty(
+        (x.shape[0], weight.shape[0]), dtype=out_dtype
+    ),
+)
 def _scaled_mm(
     x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int],
     out_dtype: torch.dtype,
@@ -222,17 +182,13 @@ def _scaled_mm(
     return (out if bias is None else out + bias).to(out_dtype)
 
 
-_lib.impl("scaled_mm", _scaled_mm, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ctfp8::scaled_mm")
-def _(
-    x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int],
-    out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
-
-
+@operator(
+    "scaled_grouped_mm(Tensor x, Tensor weight, Tensor scale_a, Tensor weight_scale, Tensor offs, int[] block, "
+    "ScalarType out_dtype) -> Tensor",
+    meta=lambda x, weight, scale_a, weight_scale, offs, block, out_dtype: x.new_empty(
+        (x.shape[0], weight.shape[-2]), dtype=out_dtype
+    ),
+)
 def _scaled_grouped_mm(
     x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, offs: Tensor, block: list[int],
     out_dtype: torch.dtype,
@@ -245,17 +201,6 @@ def _scaled_grouped_mm(
         out[rows] = _scaled_mm(x[rows], weight[expert], scale_a[rows], weight_scale[expert], None, block, out_dtype)
         start = end
     return out
-
-
-_lib.impl("scaled_grouped_mm", _scaled_grouped_mm, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ctfp8::scaled_grouped_mm")
-def _(
-    x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, offs: Tensor, block: list[int],
-    out_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], weight.shape[-2]), dtype=out_dtype)
 
 
 #: By kind of matmul (`lowering.kernel.KINDS`), the operator that takes an unquantized activation and an FP8 weight.
