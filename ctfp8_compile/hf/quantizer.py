@@ -1,49 +1,31 @@
 """The private transformers quantizer: tells its loader which parameters stay FP8, and how to fill and save them.
 
-The safetensors headers decide what is FP8, the config says the scheme. Every conversion transformers applies while
-loading (merging experts, renaming, transposing) is traced once with row numbers (see `layout`), and then done for FP8
-parameters by placing rows into one preallocated tensor. Scales never pass through transformers: they are read, checked
-and laid out before the first weight is loaded.
+The safetensors headers decide what is FP8, the config says the scheme. Scales never pass through transformers: they are
+read, checked and laid out before the first weight is loaded. What becomes of rows is in `conversions`.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationMethod
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.layout import Layout, identity, trace
 from ..checkpoint.scheme import Schemes
-from ..errors import CheckpointError, SchemeError
+from ..errors import SchemeError
 from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..ops import FP8
+from .conversions import PlaceRows, layouts, per_expert_conversions
 
 METHOD = "ctfp8"  #: the private name under which transformers finds this quantizer while it loads
 
@@ -88,7 +70,7 @@ class Quantizer(HfQuantizer):
         _refuse_other_formats(tensors, self.schemes)
         declared = model.state_dict()
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
-            for target, layout in _layouts(model, tensors, declared).items():
+            for target, layout in layouts(model, tensors, declared).items():
                 self.plans[target] = plan(tensors, self.schemes, layout, declared[target].dtype)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self._set_cache_scales_aside(tensors)
@@ -117,12 +99,12 @@ class Quantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        conversions = [*weight_conversions, *_per_expert_conversions(model, weight_conversions)]
+        conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
         return [
             c.copy(
                 c._original_source_patterns,
                 c._original_target_patterns,
-                operations=[_PlaceRows(self.plans, c.operations)],
+                operations=[PlaceRows(self.plans, c.operations)],
             )
             if isinstance(c, WeightConverter)
             else c
@@ -174,199 +156,6 @@ def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Ten
     return out
 
 
-class _PlaceRows(ConversionOps):
-    """Fills FP8 parameters by their layout; every other parameter goes through transformers' own operations.
-
-    transformers stacks, then concatenates, which peaks at two copies of a layer's experts; placing rows peaks at one.
-    """
-
-    supports_many_to_many = True
-
-    def __init__(self, plans: Mapping[str, QuantizedParameter], operations: list[ConversionOps]):
-        self.plans, self.operations = plans, operations
-        self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PlaceRows:
-        return _PlaceRows(self.plans, copy.deepcopy(self.operations, memo))
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
-        if any(name in self.plans for name in targets.values()):
-            return {
-                pattern: self._place(self.plans[name], input_dict, source_patterns) for pattern, name in targets.items()
-            }
-        for operation in self.operations:
-            input_dict = operation.convert(
-                input_dict, source_patterns=source_patterns, target_patterns=target_patterns,
-                full_layer_name=full_layer_name, **kwargs,
-            )  # fmt: skip
-        return input_dict
-
-    @staticmethod
-    def _place(info: QuantizedParameter, collected: dict[str, Any], source_patterns: list[str]) -> Tensor:
-        tensors = [t for pattern in source_patterns if pattern in collected for t in _as_list(collected[pattern])]
-        return info.layout.weight(dict(zip(info.layout.sources, tensors, strict=True)))
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Chain([op.reverse_op for op in reversed(self.operations)])
-
-
-class _Chain(ConversionOps):
-    """Operations run one after the other: how `_PlaceRows` undoes those it wraps."""
-
-    def __init__(self, operations: list[ConversionOps]):
-        self.operations = operations
-        self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        for operation in self.operations:
-            input_dict = operation.convert(input_dict, **kwargs)
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Chain([op.reverse_op for op in reversed(self.operations)])
-
-
-def _layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """For each parameter of the model that the checkpoint holds in FP8: what its rows come from."""
-    conversions = get_model_conversion_mapping(model)
-    conversions += _per_expert_conversions(model, conversions)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    arrivals: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
-    for name in sorted(tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
-        if target not in declared and name in declared:
-            target, pattern = name, None
-        if target in declared:
-            arrivals[target].append((name, pattern))
-    layouts: dict[str, Layout] = {}
-    traced: dict[Any, dict[str, Layout]] = {}
-    for target, sources in arrivals.items():
-        if declared[target].is_floating_point():
-            for name, _ in sources:
-                ckpt.check_weight(tensors[name])
-        pattern = sources[0][1]
-        fp8 = [tensors[name].dtype == ckpt.FP8_DTYPE for name, _ in sources]
-        if not any(fp8):
-            if pattern is not None:  # transformers' own error would name nothing
-                empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
-                _convert(model, by_pattern[pattern], target, sources, tensors, empty)
-            continue
-        if not all(fp8):
-            raise CheckpointError(
-                f"{tensors[sources[fp8.index(False)][0]]} is not FP8, but {tensors[sources[fp8.index(True)][0]]} is, and "
-                f"both are part of {target}. Quantize all of them, or none."
-            )
-        if pattern is None:
-            info = tensors[sources[0][0]]
-            if len(info.shape) < 2 or info.shape != tuple(declared[target].shape):
-                raise CheckpointError(f"{info}: the model declares {target} as {list(declared[target].shape)}.")
-            layouts[target] = identity(info.name, info.shape)
-            continue
-        layouts |= _trace_converter(model, by_pattern[pattern], target, sources, tensors, declared, traced)
-    return layouts
-
-
-def _trace_converter(
-    model: Any,
-    converter: WeightConverter,
-    target: str,
-    sources: list[tuple[str, str | None]],
-    tensors: ckpt.Checkpoint,
-    declared: Mapping[str, Tensor],
-    traced: dict[Any, dict[str, Layout]],
-) -> dict[str, Layout]:
-    """Layouts of what one converter makes for one layer. Layers of equal shapes are traced once."""
-    # the order in which `_PlaceRows` will see them
-    order = [name for pattern in converter.source_patterns for name, p in sources if p == pattern]
-    shapes = {name: tensors[name].shape for name in order}
-    targets = {p: target.replace(converter.target_patterns[0], p) for p in converter.target_patterns}
-    wanted = {name: tuple(declared[name].shape) for name in targets.values() if name in declared}
-    key = (id(converter), tuple(shapes.values()), tuple(p for _, p in sources), tuple(wanted.values()))
-    if key in traced:
-        first = traced[key]
-        return {n: _renamed(layout, order) for n, layout in zip(wanted, first.values(), strict=True)}
-
-    def convert(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _convert(model, converter, target, sources, tensors, numbers)
-
-    result = trace(shapes, wanted, convert)
-    traced[key] = {name: result[name] for name in wanted}
-    return traced[key]
-
-
-def _convert(
-    model: Any,
-    converter: WeightConverter,
-    target: str,
-    sources: list[tuple[str, str | None]],
-    tensors: ckpt.Checkpoint,
-    values: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """What a converter of transformers makes of `values`, by parameter name.
-
-    Raises:
-        CheckpointError: it cannot, naming the tensor whose shape is unlike the others'.
-    """
-    probe = copy.deepcopy(converter)
-    for name, pattern in sources:
-        probe.add_tensor(target, name, pattern, values[name])
-    try:
-        return {k: _as_list(v)[0] for k, v in probe.convert(target, model=model, config=model.config).items()}
-    except Exception as error:  # an operation of transformers met shapes it does not expect
-        alike = Counter((pattern, tensors[name].shape) for name, pattern in sources)
-        odd = min(sources, key=lambda source: alike[source[1], tensors[source[0]].shape])[0]
-        raise CheckpointError(
-            f"{target}: its checkpoint tensors, such as {tensors[odd]}, cannot be merged into it ({error}). "
-            "A tensor is missing or has another shape than the config says."
-        ) from error
-
-
-def _renamed(layout: Layout, order: list[str]) -> Layout:
-    """The same layout for the tensors of another layer, given in the same order."""
-    names = dict(zip(layout.sources, order, strict=True))
-    placements = tuple(type(p)(names[p.source], p.index, p.start, p.step, p.rows) for p in layout.placements)
-    return Layout(layout.shape, layout.transposed, placements)
-
-
-def _per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> list[WeightConverter]:
-    """Conversions for checkpoints with one Linear per expert, where transformers only knows experts merged or as w1/w2/w3.
-
-    llm-compressor turns every MoE into per-expert `gate_proj`, `up_proj` and `down_proj` before it quantizes.
-    """
-    known = {s for c in conversions if isinstance(c, WeightConverter) for s in c.source_patterns}
-    if any(s.replace("\\", "").endswith("experts.*.gate_proj.weight") for s in known):
-        return []
-    experts = next((m for m in model.modules() if isinstance(getattr(m, "gate_up_proj", None), nn.Parameter)), None)
-    if experts is None or experts.gate_up_proj.dim() != 3:
-        return []
-    interleave: list[ConversionOps] = (
-        [] if getattr(experts, "is_concatenated", True) else [Interleave(dim=1, inverse=True)]
-    )
-    transpose: list[ConversionOps] = [Transpose(1, 2)] if getattr(experts, "is_transposed", False) else []
-    merge: list[ConversionOps] = [MergeModulelist(dim=0), Concatenate(dim=1), *interleave]
-    gate, up, down = (r"experts.*.gate_proj", r"experts.*.up_proj", r"experts.*.down_proj")
-    out = [
-        WeightConverter([f"{gate}.weight", f"{up}.weight"], "experts.gate_up_proj", [*merge, *transpose]),
-        WeightConverter(f"{down}.weight", "experts.down_proj", [MergeModulelist(dim=0), *transpose]),
-    ]
-    if getattr(experts, "has_bias", False) or hasattr(experts, "gate_up_proj_bias"):
-        out.append(WeightConverter([f"{gate}.bias", f"{up}.bias"], "experts.gate_up_proj_bias", merge))
-        out.append(WeightConverter(f"{down}.bias", "experts.down_proj_bias", [MergeModulelist(dim=0)]))
-    return out
-
-
 def _refuse_other_formats(tensors: ckpt.Checkpoint, schemes: Schemes) -> None:
     """INT4 and other packed formats, INT8, and MXFP8, whose weights are float8 but whose scales are exponents."""
     found: dict[str, ckpt.TensorInfo] = {}
@@ -385,7 +174,3 @@ def _refuse_other_formats(tensors: ckpt.Checkpoint, schemes: Schemes) -> None:
             f"{next(iter(found.values()))}{more}: quantized in another format than FP8, {' and '.join(groups)}; only "
             "float8_e4m3fn weights with float scales are supported. Load the checkpoint with transformers."
         )
-
-
-def _as_list(value: Any) -> list[Tensor]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
