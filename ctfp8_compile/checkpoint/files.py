@@ -145,6 +145,12 @@ def check_weight(info: TensorInfo) -> None:
         )
 
 
+def check_dtype(info: TensorInfo, dtype: torch.dtype) -> None:
+    """Refuses another dtype than the model declares, where a cast could change what is counted or chosen."""
+    if info.dtype != _DTYPE_NAMES.get(dtype, str(dtype)):
+        raise CheckpointError(f"{info}: the module declares {str(dtype).removeprefix('torch.')}.")
+
+
 def scale_name(weight_name: str) -> str:
     """Checkpoint name of the scale of a weight: `….weight` → `….weight_scale`."""
     return weight_name + "_scale"
@@ -172,7 +178,7 @@ def check_scale(checkpoint: Checkpoint, weight: TensorInfo, scheme: Scheme) -> N
     lead, (rows, cols) = weight.shape[:-2], weight.shape[-2:]
     allowed = [(*lead, *shape) for shape in scheme.scale_shapes(rows, cols)]
     if lead and scheme.strategy == "tensor":
-        allowed += [(*lead, 1, 1), lead]
+        allowed += [(*lead, 1, 1), lead, *((1,) * dims for dims in range(len(weight.shape) + 1))]
     if scale.shape not in allowed:
         raise CheckpointError(
             f"{scale}: does not fit {weight.name} {list(weight.shape)} with {scheme}; "

@@ -77,7 +77,7 @@ def backend(
 
 
 def _leaving_files_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The weights are arguments of the compiled graph: at its first call they leave the checkpoint's mapped files."""
+    """The weights are among the graph's arguments: at its first call they, and no input, leave the checkpoint's files."""
     called = False
 
     def call(*args: Any) -> Any:

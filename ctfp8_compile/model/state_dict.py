@@ -24,7 +24,8 @@ def load_state_dict(
     Args:
         module: its parameters may be on the meta device; names are those of the state dict. A parameter `p` that the
             state dict holds in float8_e4m3fn needs `p_scale` beside it (`weight` → `weight_scale`).
-        state_dict: FP8 weights, scales, and everything else the module has.
+        state_dict: FP8 weights, scales, and everything else the module has. FP8 weights, which nothing can write to, stay
+            where they are; everything else is copied.
         quantization_config: as in a compressed-tensors checkpoint's `config.json`.
 
     Returns:
@@ -38,6 +39,7 @@ def load_state_dict(
     schemes = Schemes(quantization_config)
     tensors = ckpt.InMemory(state_dict)
     own = module.state_dict()
+    buffers = {name for name, _ in module.named_buffers()}
     plans: dict[str, QuantizedParameter] = {}
     used: set[str] = set()
     for name, parameter in own.items():
@@ -46,8 +48,15 @@ def load_state_dict(
         used.add(name)
         if tuple(parameter.shape) != tensors[name].shape:
             raise CheckpointError(f"{tensors[name]}: the module declares {list(parameter.shape)}.")
+        if not parameter.is_floating_point():
+            ckpt.check_dtype(tensors[name], parameter.dtype)  # counters, masks, indices
+            continue
         ckpt.check_weight(tensors[name])
         if tensors[name].dtype == ckpt.FP8_DTYPE:
+            if len(tensors[name].shape) < 2 or name in buffers:
+                raise CheckpointError(
+                    f"{tensors[name]}: FP8 in the file, but the module has no weight matrix of this name."
+                )
             plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype)
             used |= {ckpt.scale_name(name), ckpt.input_scale_name(name)}
     if extra := sorted(set(tensors) - used):
@@ -59,12 +68,12 @@ def load_state_dict(
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         value = state_dict[name].detach()
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = value.to(own[name].dtype)
+        if name not in plans:
+            value = value.to(own[name].dtype, copy=True)
+        if name in buffers:
+            owner._buffers[leaf] = value
             continue
-        owner._parameters[leaf] = nn.Parameter(
-            value if name in plans else value.to(own[name].dtype), requires_grad=False
-        )
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         if name in plans:
             attach(owner, leaf, plans[name], *scales[name])
     protect(module)

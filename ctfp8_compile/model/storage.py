@@ -11,13 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+#: Parameters of the models that were loaded here. Nothing else is ever moved: a tensor that a user passes in may share its
+#: memory with an array of theirs, and is to be read, and written, where it lies.
+_ours: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def leave_files(tensors: Iterable[Any]) -> None:
-    """Gives every CPU tensor among them whose memory is not its own, such as a view of a mapped file, a copy of it."""
+    """Gives every CPU parameter of ours among them whose memory is not its own, such as a mapped file, a copy of it."""
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
-            tensor.data = tensor.data.clone()
+        ours = isinstance(tensor, Tensor) and tensor in _ours and tensor.device.type == "cpu"
+        if ours and not tensor.untyped_storage().resizable():
+            tensor.data = _copy(tensor.data)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """With the strides it had, which compiled code relies on."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
 
 
 class LeaveFiles:
@@ -25,6 +36,8 @@ class LeaveFiles:
 
     def __init__(self, model: nn.Module):
         self.waiting = list(model.parameters())
+        for parameter in self.waiting:
+            _ours[parameter] = None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and self.waiting:

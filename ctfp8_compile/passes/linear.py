@@ -8,10 +8,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..graph import trace_weight, value
 from .rule import Match, Rule
@@ -38,8 +40,8 @@ class MatmulRule(Rule):
 
     def pattern(self, node: fx.Node) -> Match | None:
         bias, (x, w) = (node.args[0], node.args[1:]) if node.target is aten.addmm.default else (None, node.args)
-        if bias is not None and (node.kwargs or value(bias).dim() != 1):
-            return None  # a scaled or full addend is not a bias
+        if bias is not None and node.kwargs:
+            return None  # a scaled addend is not a bias
         return _linear(node, x, w, bias, transposed=True)
 
 
@@ -61,4 +63,14 @@ def _linear(node: fx.Node, x: Any, w: Any, bias: Any, transposed: bool) -> Match
         return None
     if value(weight.marker).dim() - (weight.matrix is not None) != 2:
         return None
+    rows = value(weight.marker).shape[-2]
+    if not _same_shape(value(node).shape, (*value(x).shape[:-1], rows)):
+        return None  # the weight's batch dimensions are part of the result
+    if bias is not None and not _same_shape(value(bias).shape, (rows,)):
+        return None  # an addend that is itself broadcast
     return Match(node, "linear", x, weight, bias)
+
+
+def _same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether they are known to be equal; nothing is assumed about sizes that vary."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))

@@ -50,7 +50,9 @@ def _both_ways(module, *args, dynamic=None):
     compiled = ctfp8.compiled_reports()[-1]
     program = ctfp8.lower(module, args)
     assert not any(is_marker(n) for n in program.graph.nodes)
-    assert not want.numel() or relative_error(program.module()(*args), want) < 0.01
+    got = program.module()(*args)
+    assert got.shape == want.shape
+    assert not want.numel() or relative_error(got, want) < 0.01
     return compiled, ctfp8.explain(module, args)
 
 
@@ -107,6 +109,38 @@ def test_a_use_no_rule_knows_stays_right_and_is_explained():
         assert not report.rewritten
         assert [e.name for e in report.kept] == ["a.weight"]
         assert "no rule knows this use of a weight: aten.sum" in report.kept[0].reason
+
+
+BROADCAST = {
+    "unsqueezed": (lambda a, x: x @ a.weight.t().unsqueeze(0), (4, 32)),
+    "unsqueezed twice": (lambda a, x: x @ a.weight.t()[None, None], (4, 32)),
+    "expanded": (lambda a, x: x @ a.weight.t().expand(3, 32, 16), (4, 32)),
+    "expanded, one row": (lambda a, x: x @ a.weight.t().expand(3, 32, 16), (32,)),
+    "expanded over more than x": (lambda a, x: x @ a.weight.t().expand(3, 2, 32, 16), (2, 4, 32)),
+    "expanded over a dimension of one": (lambda a, x: x @ a.weight.t().expand(3, 32, 16), (1, 4, 32)),
+    "expanded as x is": (lambda a, x: x @ a.weight.t().expand(3, 32, 16), (3, 4, 32)),
+    "bmm": (lambda a, x: torch.bmm(x, a.weight.t().expand(3, 32, 16)), (3, 4, 32)),
+}
+
+
+@pytest.mark.parametrize("form", BROADCAST)
+def test_a_weight_broadcast_over_batches_gives_all_of_them(form):
+    run, shape = BROADCAST[form]
+    _both_ways(_loaded(Linears(run, bias=False)), torch.randn(shape, dtype=T))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 16), (4, 16), (4, 1), (1, 1), ()])
+@pytest.mark.parametrize("op", ["linear", "addmm"])
+def test_a_bias_of_any_shape_that_broadcasts(op, shape):
+    class Biased(Linears):
+        def __init__(self):
+            super().__init__(None)
+            self.b = nn.Parameter(torch.zeros(shape, dtype=T))
+
+        def forward(self, x):
+            return F.linear(x, self.a.weight, self.b) if op == "linear" else torch.addmm(self.b, x, self.a.weight.t())
+
+    _both_ways(_loaded(Biased()), torch.randn(4, 32, dtype=T))
 
 
 def test_a_full_addend_is_not_a_bias():
