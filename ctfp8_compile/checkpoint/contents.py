@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import SchemeError
 from .files import FP8_DTYPE, Checkpoint, TensorInfo, check_config_file, checkpoint_files
+from .formats import config_of_folder
 from .scheme import Schemes
 
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I16": 16}
@@ -37,10 +38,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint by kinds of tensors; sizes are in bytes. `bf16_bytes` is what the model takes when decompressed."""
+    """A checkpoint by kinds of tensors; sizes are in bytes.
+
+    Attributes:
+        dialect: the `quant_method` of its config.
+        bf16_bytes: what the model takes when decompressed.
+    """
 
     model: str
     files: int
+    dialect: str
     schemes: str
     rows: tuple[Row, ...]
     fp8_bytes: int
@@ -63,8 +70,11 @@ def look(folder: Path) -> Contents:
     files = checkpoint_files(folder)
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
-    schemes = Schemes(config["quantization_config"])
-    tensors = Checkpoint(files)
+    quantization = config_of_folder(folder)
+    if quantization is None:
+        raise SchemeError(f"{folder}: its config.json has no quantization_config, so it is not a quantized checkpoint.")
+    schemes = Schemes(quantization)
+    tensors = Checkpoint(files, schemes.dialect.suffixes)
     counts: Counter[tuple[str, tuple[int, ...], str, str]] = Counter()
     fp8 = scales = other = bf16 = 0
     for name, info in tensors.items():
@@ -76,7 +86,7 @@ def look(folder: Path) -> Contents:
             continue
         else:
             other, bf16 = other + size, bf16 + size
-        counts[re.sub(r"\d+", "*", name), info.shape, info.dtype, _what(name, info, schemes)] += 1
+        counts[re.sub(r"\d+", "*", info.name), info.shape, info.dtype, _what(name, info, schemes)] += 1
     rows = [
         Row(name, n, shape, dtype, n * math.prod(shape) * _BITS.get(dtype, 8) // 8, dtype == FP8_DTYPE, what)
         for (name, shape, dtype, what), n in counts.items()
@@ -86,6 +96,7 @@ def look(folder: Path) -> Contents:
     return Contents(
         model=", ".join(config.get("architectures") or [config.get("model_type", "unknown model")]),
         files=len(files),
+        dialect=schemes.dialect.name,
         schemes="; ".join(described) or "no FP8 weights",
         rows=tuple(rows),
         fp8_bytes=fp8,

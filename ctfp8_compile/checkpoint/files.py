@@ -11,22 +11,26 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, SchemeError
+from .formats import Suffixes, canonical_names
 from .scheme import Scheme
 
 FP8_DTYPE = "F8_E4M3"
 SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+#: Of scales that are powers of two: a byte e stands for 2^(e - 127), 255 for NaN.
+EXPONENT_DTYPES = {"U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as a safetensors header describes it: `dtype` is the format's own name, such as `F8_E4M3`."""
+    """One tensor as a safetensors header describes it: `name` is the file's, `dtype` the format's, such as `F8_E4M3`."""
 
     name: str
     file: Path
@@ -40,11 +44,14 @@ class TensorInfo:
 class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a checkpoint by name, from the headers of its files.
 
+    Args:
+        suffixes: how names of a dialect end, and how they end here (`formats.canonical_names`).
+
     Raises:
         CheckpointError: a file cannot be opened, or two files hold a tensor of the same name.
     """
 
-    def __init__(self, files: Iterable[str | Path]):
+    def __init__(self, files: Iterable[str | Path], suffixes: Suffixes = MappingProxyType({})):
         self._tensors: dict[str, TensorInfo] = {}
         self._open_files: dict[Path, safe_open] = {}
         for file in map(Path, files):
@@ -58,6 +65,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
                         "the checkpoint was merged from two. Save it again."
                     )
                 self._tensors[name] = info
+        self._spell(suffixes)
+
+    def _spell(self, suffixes: Suffixes) -> None:
+        if suffixes:
+            self._tensors = {ours: self._tensors[name] for ours, name in canonical_names(self, suffixes).items()}
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -70,24 +82,27 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Reads some (small) tensors."""
-        return {name: self._open_files[self[name].file].get_tensor(name) for name in names}
+        return {name: self._open_files[self[name].file].get_tensor(self[name].name) for name in names}
 
 
 class InMemory(Checkpoint):
     """The same view of a state dict."""
 
-    def __init__(self, state_dict: Mapping[str, Tensor]):
+    def __init__(self, state_dict: Mapping[str, Tensor], suffixes: Suffixes = MappingProxyType({})):
         self._state = state_dict
         self._tensors = {
             name: TensorInfo(name, Path("state dict"), _DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape))
             for name, t in state_dict.items()
         }
+        self._spell(suffixes)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._state[name] for name in names}
+        return {name: self._state[self[name].name] for name in names}
 
 
-_DTYPE_NAMES = {torch.float8_e4m3fn: FP8_DTYPE, torch.float8_e5m2: "F8_E5M2"} | {v: k for k, v in SCALE_DTYPES.items()}
+_DTYPE_NAMES = {torch.float8_e4m3fn: FP8_DTYPE, torch.float8_e5m2: "F8_E5M2"} | {
+    dtype: name for name, dtype in (SCALE_DTYPES | EXPONENT_DTYPES).items()
+}
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -152,13 +167,14 @@ def check_dtype(info: TensorInfo, dtype: torch.dtype) -> None:
 
 
 def scale_name(weight_name: str) -> str:
-    """Checkpoint name of the scale of a weight: `….weight` → `….weight_scale`."""
+    """Name of the scale of a weight: `….weight` → `….weight_scale`."""
     return weight_name + "_scale"
 
 
 def input_scale_name(weight_name: str) -> str:
-    """Checkpoint name of the static activation scale: `….weight` → `….input_scale`."""
-    return weight_name.removesuffix("weight") + "input_scale"
+    """Name of the static activation scale: `….weight` → `….input_scale`, `….gate_up_proj` → `….gate_up_proj_input_scale`."""
+    module, _, leaf = weight_name.rpartition(".")
+    return f"{module}." * bool(module) + ("input_scale" if leaf == "weight" else f"{leaf}_input_scale")
 
 
 def check_scale(checkpoint: Checkpoint, weight: TensorInfo, scheme: Scheme) -> None:
@@ -173,12 +189,17 @@ def check_scale(checkpoint: Checkpoint, weight: TensorInfo, scheme: Scheme) -> N
             f"{weight}: FP8 weight without a scale; {name} is not in the checkpoint. Quantize it again."
         )
     scale = checkpoint[name]
-    if scale.dtype not in SCALE_DTYPES:
-        raise CheckpointError(f"{scale}: a scale must be float32, bfloat16 or float16 (U8 would be an MX format).")
+    if scale.dtype not in (SCALE_DTYPES | EXPONENT_DTYPES if scheme.exponents else SCALE_DTYPES):
+        raise CheckpointError(
+            f"{scale}: a scale must be float32, bfloat16 or float16; bytes (U8, F8_E8M0), which stand for powers of two, "
+            "only where the config says so (scale_dtype torch.uint8, scale_fmt ue8m0)."
+        )
     lead, (rows, cols) = weight.shape[:-2], weight.shape[-2:]
     allowed = [(*lead, *shape) for shape in scheme.scale_shapes(rows, cols)]
     if lead and scheme.strategy == "tensor":
         allowed += [(*lead, 1, 1), lead, *((1,) * dims for dims in range(len(weight.shape) + 1))]
+    if scheme.strategy == "block":  # as ModelOpt writes them
+        allowed += [(*s[:-1], 1, s[-1], 1) for s in allowed]
     if scale.shape not in allowed:
         raise CheckpointError(
             f"{scale}: does not fit {weight.name} {list(weight.shape)} with {scheme}; "
@@ -189,7 +210,7 @@ def check_scale(checkpoint: Checkpoint, weight: TensorInfo, scheme: Scheme) -> N
         if name not in checkpoint:
             raise CheckpointError(f"{weight}: its scheme has a static activation scale, but {name} is missing.")
         scale = checkpoint[name]
-        if scale.dtype not in SCALE_DTYPES or scale.shape not in ((1,), (), (1, 1)):
+        if scale.dtype not in SCALE_DTYPES or scale.shape not in ((1,), (), (1, 1), *([lead] if lead else [])):
             raise CheckpointError(f"{scale}: a static input_scale must be one float32, bfloat16 or float16 number.")
 
 
@@ -226,15 +247,35 @@ _PARAMETERS = frozenset(
 _CACHE_SCALE = re.compile(r"\.([kvq]_scale|[kvq]_zero_point|[kv]_proj\.output_scale)$")
 
 
+def decode_scale(stored: Tensor) -> Tensor:
+    """The float32 values of a scale in any dtype a file may have; a byte e is 2^(e - 127)."""
+    return stored.view(torch.float8_e8m0fnu).float() if stored.dtype == torch.uint8 else stored.float()
+
+
+def encode_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of `decode_scale`: exact for what came from there."""
+    values = decode_scale(scale)
+    return values.to(torch.float8_e8m0fnu).view(torch.uint8) if dtype == torch.uint8 else values.to(dtype)
+
+
+#: A model has no tensor all of whose scales are larger: weights at the end of the codes' range would be above 7000.
+_LARGEST_SCALE = 16
+
+
 def check_scale_values(info: TensorInfo, scale: Tensor) -> None:
-    """Refuses scales that are NaN, infinite, zero or negative."""
-    values = scale.float()
+    """Refuses scales that are NaN, infinite, zero or negative, or reciprocals of scales."""
+    values = decode_scale(scale)
     bad = ~(torch.isfinite(values) & (values > 0))
     if bad.any():
         first = tuple(int(i) for i in bad.nonzero()[0]) if bad.dim() else ()
         raise CheckpointError(
             f"{info}: scale {values[first].item()} at index {list(first)}; scales must be finite and positive. "
             "The file is damaged or the calibration failed; quantize it again."
+        )
+    if values.numel() and (smallest := float(values.min())) > _LARGEST_SCALE:
+        raise CheckpointError(
+            f"{info}: scales from {smallest:g} on, so weights of up to {448 * smallest:g}: these look like the reciprocals "
+            "of scales. A weight is its code times its scale; write 1 / scale instead."
         )
 
 

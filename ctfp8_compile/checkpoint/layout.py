@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SchemeError
+from .files import encode_scale
 from .scheme import Scheme
 
 
@@ -83,7 +84,7 @@ class Layout:
         return out
 
     def scale(self, sources: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
-        """The scales of the stored parameter, float32 `[..., ceil(N / block[0]), ceil(K / block[1])]`.
+        """The scales of the stored parameter, `[..., ceil(N / block[0]), ceil(K / block[1])]` in `scheme.scale_dtype`.
 
         Args:
             sources: by *weight* name, the scale tensors as the checkpoint stores them.
@@ -91,10 +92,10 @@ class Layout:
         rows = self.block(scheme)[0]
         height = math.ceil(self.shape[-2] / rows)
         width = math.ceil(self.shape[-1] / self.block(scheme)[1])
-        out = torch.empty((*self.shape[:-2], height, width), dtype=torch.float32)
+        out = torch.empty((*self.shape[:-2], height, width), dtype=scheme.scale_dtype)
         flat = out.view(-1, width)
         for p in self.placements:
-            blocks = _matrix_scale(sources[p.source], p, scheme).to(torch.float32)
+            blocks = encode_scale(_matrix_scale(sources[p.source], p, scheme), scheme.scale_dtype)
             # first row of each of our blocks → the block of the source that holds it
             chosen = torch.arange(0, p.rows, rows) // (scheme.block[0] or p.rows)
             flat[self._blocks(p, rows)] = blocks[chosen]
@@ -209,4 +210,4 @@ def _matrix_scale(scale: Tensor, p: Placement, scheme: Scheme) -> Tensor:
         scale = scale[p.index] if scale.numel() > 1 else scale
     if scheme.strategy in ("tensor", "channel"):
         return scale.reshape(-1, 1)
-    return scale
+    return scale.reshape(scale.shape[0], -1)  # ModelOpt's are [row blocks, 1, column blocks, 1]

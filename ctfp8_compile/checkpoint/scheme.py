@@ -19,10 +19,14 @@ from compressed_tensors.utils.match import is_match, match_targets
 from pydantic import ValidationError
 
 from ..errors import SchemeError
+from .formats import read_dialect
 
 #: Activation schemes: not quantized; one dynamic scale per token; one static scale per tensor (`input_scale`);
-#: one dynamic scale per tensor; one dynamic scale per token and group of 128 columns.
-ACTIVATIONS = ("none", "token", "tensor", "tensor_dynamic", "group")
+#: one dynamic scale per tensor; one dynamic scale per token and group of 128 columns; one that is a power of two per token
+#: and group of 32 columns. `token<=1200.0` is `token` with a bound: larger values are taken for it.
+ACTIVATIONS = ("none", "token", "tensor", "tensor_dynamic", "group", "mx")
+
+MX_BLOCK = (1, 32)
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,18 @@ class Scheme:
         block: rows and columns of the weight that share one scale; 0 stands for "all of them".
             tensor `(0, 0)`, channel `(1, 0)`, group of 64 columns `(1, 64)`, block `(128, 128)`.
         activation: one of `ACTIVATIONS`.
+        exponents: scales are powers of two, and may be stored as bytes.
     """
 
     strategy: str
     block: tuple[int, int]
     activation: str
+    exponents: bool = False
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are kept in: bytes where there are so many of them that it matters (MXFP8: one for 32 weights)."""
+        return torch.uint8 if self.exponents and self.block == MX_BLOCK else torch.float32
 
     def scale_shapes(self, rows: int, cols: int) -> tuple[tuple[int, ...], ...]:
         """Shapes in which a checkpoint may store the scale of a `[rows, cols]` weight; the first is the usual one."""
@@ -50,26 +61,25 @@ class Scheme:
 
     def __str__(self) -> str:
         size = f" {self.block[0]}x{self.block[1]}" if self.strategy in ("block", "group") else ""
-        return f"{self.strategy}{size} weights, {self.activation} activations"
+        return f"{self.strategy}{size}{' power-of-two' * self.exponents} weights, {self.activation} activations"
 
 
 class Schemes:
     """The schemes of a checkpoint, by module name.
 
     Args:
-        quantization_config: the dict under `quantization_config` in a checkpoint's `config.json`.
+        quantization_config: the dict under `quantization_config` in a checkpoint's `config.json`, of any dialect.
+
+    Attributes:
+        dialect: how the checkpoint spells its config and its tensors' names.
 
     Raises:
-        SchemeError: another method than compressed-tensors, or a config its own classes refuse.
+        SchemeError: a method we do not know, or a config its own classes refuse.
     """
 
     def __init__(self, quantization_config: Mapping[str, Any]):
-        method = quantization_config.get("quant_method", "compressed-tensors")
-        if method != "compressed-tensors":
-            raise SchemeError(
-                f"quantization_config says quant_method={method!r}; only 'compressed-tensors' checkpoints are read here. "
-                "Load it with transformers' own from_pretrained."
-            )
+        self.dialect = read_dialect(quantization_config)
+        quantization_config = self.dialect.config
         known = {k: v for k, v in quantization_config.items() if k in QuantizationConfig.model_fields}
         try:
             self.config = QuantizationConfig.model_validate(known)
@@ -136,7 +146,7 @@ class Schemes:
             return None
         if group not in self._schemes:
             try:
-                self._schemes[group] = _reduce(self.config.config_groups[group])
+                self._schemes[group] = _reduce(self.config.config_groups[group], self.dialect.bound)
             except SchemeError as error:
                 raise SchemeError(f"{module_name} (group {group!r} of quantization_config): {error}") from None
         return self._schemes[group]
@@ -145,7 +155,7 @@ class Schemes:
 _LINEAR = torch.nn.Linear(1, 1, device="meta")
 
 
-def _reduce(scheme: QuantizationScheme) -> Scheme:
+def _reduce(scheme: QuantizationScheme, bound: float | None) -> Scheme:
     weights = scheme.weights
     if weights is None or not _is_fp8(weights):
         raise SchemeError(f"its weights are not FP8 ({_describe(weights)}), but the file holds float8_e4m3fn")
@@ -164,7 +174,10 @@ def _reduce(scheme: QuantizationScheme) -> Scheme:
         block = (int(weights.block_structure[0]), int(weights.block_structure[1]))
     else:
         raise SchemeError(f"weight strategy {strategy!r} is not supported; known are tensor, channel, group and block")
-    return Scheme(strategy, block, _activation(scheme.input_activations))
+    activation = _activation(scheme.input_activations)
+    if bound is not None and activation == "token":
+        activation = f"token<={bound}"
+    return Scheme(strategy, block, activation, weights.scale_dtype == torch.uint8)
 
 
 def _activation(args: QuantizationArgs | None) -> str:
@@ -177,8 +190,10 @@ def _activation(args: QuantizationArgs | None) -> str:
         return "tensor" if dynamic is False else "tensor_dynamic"
     if strategy == "token" and dynamic is True:
         return "token"
-    if strategy == "group" and dynamic is True and args.group_size == 128:
+    if strategy == "group" and dynamic is True and args.group_size == 128 and args.scale_dtype != torch.uint8:
         return "group"
+    if strategy == "group" and dynamic is True and args.group_size == 32 and args.scale_dtype == torch.uint8:
+        return "mx"
     raise SchemeError(
         f"activation strategy {strategy!r} with dynamic={dynamic}, group_size={args.group_size} is unknown"
     )

@@ -105,7 +105,8 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
         print(json.dumps(found.to_dict()))
         return
     out.print(
-        f"[bold]{_escape(found.model)}[/], {found.files} file{'s' * (found.files != 1)}; {_escape(found.schemes)}"
+        f"[bold]{_escape(found.model)}[/], {found.files} file{'s' * (found.files != 1)}; "
+        f"{found.dialect}: {_escape(found.schemes)}"
     )
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("number", "shape", "dtype", "size", "tensors"):

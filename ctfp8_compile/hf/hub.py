@@ -9,8 +9,10 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils.hub import cached_file
 
 from ..checkpoint import files as ckpt
+from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, SchemeError, UsageError
@@ -18,7 +20,7 @@ from ..model.freeze import dequantize_, protect
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
 from ..ops import FP8
-from .quantizer import METHOD, Config, Quantizer
+from .quantizer import Config, Quantizer
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                   "trust_remote_code", "code_revision")  # fmt: skip
@@ -30,7 +32,7 @@ def from_pretrained(
     dequantize: bool = False,
     **transformers_kwargs: Any,
 ) -> Any:
-    """Loads a compressed-tensors FP8 checkpoint with its weights, MoE experts included, left in float8_e4m3fn.
+    """Loads an FP8 checkpoint (compressed-tensors, fp8, fbgemm_fp8, modelopt) with its weights, MoE experts included, left in float8_e4m3fn.
 
     Args:
         path_or_id: a checkpoint folder or a hub id.
@@ -44,7 +46,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: a file is damaged or incomplete; names the tensor. Nothing is ever initialised at random.
-        SchemeError: the config is not compressed-tensors FP8, or does not cover an FP8 weight.
+        SchemeError: the config is of no FP8 dialect we know, or does not cover an FP8 weight.
     """
     if "quantization_config" in transformers_kwargs:
         raise SchemeError("quantization_config is read from the checkpoint; do not pass one.")
@@ -69,9 +71,9 @@ def from_pretrained(
 
 
 def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) -> None:
-    """Writes the model as a compressed-tensors checkpoint: names, shapes, dtypes and bits of the one it came from.
+    """Writes the model as the checkpoint it came from: its config, and names, shapes, dtypes and bits of its tensors.
 
-    `model.save_pretrained(folder)` does the same.
+    `model.save_pretrained(folder)` does the same, but for ModelOpt's `hf_quant_config.json`: it becomes part of `config.json`.
 
     Args:
         model: loaded by `from_pretrained` or prepared by `prepare`.
@@ -81,6 +83,9 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
     if source and Path(folder).resolve() == Path(source).resolve():
         raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
     model.save_pretrained(folder, **transformers_kwargs)
+    quantization = model.config.quantization_config
+    if isinstance(quantization, Config) and "quantization" in quantization.stored:  # read from ModelOpt's own file
+        write_side_file(Path(folder))
 
 
 def prepare(model: Any) -> Any:
@@ -99,7 +104,12 @@ def prepare(model: Any) -> Any:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
         raise UsageError("this model was not loaded from a quantized checkpoint. Use ctfp8.from_pretrained.")
-    quantizer = Quantizer(Config.from_dict({**(config if isinstance(config, dict) else config.to_dict())}))
+    quantizer = Quantizer(Config(config if isinstance(config, dict) else config.to_dict()))
+    if (dialect := quantizer.schemes.dialect.name) != "compressed-tensors":
+        raise UsageError(
+            f"transformers loads {dialect!r} checkpoints into modules of its own, or decompresses them. Load this one with "
+            "ctfp8.from_pretrained, which keeps the model's modules and its FP8 weights."
+        )
     weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
     _refuse_decompressed(model, quantizer.schemes, fp8)
@@ -141,14 +151,17 @@ def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]
 def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> PretrainedConfig:
     """The checkpoint's config with `quant_method` swapped for our private name; taken out of `kwargs` if given there."""
     config = kwargs.pop("config", None)
+    hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
     if config is None:
         if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
             ckpt.check_config_file(Path(path_or_id))
-        hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
         config = AutoConfig.from_pretrained(path_or_id, **hub)
     config = copy.deepcopy(config)
     holders = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
     found = False
+    if all(getattr(holder, "quantization_config", None) is None for holder in holders):
+        side_file = cached_file(path_or_id, SIDE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+        config.quantization_config = read_side_file(Path(side_file)) if side_file else None
     for holder in holders:
         quantization = getattr(holder, "quantization_config", None)
         if quantization is None:
@@ -156,11 +169,12 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> Pretraine
         if not isinstance(quantization, dict):
             quantization = quantization.to_dict()
         Schemes(quantization)  # says what is wrong with it, in our words
-        holder.quantization_config = {**quantization, "quant_method": METHOD}
+        holder.quantization_config = Config.of(quantization)
         found = True
     if not found:
         raise SchemeError(
-            f"{path_or_id}: its config.json has no quantization_config, so it is not a quantized checkpoint. "
+            f"{path_or_id}: its config.json has no quantization_config, and there is no {SIDE_FILE}, so it is not a quantized "
+            "checkpoint. "
             "Load it with transformers' own from_pretrained."
         )
     return config

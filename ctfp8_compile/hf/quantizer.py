@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationMethod
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.scheme import Schemes
@@ -31,12 +31,23 @@ METHOD = "ctfp8"  #: the private name under which transformers finds this quanti
 
 
 @register_quantization_config(METHOD)
-class Config(CompressedTensorsConfig):
-    """compressed-tensors' config under our name. What is saved says compressed-tensors again."""
+class Config(QuantizationConfigMixin):
+    """A checkpoint's quantization config, of any dialect, under our name. What is saved is the one that was read."""
 
-    def __init__(self, *args: Any, quant_method: str | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, stored: Mapping[str, Any], **kwargs: Any):
         self.quant_method = METHOD
+        self.stored = stored
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """What to put in a model's config so that transformers makes one of these of it."""
+        return {"quant_method": METHOD, "stored": dict(stored)}
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(dict(self.stored))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
 
 
 @register_quantizer(METHOD)
@@ -49,9 +60,9 @@ class Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Config, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        # from here on everybody, the saved config included, sees the stock method
-        quantization_config.quant_method = QuantizationMethod.COMPRESSED_TENSORS
-        self.schemes = Schemes(quantization_config.quantization_config.model_dump())
+        self.schemes = Schemes(quantization_config.stored)
+        # from here on everybody sees the stock method
+        quantization_config.quant_method = self.schemes.dialect.name
         self.plans: dict[str, QuantizedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.cache_scales: dict[str, Tensor] = {}
@@ -66,7 +77,7 @@ class Quantizer(HfQuantizer):
         return param.element_size()
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        tensors = ckpt.Checkpoint(checkpoint_files or ())
+        tensors = ckpt.Checkpoint(checkpoint_files or (), self.schemes.dialect.suffixes)
         _refuse_other_formats(tensors, self.schemes)
         declared = model.state_dict()
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
@@ -80,7 +91,8 @@ class Quantizer(HfQuantizer):
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
             model.all_tied_weights_keys.pop(target, None)  # the file has its own FP8 copy: not tied to a bf16 one
         # the scales were read above; the loader finds no place for them, which is as it should be
-        ours = {r"(^|[._])(weight_scale|input_scale)$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
+        endings = "|".join(map(re.escape, ("weight_scale", "input_scale", *self.schemes.dialect.suffixes)))
+        ours = {rf"(^|[._])({endings})$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
     def _set_cache_scales_aside(self, tensors: ckpt.Checkpoint) -> None:
@@ -149,22 +161,20 @@ def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Ten
         # a copy of its own: tensors that share memory cannot be saved
         out[source] = info.layout.split_weight(weight, source).clone()
         scale = info.layout.split_scale(dequantize.weight_scale, source, info.scheme, stored.shape)
-        out[ckpt.scale_name(source)] = scale.to(stored.dtype).clone()
+        out[stored.name] = ckpt.encode_scale(scale, stored.dtype).clone()
     for source, stored in info.input_scales.items():
-        value = dequantize.static_scale(source)
-        out[ckpt.input_scale_name(source)] = value.to(stored.dtype).reshape(stored.shape).clone()
+        out[stored.name] = dequantize.static_scale(source).clone()
     return out
 
 
 def _refuse_other_formats(tensors: ckpt.Checkpoint, schemes: Schemes) -> None:
-    """INT4 and other packed formats, INT8, and MXFP8, whose weights are float8 but whose scales are exponents."""
+    """INT4 and other packed formats, and INT8."""
     found: dict[str, ckpt.TensorInfo] = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
         if (
             leaf == "weight_packed"
             or (leaf == "weight" and info.dtype in ("I8", "U8"))
-            or (leaf == "weight_scale" and info.dtype == "U8")
         ):
             found[module] = info
     if found:

@@ -142,8 +142,9 @@ def _emit(graph: fx.Graph, kernel: ScaledKernel, problem: Problem, operands: Ope
 
 
 def _quantize(do: ops.Do, x: fx.Node, activation: str, input_scale: fx.Node | None) -> tuple[fx.Node, fx.Node]:
-    if activation == "token":
-        both = do(QUANTIZE[0], x)
+    kind, _, bound = activation.partition("<=")
+    if kind == "token":
+        both = do(QUANTIZE[0], x, *([float(bound)] if bound else []))
     elif activation == "group":
         both = do(QUANTIZE[1], x, 128)
     else:
@@ -173,7 +174,7 @@ def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
 
     with before(graph, node):
         if node.target is QUANTIZE[0]:
-            results = ops.quantize_per_token_steps(do, node.args[0])
+            results = ops.quantize_per_token_steps(do, *node.args)
         elif node.target is QUANTIZE[1]:
             results = ops.quantize_per_group_steps(do, node.args[0], value(node.args[0]).shape[1], node.args[1])
         else:

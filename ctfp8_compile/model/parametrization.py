@@ -5,6 +5,7 @@ The module's own code stays as it is. It asks for `self.weight` and gets the deq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,7 +28,7 @@ class Dequantize(nn.Module):
     """Parametrization of one FP8 parameter: float8_e4m3fn `[..., N, K]` in, `dtype` out.
 
     Buffers:
-        weight_scale: float32 `[..., ceil(N / block[0]), ceil(K / block[1])]`.
+        weight_scale: `[..., ceil(N / block[0]), ceil(K / block[1])]`, float32, or the bytes of powers of two (MXFP8).
         input_scale: float32, one per checkpoint tensor merged into this one: `[S]` for a linear, `[E, S]` for experts;
             None where activations are not static.
     """
@@ -49,16 +50,18 @@ class Dequantize(nn.Module):
         return out.transpose(-1, -2) if self.info.layout.transposed else out
 
     def static_scale(self, source: str) -> Tensor:
-        """The static activation scale of one checkpoint tensor: float32, no dimensions."""
+        """The static activation scales of one checkpoint tensor, as the file stored them."""
         assert self.input_scale is not None
         groups = self.input_scale.view(-1, self.input_scale.shape[-1])
         seen = [0] * groups.shape[0]
+        found = []
         for p in self.info.layout.placements:  # the order in which `read_scales` grouped them
             group = p.start // self.info.layout.shape[-2]
             if p.source == source:
-                return groups[group, seen[group]]
+                found.append(groups[group, seen[group]])
             seen[group] += 1
-        raise KeyError(source)
+        stored = self.info.input_scales[source]
+        return torch.stack(found[: math.prod(stored.shape)]).reshape(stored.shape).to(stored.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dequantize:
         # a cast of the model (autocast helpers, .float()) must not round the scales

@@ -17,8 +17,9 @@ from ..errors import SchemeError
 
 @dataclass(frozen=True)
 class StoredScale:
-    """How the file stored a scale, so that saving gives back the same bits."""
+    """How the file stored a scale, so that saving gives back the same bits under the same name."""
 
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -65,7 +66,8 @@ def plan(tensors: ckpt.Checkpoint, schemes: Schemes, layout: Layout, dtype: torc
             )
 
     def stored(name: str) -> StoredScale:
-        return StoredScale(ckpt.SCALE_DTYPES[tensors[name].dtype], tensors[name].shape)
+        info = tensors[name]
+        return StoredScale(info.name, (ckpt.SCALE_DTYPES | ckpt.EXPONENT_DTYPES)[info.dtype], info.shape)
 
     static = found[first].activation == "tensor"
     return QuantizedParameter(
@@ -78,7 +80,7 @@ def plan(tensors: ckpt.Checkpoint, schemes: Schemes, layout: Layout, dtype: torc
 
 
 def read_scales(tensors: ckpt.Checkpoint, info: QuantizedParameter) -> tuple[Tensor, Tensor | None]:
-    """Reads, checks and lays out the scales of one parameter: `(weight_scale, input_scale)`, float32.
+    """Reads, checks and lays out the scales of one parameter: `(weight_scale, input_scale)`; the latter is float32.
 
     Raises:
         CheckpointError: a scale is NaN, infinite, zero or negative.
@@ -93,5 +95,6 @@ def read_scales(tensors: ckpt.Checkpoint, info: QuantizedParameter) -> tuple[Ten
     # one value per matrix, grouped by the expert it went to: [S] for a linear, [E, S] for experts
     groups: list[list[Tensor]] = [[] for _ in range(math.prod(info.layout.shape[:-2]))]
     for p in info.layout.placements:
-        groups[p.start // info.layout.shape[-2]].append(values[ckpt.input_scale_name(p.source)].reshape(()).float())
+        value = values[ckpt.input_scale_name(p.source)].reshape(-1).float()
+        groups[p.start // info.layout.shape[-2]].append(value[p.index or 0] if len(value) > 1 else value[0])
     return weight_scale, torch.stack([torch.stack(g) for g in groups]).view(*info.layout.shape[:-2], -1)

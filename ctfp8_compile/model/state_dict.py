@@ -26,7 +26,7 @@ def load_state_dict(
             state dict holds in float8_e4m3fn needs `p_scale` beside it (`weight` → `weight_scale`).
         state_dict: FP8 weights, scales, and everything else the module has. FP8 weights, which nothing can write to, stay
             where they are; everything else is copied.
-        quantization_config: as in a compressed-tensors checkpoint's `config.json`.
+        quantization_config: as in a checkpoint's `config.json`, of any dialect.
 
     Returns:
         `module`, in eval mode, its quantized parameters still float8_e4m3fn. They dequantize to the dtype the module's
@@ -34,10 +34,10 @@ def load_state_dict(
 
     Raises:
         CheckpointError: a parameter or scale is missing, left over, of the wrong shape or value.
-        SchemeError: the config does not cover an FP8 weight, or is not compressed-tensors FP8.
+        SchemeError: the config does not cover an FP8 weight, or is of no dialect we know.
     """
     schemes = Schemes(quantization_config)
-    tensors = ckpt.InMemory(state_dict)
+    tensors = ckpt.InMemory(state_dict, schemes.dialect.suffixes)
     own = module.state_dict()
     buffers = {name for name, _ in module.named_buffers()}
     plans: dict[str, QuantizedParameter] = {}

@@ -46,10 +46,15 @@ def apply(op: Any, *args: Any) -> Any:
     return op(*args)
 
 
-def quantize_per_token_steps(do: Do, x: Any) -> tuple[Any, Any]:
-    """`scale_a = max(|row|) / 448` in float32; `x / scale_a` rounded to nearest even: `([M, K] FP8, [M, 1])`."""
+def quantize_per_token_steps(do: Do, x: Any, bound: float | None = None) -> tuple[Any, Any]:
+    """`scale_a = max(|row|) / 448` in float32; `x / scale_a` rounded to nearest even: `([M, K] FP8, [M, 1])`.
+
+    Args:
+        bound: what the row's maximum is no larger than; elements beyond it become it.
+    """
     wide = do(_convert, x, torch.float32)
-    return _quantize_steps(do, wide, do(aten.amax.default, do(aten.abs.default, wide), [-1], True))
+    amax = do(aten.amax.default, do(aten.abs.default, wide), [-1], True)
+    return _quantize_steps(do, wide, amax if bound is None else do(aten.clamp_max.default, amax, bound))
 
 
 def quantize_per_group_steps(do: Do, x: Any, cols: int, group: int) -> tuple[Any, Any]:

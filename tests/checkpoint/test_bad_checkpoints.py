@@ -171,9 +171,9 @@ def test_no_quantization_config(tmp_path):
 
 def test_another_method(tmp_path):
     def edit(tensors, config):
-        config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
 
-    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "quant_method='fp8'", ctfp8.SchemeError)
+    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "quant_method='gptq'", ctfp8.SchemeError)
 
 
 def test_a_layer_in_another_format_is_named(tmp_path):
