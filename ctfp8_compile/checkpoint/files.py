@@ -203,7 +203,8 @@ def check_scale(checkpoint: Checkpoint, weight: TensorInfo, scheme: Scheme) -> N
     if scale.shape not in allowed:
         raise CheckpointError(
             f"{scale}: does not fit {weight.name} {list(weight.shape)} with {scheme}; "
-            f"expected shape {' or '.join(str(list(s)) for s in allowed)}."
+            f"expected shape {' or '.join(str(list(s)) for s in allowed)}. Correct the strategy or block size in "
+            "quantization_config (weight_block_size), or quantize it again."
         )
     if scheme.activation == "tensor":
         name = input_scale_name(weight.name)

@@ -6,11 +6,17 @@ import json
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, DATA, FP8_PARAMETERS, logits
+from conftest import CHECKPOINTS, DATA, FP8_PARAMETERS, IDS, logits, quantize, relative_error
 from safetensors.torch import load_file
 from support.dialects import DIALECTS, respell
+from torch import nn
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.checkpoint.contents import look
+from ctfp8_compile.checkpoint.files import encode_scale
+from ctfp8_compile.checkpoint.scheme import Schemes
 from ctfp8_compile.model.parametrization import quantized_parameters
 
 CASES = [(name, dialect) for name in CHECKPOINTS for dialect in DIALECTS[name.split("/")[1]]]
@@ -23,13 +29,185 @@ def test_a_renamed_checkpoint_gives_the_same_logits_and_is_saved_as_it_was(name,
     assert len(list(quantized_parameters(model))) == FP8_PARAMETERS[name.split("/")[0]]
     assert torch.equal(logits(model), logits(load(name)))
     ctfp8.save_pretrained(model, tmp_path / "out")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape), key
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8)), key
+    _assert_same_bits(folder, tmp_path / "out")
     for file in ("config.json", "hf_quant_config.json"):
         if (folder / file).exists():
             was, now = (json.loads((at / file).read_text()) for at in (folder, tmp_path / "out"))
             quantization = "quantization_config" if file == "config.json" else "quantization"
             assert was.get(quantization) == now.get(quantization)
+
+
+@pytest.mark.parametrize("name", ["llama/FP8_BLOCK", "qwen3moe/FP8_BLOCK"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e8m0fnu])
+def test_power_of_two_scales_in_any_dtype(name, dtype, tmp_path):
+    """`scale_fmt: "ue8m0"`: the same powers of two as numbers or as bytes."""
+
+    def round_up(state, config):
+        for key in [k for k in state if k.endswith(("weight_scale_inv"))]:
+            state[key] = torch.exp2(torch.log2(state[key].float()).ceil())
+
+    def store(state, config):
+        round_up(state, config)
+        config["scale_fmt"] = "ue8m0"
+        for key in [k for k in state if k.endswith("weight_scale_inv")]:
+            state[key] = encode_scale(state[key], dtype)
+
+    plain = ctfp8.from_pretrained(respell(DATA / name, tmp_path / "plain", "fp8", round_up))
+    folder = respell(DATA / name, tmp_path / "ue8m0", "fp8", store)
+    model = ctfp8.from_pretrained(folder)
+    assert torch.equal(logits(model), logits(plain))
+    ctfp8.save_pretrained(model, tmp_path / "out")
+    _assert_same_bits(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dialect", ["fp8", "fp8-static", "fbgemm_fp8", "modelopt-side-file"])
+def test_every_way_in_and_out(dialect, load, tmp_path):
+    """What takes a compressed-tensors checkpoint takes these: explain, export and load, inspect, a plain model."""
+    scheme = next(s for s, dialects in DIALECTS.items() if dialect in dialects)
+    folder = respell(DATA / "llama" / scheme, tmp_path / "in", dialect)
+    model, twin = ctfp8.from_pretrained(folder), load(f"llama/{scheme}")
+    args = (IDS,), {"use_cache": False}
+    for target in ("cpu", "cuda:sm90"):
+        ours, theirs = (ctfp8.explain(m, *args, target=target) for m in (model, twin))
+        assert [(e.name, e.kernel) for e in ours.rewritten] == [(e.name, e.kernel) for e in theirs.rewritten]
+        assert [(e.name, e.reason) for e in ours.kept] == [(e.name, e.reason) for e in theirs.kept]
+    ctfp8.export(model, *args, path=tmp_path / "m.pt2")
+    with torch.no_grad():
+        out = ctfp8.load(tmp_path / "m.pt2")(IDS, use_cache=False)
+    assert relative_error(out.logits if hasattr(out, "logits") else out[0], logits(twin)) < 0.02
+    found = look(folder)
+    assert found.dialect == dialect.partition("-")[0]
+    assert str(twin.model.layers[0].mlp.up_proj.parametrizations.weight[0].info.scheme).split(",")[0] in found.schemes
+    plain = ctfp8.from_pretrained(folder, dequantize=True)
+    assert torch.equal(logits(plain), logits(twin))
+    plain.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_any_module_takes_a_state_dict_of_any_dialect():
+    weight, scale = quantize(torch.randn(64, 48), "block", (32, 32))
+    config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    module = ctfp8.load_state_dict(nn.Linear(48, 64, bias=False), {"weight": weight, "weight_scale_inv": scale}, config)
+    assert torch.equal(module.weight, (weight.float() * scale.repeat_interleave(32, 0)[:64].repeat_interleave(32, 1)[:, :48]))
+
+
+def test_the_bound_of_fbgemm_is_honoured_where_activations_are_quantized(tmp_path):
+    def bound(state, config):
+        config["activation_scale_ub"] = 0.5
+
+    folder = respell(DATA / "llama/FP8_DYNAMIC", tmp_path / "in", "fbgemm_fp8", bound)
+    model = ctfp8.from_pretrained(folder)
+    program = ctfp8.lower(model, (IDS,), {"use_cache": False}, target="cuda:sm90")
+    clamped = [n for n in program.graph.nodes if n.target is torch.ops.aten.clamp_max.default and n.args[1] == 0.5]
+    assert len(clamped) == 8  # one for each quantized activation: q, k, v and gate, up share theirs
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    codes, scale = torch.ops.ctfp8.quantize_per_token(x, 0.5)
+    want = x.float().abs().amax(1, keepdim=True).clamp(max=0.5) / 448
+    assert torch.equal(scale, want)
+    assert torch.equal(codes.float(), (x.float() / want).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def _set(**fields):
+    def change(state, config):
+        config.get("quantization", config).update(fields)
+
+    return change
+
+
+def _drop(field):
+    return lambda state, config: config.pop(field)
+
+
+def _tensor(name, make):
+    def change(state, config):
+        state[name] = make(state[name])
+
+    return change
+
+
+def _e5m2(state, config):
+    state[f"{Q}.weight"] = state[f"{Q}.weight"].float().to(torch.float8_e5m2)
+
+
+def _twice(state, config):
+    state[f"{Q}.weight_scale"] = state[f"{Q}.weight_scale_inv"].clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "dialect", "change", "sentence"),
+    [
+        ("llama/FP8_BLOCK", "fp8", _drop("weight_block_size"), r"down_proj.weight_scale_inv .* with tensor weights"),
+        ("llama/FP8_BLOCK", "fp8", _set(weight_block_size=[64, 128]), "down_proj.weight_scale_inv .* expected shape"),
+        ("llama/FP8_BLOCK", "fp8", _set(weight_block_size=[128]), r"weight_block_size=\[128\] is not two positive sizes"),
+        ("llama/FP8_BLOCK", "fp8", _set(activation_scheme="sometimes"), "activation_scheme='sometimes'"),
+        ("llama/FP8_BLOCK", "fp8", _set(activation_scheme="static"), "down_proj.input_scale is missing"),
+        ("llama/FP8_BLOCK", "fp8", _set(scale_fmt="e4m3"), "scale_fmt='e4m3'"),
+        ("llama/FP8_BLOCK", "fp8", _set(fmt="e5m2"), "fmt='e5m2' is not supported"),
+        ("llama/FP8_BLOCK", "fp8", _set(expert_dtype="fp4"), "expert_dtype='fp4'"),
+        ("llama/FP8_BLOCK", "fp8", _set(modules_to_not_convert="lm_head"), "not a list of module names"),
+        ("llama/FP8_BLOCK", "fp8", _set(modules_to_not_convert=["q_proj"]), f"{Q}.weight .* no group that covers it"),
+        ("llama/FP8_BLOCK", "fp8", _set(modules_to_not_convert=["(q_proj"]), "is not a regular expression"),
+        ("llama/FP8_BLOCK", "fp8", _e5m2, f"{Q}.weight .* float8_e5m2 weights are not supported"),
+        ("llama/FP8_BLOCK", "fp8", _twice, "both give .*q_proj.weight_scale"),
+        ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", torch.reciprocal), "look like the reciprocals"),
+        ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", lambda t: t.flatten()[0]), r"expected shape \[1, 1\]"),
+        ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", lambda t: t.view(torch.uint8)), "only where the config"),
+        ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", lambda t: t * float("nan")), "scale nan"),
+        ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight", lambda t: t.float().bfloat16()), "weight is BF16, not FP8"),
+        ("llama/FP8", "fp8-static", lambda s, c: s.pop(f"{Q}.activation_scale"), f"{Q}.input_scale is missing"),
+        ("llama/FP8", "fp8-static", _set(activation_scheme="dynamic"), f"{Q}.activation_scale .*uses no input_scale|activation_scale"),
+        ("llama/FP8", "fp8-static", _set(weight_block_size=[128, 128]), r"weight_scale_inv .* expected shape \[1, 2\]"),
+        ("llama/FP8", "fp8-static", _tensor(f"{Q}.activation_scale", torch.neg), "scales must be finite and positive"),
+        ("llama/FP8", "modelopt", _set(quant_algo="NVFP4"), "quant_algo='NVFP4' is not supported; known are 'FP8'"),
+        ("llama/FP8", "modelopt", _set(ignore=["*q_proj"]), f"{Q}.weight .* no group that covers it"),
+        ("llama/FP8", "modelopt-side-file", _set(quant_algo=None), "quant_algo=None"),
+        ("llama/FP8_DYNAMIC", "fbgemm_fp8", _set(activation_scale_ub=-1), "activation_scale_ub=-1"),
+        ("llama/FP8_DYNAMIC", "fbgemm_fp8", _tensor(f"{Q}.weight_scale", lambda t: t[:1]), "expected shape"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said(name, dialect, change, sentence, tmp_path):
+    folder = respell(DATA / name, tmp_path / "in", dialect, change)
+    with pytest.raises((ctfp8.CheckpointError, ctfp8.SchemeError), match=sentence):
+        ctfp8.from_pretrained(folder)
+
+
+def test_a_side_file_that_is_not_modelopts(tmp_path):
+    folder = respell(DATA / "llama/FP8", tmp_path / "in", "modelopt-side-file")
+    for content, sentence in (("{", "not valid JSON"), ("[]", "no object 'quantization'")):
+        (folder / "hf_quant_config.json").write_text(content)
+        with pytest.raises(ctfp8.SchemeError, match=sentence):
+            ctfp8.from_pretrained(folder)
+
+
+def test_prepare_names_the_door_for_other_dialects(tmp_path):
+    folder = respell(DATA / "llama/FP8_BLOCK", tmp_path / "in", "fp8")
+    stock = AutoModelForCausalLM.from_pretrained(folder)  # decompressed here; on a GPU its modules are others
+    with pytest.raises(ctfp8.UsageError, match="not loaded from a quantized checkpoint"):
+        ctfp8.prepare(stock)
+    stock.config.quantization_config = FineGrainedFP8Config()
+    with pytest.raises(ctfp8.UsageError, match="Load this one with ctfp8.from_pretrained"):
+        ctfp8.prepare(stock)
+
+
+def test_modules_are_left_alone_as_transformers_and_modelopt_read_the_lists():
+    fp8 = {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.1", "lm_head", "mlp.gate"]}
+    names = ["model.layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj", "lm_head", "model.layers.2.mlp.gate",
+             "model.layers.2.mlp.gate_proj", "model.mlp.gate.extra"]  # fmt: skip
+    stock = [not should_convert_module(name, fp8["modules_to_not_convert"]) for name in names]
+    assert [Schemes(fp8).ignores(name) for name in names] == stock == [True, False, True, True, False, False]
+    modelopt = {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["*.gate", "model.layers.1*", "head"]}
+    schemes = Schemes(modelopt)
+    assert [schemes.ignores(n) for n in ("a.gate", "a.gate_proj", "model.layers.11.x", "head", "head.x", "a.head")] == [
+        True, False, True, True, True, False
+    ]  # fmt: skip
+
+
+def _assert_same_bits(one, other):
+    before, after = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape), key
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8)), key
