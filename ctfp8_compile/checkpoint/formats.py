@@ -137,7 +137,9 @@ def _fp8(config: Mapping[str, Any]) -> Dialect:
     exponents = _choice(config, "scale_fmt", {"float": False, "ue8m0": True}, "float")
     if block is None:
         weights = _weights("tensor")
-    elif not isinstance(block, (list, tuple)) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+    elif (
+        not isinstance(block, (list, tuple)) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)
+    ):
         raise SchemeError(f"quantization_config: weight_block_size={block!r} is not two positive sizes.")
     else:
         rows, cols = block

@@ -32,7 +32,9 @@ def from_pretrained(
     dequantize: bool = False,
     **transformers_kwargs: Any,
 ) -> Any:
-    """Loads an FP8 checkpoint (compressed-tensors, fp8, fbgemm_fp8, modelopt) with its weights, MoE experts included, left in float8_e4m3fn.
+    """Loads an FP8 checkpoint with its weights, MoE experts included, left in float8_e4m3fn.
+
+    Its quant_method is compressed-tensors, fp8 (DeepSeek, Qwen), fbgemm_fp8 or modelopt.
 
     Args:
         path_or_id: a checkpoint folder or a hub id.

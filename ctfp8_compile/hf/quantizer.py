@@ -6,8 +6,10 @@ read, checked and laid out before the first weight is loaded. What becomes of ro
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -172,10 +174,7 @@ def _refuse_other_formats(tensors: ckpt.Checkpoint, schemes: Schemes) -> None:
     found: dict[str, ckpt.TensorInfo] = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if (
-            leaf == "weight_packed"
-            or (leaf == "weight" and info.dtype in ("I8", "U8"))
-        ):
+        if leaf == "weight_packed" or (leaf == "weight" and info.dtype in ("I8", "U8")):
             found[module] = info
     if found:
         groups = sorted({schemes.describe(module) for module in found})

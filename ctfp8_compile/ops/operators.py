@@ -168,7 +168,6 @@ def _quantize_per_tensor(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor,
     return codes, scale.clone() if input_scale is not None else scale  # an operator must not return its input
 
 
-<<<<<<< HEAD
 @operator(
     "scaled_mm(Tensor x, Tensor weight, Tensor scale_a, Tensor weight_scale, Tensor? bias, int[] block, "
     "ScalarType out_dtype) -> Tensor",
@@ -176,31 +175,6 @@ def _quantize_per_tensor(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor,
         (x.shape[0], weight.shape[0]), dtype=out_dtype
     ),
 )
-=======
-_lib.impl("quantize_per_token", _quantize_per_token, "CompositeExplicitAutograd")
-
-_lib.impl("quantize_per_group", _quantize_per_group, "CompositeExplicitAutograd")
-
-_lib.impl("quantize_per_tensor", _quantize_per_tensor, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ctfp8::quantize_per_token")
-def _(x: Tensor, bound: float | None = None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-
-
-@torch.library.register_fake("ctfp8::quantize_per_group")
-def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty((x.shape[0], x.shape[1] // group), dtype=torch.float32)
-
-
-@torch.library.register_fake("ctfp8::quantize_per_tensor")
-def _(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape = (1, 1) if input_scale is None else input_scale.shape
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty(shape, dtype=torch.float32)
-
-
->>>>>>> ce485e8 (FP8 checkpoints of other dialects: fp8, fbgemm_fp8 and modelopt are read, and saved as they were spelled)
 def _scaled_mm(
     x: Tensor, weight: Tensor, scale_a: Tensor, weight_scale: Tensor, bias: Tensor | None, block: list[int],
     out_dtype: torch.dtype,

@@ -43,7 +43,7 @@ def test_power_of_two_scales_in_any_dtype(name, dtype, tmp_path):
     """`scale_fmt: "ue8m0"`: the same powers of two as numbers or as bytes."""
 
     def round_up(state, config):
-        for key in [k for k in state if k.endswith(("weight_scale_inv"))]:
+        for key in [k for k in state if k.endswith("weight_scale_inv")]:
             state[key] = torch.exp2(torch.log2(state[key].float()).ceil())
 
     def store(state, config):
@@ -88,7 +88,9 @@ def test_any_module_takes_a_state_dict_of_any_dialect():
     weight, scale = quantize(torch.randn(64, 48), "block", (32, 32))
     config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     module = ctfp8.load_state_dict(nn.Linear(48, 64, bias=False), {"weight": weight, "weight_scale_inv": scale}, config)
-    assert torch.equal(module.weight, (weight.float() * scale.repeat_interleave(32, 0)[:64].repeat_interleave(32, 1)[:, :48]))
+    assert torch.equal(
+        module.weight, (weight.float() * scale.repeat_interleave(32, 0)[:64].repeat_interleave(32, 1)[:, :48])
+    )
 
 
 def test_the_bound_of_fbgemm_is_honoured_where_activations_are_quantized(tmp_path):
@@ -198,7 +200,11 @@ def test_modules_are_left_alone_as_transformers_and_modelopt_read_the_lists():
              "model.layers.2.mlp.gate_proj", "model.mlp.gate.extra"]  # fmt: skip
     stock = [not should_convert_module(name, fp8["modules_to_not_convert"]) for name in names]
     assert [Schemes(fp8).ignores(name) for name in names] == stock == [True, False, True, True, False, False]
-    modelopt = {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["*.gate", "model.layers.1*", "head"]}
+    modelopt = {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "exclude_modules": ["*.gate", "model.layers.1*", "head"],
+    }
     schemes = Schemes(modelopt)
     assert [schemes.ignores(n) for n in ("a.gate", "a.gate_proj", "model.layers.11.x", "head", "head.x", "a.head")] == [
         True, False, True, True, True, False

@@ -1,6 +1,6 @@
 """Renames a compressed-tensors checkpoint into another dialect: the same codes and scales, spelled as others spell them.
 
-    folder = respell(DATA / "llama/FP8_BLOCK", tmp_path / "out", "fp8")
+folder = respell(DATA / "llama/FP8_BLOCK", tmp_path / "out", "fp8")
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ DIALECTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def respell(source: Path, out: Path, dialect: str, change: Callable[[State, dict[str, Any]], None] | None = None) -> Path:
+def respell(
+    source: Path, out: Path, dialect: str, change: Callable[[State, dict[str, Any]], None] | None = None
+) -> Path:
     """Writes `source` as `dialect` to `out`; `change` may spoil tensors and quantization config first."""
     out.mkdir(parents=True)
     for file in source.iterdir():
@@ -114,7 +116,9 @@ def _stacked(state: State) -> State:
     for experts, leaf in {key[:2] for key in found}:
         count = 1 + max(key[2] for key in found if key[0] == experts)
         gate, up, down = ([found[experts, leaf, e, which] for e in range(count)] for which in ("gate", "up", "down"))
-        merged = torch.stack([torch.cat([g.view(torch.uint8), u.view(torch.uint8)]) for g, u in zip(gate, up, strict=True)])
+        merged = torch.stack(
+            [torch.cat([g.view(torch.uint8), u.view(torch.uint8)]) for g, u in zip(gate, up, strict=True)]
+        )
         out[f"{experts}.gate_up_proj{leaf}"] = merged.view(gate[0].dtype)
         out[f"{experts}.down_proj{leaf}"] = torch.stack([d.view(torch.uint8) for d in down]).view(down[0].dtype)
     return out
@@ -130,8 +134,6 @@ _TENSORS: dict[str, Callable[[State], State]] = {
     "modelopt": lambda s: _scalars(_renamed(s)),
     "modelopt-side-file": lambda s: _scalars(_renamed(s)),
     "modelopt-channel": lambda s: {n: t.squeeze(-1) if n.endswith("_scale") else t for n, t in _renamed(s).items()},
-    "modelopt-block": lambda s: {
-        n: t[:, None, :, None] if n.endswith("_scale") else t for n, t in _renamed(s).items()
-    },
+    "modelopt-block": lambda s: {n: t[:, None, :, None] if n.endswith("_scale") else t for n, t in _renamed(s).items()},
     "fbgemm_fp8": _renamed,
 }
