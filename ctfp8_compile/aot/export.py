@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import re
 import warnings
 from collections import Counter
@@ -27,7 +26,7 @@ from ..passes import side_by_side
 from ..report import Report
 from ..target import Target
 from . import sites
-from .load import inputs_of, ranges_of
+from .call import inputs_of, positional_names, ranges_of
 from .manifest import NAME, Manifest
 
 aten = torch.ops.aten
@@ -127,7 +126,6 @@ def export(
     if package == "aoti" and target != _target(model, None):
         raise TargetError(f"package='aoti' compiles for the machine at hand, {_target(model, None)}, not for {target}.")
     program = _trace(model, args, kwargs, dynamic_shapes)
-    positional = tuple(inspect.signature(model.forward).parameters)[: len(args)]
     _plain_call(program)
     if package is None and target.device == "cpu":
         report = passes.run(_copy(program.graph), target)
@@ -144,7 +142,7 @@ def export(
         kernels=dict(Counter(e.kernel for e in report.rewritten)),
         report=report.to_dict(),
         versions={name: importlib.metadata.version(name) for name in _PACKAGES},
-        positional=positional,
+        positional=positional_names(model.forward, len(args)),
         inputs=inputs_of(program),
         ranges=ranges_of(program),
     )

@@ -18,26 +18,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from ..errors import ArtifactError, TargetError
+from ..report import Entry, Report
 from ..target import Target
+from . import typed
+from .archive import AGAIN, Archive
+from .call import Input
+from .typed import Misfit, short
 
 NAME = "ctfp8.json"
 FORMAT = "ctfp8 artifact"
 VERSION = 1
 PACKAGES = ("program", "aoti")
-
-
-@dataclass(frozen=True)
-class Input:
-    """One leaf of the flattened call: a tensor (`dtype` and `shape`, symbols by name) or, without a dtype, a constant."""
-
-    name: str
-    dtype: str | None = None
-    shape: tuple[int | str, ...] = ()
-    constant: Any = None
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]" if self.dtype else repr(self.constant)
 
 
 @dataclass(frozen=True)
@@ -57,74 +51,71 @@ class Manifest:
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
 
-    @staticmethod
-    def from_json(text: bytes | str, path: Any) -> Manifest:
-        """Reads and checks a manifest.
+    def exported(self) -> Report:
+        """The report of the exporting machine."""
+        return typed.build(Report, self.report, _CHECKS, "its report")
 
-        Raises:
-            ArtifactError: naming the field that is wrong.
-        """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ArtifactError(f"{path}: its {NAME} is not JSON ({error}). {_AGAIN}") from None
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise ArtifactError(f"{path}: its {NAME} is not a ctfp8 manifest. {_AGAIN}")
+
+def read_manifest(archive: Archive) -> Manifest:
+    """Reads and checks an archive's manifest; nothing else of it is read.
+
+    Raises:
+        ArtifactError: there is none, or naming the field that is wrong.
+    """
+    path = archive.path
+    if f"extra/{NAME}" not in archive.records:
+        raise ArtifactError(
+            f"{path}: has no {NAME}, so ctfp8.export did not write it. Load another tool's .pt2 with that tool."
+        )
+    try:
+        data = typed.parse(archive.read(f"extra/{NAME}"))
+        if type(data) is not dict or data.pop("format", None) != FORMAT:
+            raise ArtifactError(f"{path}: its {NAME} is not a ctfp8 manifest. {AGAIN}")
         if (version := data.pop("version", None)) != VERSION:
             raise ArtifactError(
-                f"{path}: format version {version!r}, this ctfp8 reads version {VERSION}. Export the model again with this "
-                "version of ctfp8-compile, or load the file with the one that wrote it."
+                f"{path}: format version {typed.short(version)}, this ctfp8 reads version {VERSION}. Export the model again "
+                "with this version of ctfp8-compile, or load the file with the one that wrote it."
             )
-        names = {f.name for f in fields(Manifest)}
-        if wrong := sorted(names ^ set(data)):
-            raise ArtifactError(f"{path}: its {NAME} {'lacks' if wrong[0] in names else 'adds'} {wrong[0]!r}. {_AGAIN}")
-        for name, fine in _CHECKS.items():
-            if not fine(data[name]):
-                raise ArtifactError(f"{path}: its {NAME} was edited: {name!r} is {_short(data[name])}. {_AGAIN}")
-        try:
-            Target.parse(data["target"])
-            data["inputs"] = tuple(Input(**{**i, "shape": tuple(i["shape"])}) for i in data["inputs"])
-        except (TargetError, TypeError, KeyError) as error:
-            raise ArtifactError(f"{path}: its {NAME} was edited ({error}). {_AGAIN}") from None
-        data["positional"] = tuple(data["positional"])
-        data["ranges"] = {symbol: tuple(ends) for symbol, ends in data["ranges"].items()}
-        return Manifest(**data)
+        return typed.build(Manifest, data, _CHECKS, "its manifest")
+    except typed.Misfit as problem:
+        raise ArtifactError(f"{path}: {NAME} was edited or damaged: {problem}. {AGAIN}") from None
 
 
-_AGAIN = "Copy or export the file again."
+def _check(manifest: Manifest) -> Manifest:
+    if manifest.package not in PACKAGES:
+        raise Misfit(f"it is of package {short(manifest.package)}")
+    if manifest.target == "cuda":
+        raise Misfit("its target is no one GPU")
+    try:
+        Target.parse(manifest.target)
+    except TargetError as error:
+        raise Misfit(str(error).rstrip(".")) from None
+    if any(least < 0 or (most is not None and most < least) for least, most in manifest.ranges.values()):
+        raise Misfit("a range ends before it starts")
+    manifest.exported()
+    return manifest
 
 
-def _is_counts(data: Any) -> bool:
-    return isinstance(data, dict) and all(isinstance(n, int) for n in data.values())
+def _check_input(one: Input) -> Input:
+    if one.dtype is not None and not isinstance(getattr(torch, one.dtype, None), torch.dtype):
+        raise Misfit(f"input {short(one.name)} is of dtype {short(one.dtype)}")
+    return _printable(one)
 
 
-def _is_input(data: Any) -> bool:
-    return (
-        isinstance(data, dict)
-        and isinstance(data.get("name"), str)
-        and isinstance(data.get("dtype"), str | None)
-        and isinstance(data.get("shape"), list)
-        and all(isinstance(size, int | str) for size in data["shape"])
-    )
+def _check_entry(entry: Entry) -> Entry:
+    if len(entry.shape) not in (2, 3) or len(entry.block) != 2 or min(*entry.shape, *entry.block, entry.uses) < 0:
+        raise Misfit(f"its report says that {short(entry.name)} is of {entry.shape} in blocks of {entry.block}")
+    return _printable(entry)
 
 
-def _is_range(data: Any) -> bool:
-    return isinstance(data, list) and len(data) == 2 and isinstance(data[0], int) and isinstance(data[1], int | None)
+def _printable(data: Any) -> Any:
+    """Checks that printing it shows it: a terminal obeys control characters."""
+    for field in fields(data):
+        value = getattr(data, field.name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not text.isprintable():
+                raise Misfit(f"{field.name} is {short(text)}")
+    return data
 
 
-_CHECKS = {
-    "package": lambda d: d in PACKAGES,
-    "target": lambda d: isinstance(d, str) and d != "cuda",
-    "schemes": _is_counts,
-    "kernels": _is_counts,
-    "report": lambda d: isinstance(d, dict),
-    "versions": lambda d: isinstance(d, dict),
-    "positional": lambda d: isinstance(d, list) and all(isinstance(name, str) for name in d),
-    "inputs": lambda d: isinstance(d, list) and all(_is_input(i) for i in d),
-    "ranges": lambda d: isinstance(d, dict) and all(_is_range(r) for r in d.values()),
-}
-
-
-def _short(data: Any) -> str:
-    text = repr(data)
-    return text if len(text) < 60 else text[:57] + "…"
+_CHECKS: typed.Checks = {Manifest: _check, Input: _check_input, Entry: _check_entry}

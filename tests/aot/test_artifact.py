@@ -339,7 +339,9 @@ def test_aoti(tmp_path, kernel_everywhere):
     path, x = tmp_path / "m.pt2", torch.randn(7, 64)
     report = ctfp8.export(model, (torch.randn(3, 64),), path=path, package="aoti", dynamic_shapes=({0: Dim("n")},))
     assert len(report.rewritten) == 1
-    module = ctfp8.load(path)
+    with pytest.raises(ctfp8.ArtifactError, match="holds machine code.*trust=True"):
+        ctfp8.load(path)
+    module = ctfp8.load(path, trust=True)
     assert (module.manifest.package, module.report) == ("aoti", report)
     assert torch.equal(module(x), torch.compile(model, backend="ctfp8", dynamic=True)(x))
     with pytest.raises(ctfp8.InputError, match="expected float32"):
@@ -431,13 +433,13 @@ EDITED = {
     "another target": (_manifest(target="xpu"), "made for xpu, and torch"),
     "other inputs": (_manifest(inputs=[]), "describes other inputs"),
     "other positions": (_manifest(positional=[]), "describes other inputs"),
-    "inputs of no kind": (_manifest(inputs=3), "'inputs' is 3"),
+    "inputs of no kind": (_manifest(inputs=3), r"manifest\.inputs is 3"),
     "another package": (_manifest(package="aoti"), "which ctfp8.export does not write"),
     "a field more": (_manifest(extra=1), "adds 'extra'"),
-    "a report of no kind": (_manifest(report={}), "the report in its manifest was edited"),
+    "a report of no kind": (_manifest(report={}), "its report lacks 'target'"),
     "no JSON": ({f"extra/{NAME}": lambda data: data[:-9]}, "is not JSON"),
     "no list of weights": ({"data/weights/model_weights_config.json": lambda data: b"{"}, "damaged"),
-    "another archive version": ({"archive_version": lambda data: b"9"}, "torch cannot read it .*version 9"),
+    "another archive version": ({"archive_version": lambda data: b"9"}, "its archive_version is b'9'"),
     "an operator torch lacks": (_calls("torch.ops.aten.nonsense.default"), "which torch .* does not have"),
     "a note on another weight": (_note(weight="p_model_norm_weight"), "does not fit its weight"),
     "a note on no node": (_note(x="nothing"), "names 'nothing', which is not in the graph"),
@@ -457,7 +459,7 @@ def test_a_record_that_is_there_twice(file, tmp_path):
     path = _edit(file, tmp_path / "m.pt2", {})
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr(f"{file.stem}/archive_version", b"0")
-    with pytest.raises(ctfp8.ArtifactError, match=r"archive_version.*not loaded"):
+    with pytest.raises(ctfp8.ArtifactError, match=r"archive_version.*is there twice"):
         ctfp8.load(path)
 
 
@@ -533,7 +535,7 @@ HOSTILE = {
 @pytest.mark.parametrize("how", HOSTILE)
 def test_a_hostile_program_is_refused_before_torch_reads_it(file, tmp_path, how, monkeypatch):
     mark = tmp_path / "mark"
-    monkeypatch.setattr(artifacts, "load_pt2", lambda *a, **k: pytest.fail("torch was given the file"))
+    monkeypatch.setattr(artifacts, "ExportedProgramDeserializer", lambda: pytest.fail("torch was given the graph"))
     with pytest.raises(ctfp8.ArtifactError, match="which ctfp8|could run code|not loaded"):
         ctfp8.load(_edit(file, tmp_path / "m.pt2", HOSTILE[how](mark)))
     assert not mark.exists()
