@@ -100,9 +100,8 @@ def _load_aoti(archive: Archive, manifest: Manifest, device: torch.device, trust
             f"{path}: holds machine code (an AOTInductor package), which loading runs with your rights. If you made the file, or "
             "trust who did as you would with a program: ctfp8.load(path, trust=True)."
         )
-    lowering.fingerprint(
-        Target.parse(manifest.target)
-    )  # its calls find our operators by name: build or load them first
+    # its calls find our operators by name: build or load them first
+    lowering.fingerprint(Target.parse(manifest.target))
     index = -1 if device.index is None else device.index
     with tempfile.TemporaryDirectory() as folder, _torchs_errors(path):
         file = f"{folder}/model.pt2"  # the loader takes a name: of a file that no one replaces
