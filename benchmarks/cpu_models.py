@@ -38,12 +38,13 @@ PROMPT, TOKENS, CACHE = 256, 32, 320
 def steps(model: Any, forward: Any) -> tuple[float, list[float]]:
     """One generation: seconds of the prefill, and of each decode step."""
     import ctfp8_compile as ctfp8
+    from ctfp8_compile.hf.compat import cache_argument
 
-    cache = ctfp8.static_cache(model, max_length=CACHE)
+    cache = {cache_argument(model): ctfp8.static_cache(model, max_length=CACHE)}
     ids, position, times = torch.arange(PROMPT)[None], torch.arange(PROMPT)[None], []
     for step in range(TOKENS + 1):
         begin = time.perf_counter()
-        logits = forward(ids, past_key_values=cache, position_ids=position, logits_to_keep=1).logits
+        logits = forward(ids, **cache, position_ids=position, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1)
         times.append(time.perf_counter() - begin)
         position = torch.tensor([[PROMPT + step]])

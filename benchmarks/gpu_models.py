@@ -21,6 +21,7 @@ from gpu_timing import header, kernels, parser, ready, row
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.hf.compat import cache_argument
 
 WAYS = ("bf16", "ctfp8", "ctfp8, apart")
 
@@ -54,14 +55,14 @@ def generate(model: Any, forward: Any, prompt: int, tokens: int, device: str) ->
             getattr(torch, device).synchronize()
         return time.perf_counter()
 
-    cache = ctfp8.static_cache(model, max_length=prompt + tokens)
+    cache = {cache_argument(model): ctfp8.static_cache(model, max_length=prompt + tokens)}
     ids = torch.arange(prompt, device=device)[None] % 256
     position = torch.arange(prompt, device=device)[None]
     times = []
     for step in range(tokens + 1):
         begin = wait()
         torch.compiler.cudagraph_mark_step_begin()
-        logits = forward(ids, past_key_values=cache, position_ids=position, logits_to_keep=1).logits
+        logits = forward(ids, **cache, position_ids=position, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1).clone()
         times.append(wait() - begin)
         position = torch.full((1, 1), prompt + step, device=device)

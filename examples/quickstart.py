@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.hf.compat import cache_argument
 
 MODELS = Path(__file__).parent / "models"
 PROMPT = "Return a list of "
@@ -52,13 +53,13 @@ def perplexity(forward: Callable[..., Any], windows: torch.Tensor, what: str) ->
 def decode(model: Any, forward: Callable[..., Any], prompt: torch.Tensor, tokens: int) -> tuple[torch.Tensor, float]:
     """Samples with a static cache, one token a step: `(ids, seconds per token after the prompt)`."""
     length = prompt.shape[1]
-    cache = ctfp8.static_cache(model, max_length=512)
+    cache = {cache_argument(model): ctfp8.static_cache(model, max_length=512)}
     generator = torch.Generator().manual_seed(0)
     ids, position = prompt, torch.arange(length)[None]
     out = [prompt]
     start = time.perf_counter()
     for step in range(tokens):
-        logits = forward(ids, past_key_values=cache, position_ids=position).logits[0, -1].float()
+        logits = forward(ids, position_ids=position, **cache).logits[0, -1].float()
         ids = torch.multinomial((logits / 0.5).softmax(-1), 1, generator=generator)[None]
         position = torch.tensor([[length + step]])
         out.append(ids)

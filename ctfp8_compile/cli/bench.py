@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..errors import UsageError
+from ..hf.compat import cache_argument
 from ..hf.static_cache import static_cache
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -35,12 +36,13 @@ class Decoder:
     """
 
     def __init__(self, model: Any, max_length: int, backend: str | None = "ctfp8", dynamic: bool = True):
-        if "past_key_values" not in (signature := inspect.signature(model.forward).parameters):
-            raise UsageError(f"{type(model).__name__} does not generate text: its forward takes no past_key_values.")
+        name = cache_argument(model)
         self.cache = static_cache(model, 1, 1 << (max_length - 1).bit_length())
         self.prefill_seconds = 0.0
         self.step_seconds: list[float] = []
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature else {}
+        self._extra: dict[str, Any] = {name: self.cache}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            self._extra["logits_to_keep"] = 1
         self._device = model.device
         self._forward = (
             model.forward if backend is None else torch.compile(model.forward, backend=backend, dynamic=dynamic)
@@ -70,7 +72,7 @@ class Decoder:
         ids, position = ids.to(self._device), torch.arange(length, device=self._device)[None]
         for step in range(number):
             start = time.perf_counter()
-            out = self._forward(ids, past_key_values=self.cache, position_ids=position, **self._last_only)
+            out = self._forward(ids, position_ids=position, **self._extra)
             logits = out.logits[0, -1].float()
             token = torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else logits.argmax()[None]
             yielded = int(token)  # waits for the device

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
+
+from ..compat import detect_fake_mode
 
 aten = torch.ops.aten
 

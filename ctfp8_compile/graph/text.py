@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..compat import OpOverload
 from .nodes import value
 
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def format_graph(graph: fx.Graph) -> str:
 def op_name(node: fx.Node) -> str:
     """`mm`, `ctfp8.dequantize`: the operation without `aten`."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         namespace, name = target.namespace, target._schema.name.split("::")[1]
         return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
     return getattr(target, "__name__", str(target))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,16 +127,19 @@ _VIEWS = {
 }
 
 
+#: The model itself, as dynamo writes it: `self` of its forward, or what a wrapper of the forward takes as `*args`
+#: (transformers wraps every forward from 5.24 on).
+_MODEL = re.compile(r"^\.?L(?:\['(?:self|fn)'\]|\['\w+'\]\[0\]|(?=\[))")
+_STEPS = re.compile(r"[\[\].']+")
+
+
 def parameter_name(marker: fx.Node) -> str:
     """The model's name of the parameter a marker dequantizes, from the module stack that tracers keep."""
     stack = marker.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
         owner, found, rest = f".{path}".partition(".parametrizations.")
         if found:
-            owner = owner.removeprefix(".")
-            owner = owner.replace("L['self']", "").replace("L['fn']", "").removeprefix("L['").replace("']", "")
-            owner = owner.replace("[", ".").replace("]", "").replace("'", "").replace("._modules", "").lstrip(".")
-            name = rest.split(".")[0]
-            return f"{owner}.{name}" if owner else name
+            steps = [step for step in _STEPS.split(_MODEL.sub("", owner)) if step not in ("", "_modules")]
+            return ".".join([*steps, rest.split(".")[0]])
     source = marker.args[0]
     return source.name if isinstance(source, fx.Node) else str(source)

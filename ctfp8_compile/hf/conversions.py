@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from ..checkpoint import files as ckpt
+from ..checkpoint.layout import Layout, identity, trace
+from ..errors import CheckpointError
+from ..model.plan import QuantizedParameter
+from .compat import (
     Concatenate,
     ConversionOps,
     Interleave,
@@ -24,13 +28,9 @@ from transformers.core_model_loading import (
     WeightRenaming,
     WeightTransform,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
 )
-
-from ..checkpoint import files as ckpt
-from ..checkpoint.layout import Layout, identity, trace
-from ..errors import CheckpointError
-from ..model.plan import QuantizedParameter
 
 
 def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:

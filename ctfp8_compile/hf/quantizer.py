@@ -15,11 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.scheme import Schemes
@@ -27,6 +22,15 @@ from ..errors import SchemeError
 from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..ops import FP8
+from .compat import (
+    HfQuantizer,
+    QuantizationConfigMixin,
+    WeightConverter,
+    register_quantization_config,
+    register_quantizer,
+    remove_tied_weights_from_state_dict,
+    revert_weight_conversion,
+)
 from .conversions import PlaceRows, layouts, per_expert_conversions
 
 METHOD = "ctfp8"  #: the private name under which transformers finds this quantizer while it loads

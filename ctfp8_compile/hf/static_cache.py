@@ -7,22 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
 
 from ..errors import UsageError
+from .compat import StaticLayer, cache_argument
 
 _STATE = ("keys", "values", "cumulative_length")
 
 
 def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> StaticCache:
-    """A static key-value cache whose tensors exist already, for a compiled model's `past_key_values`.
+    """A static key-value cache whose tensors exist already, for a compiled model.
 
     `StaticCache(config=…, max_cache_len=…)` makes them at the first forward pass. Where that pass is compiled too, the model
     is compiled once without them and a second time with them. `cache.reset()` empties it for another text. Latent attention
     (DeepSeek) and linear attention still begin at the first pass.
 
         cache = ctfp8.static_cache(model, batch_size=1, max_length=512)
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=64)
+        model.generate(**inputs, cache=cache, max_new_tokens=64)   # transformers before 5.24: past_key_values=cache
 
     Args:
         model: a causal language model of transformers.
@@ -68,6 +68,7 @@ class StaticCacheDecoder(nn.Module):
         super().__init__()
         self.model = model
         self.max_length = max_length
+        self._argument = cache_argument(model)
         self.cache = static_cache(model, batch_size, max_length)
         plain = [type(layer) is StaticLayer and layer.is_initialized for layer in self.cache.layers]
         odd = {type(layer).__name__ for layer, fine in zip(self.cache.layers, plain, strict=True) if not fine}
@@ -94,5 +95,6 @@ class StaticCacheDecoder(nn.Module):
                 setattr(layer, name, getattr(self, f"{name}_{i}"))
             layer.cumulative_length.copy_(position)
         positions = position + torch.arange(input_ids.shape[1], device=input_ids.device)
-        out = self.model(input_ids=input_ids, position_ids=positions[None], past_key_values=self.cache, use_cache=True)
+        cache = {self._argument: self.cache}
+        out = self.model(input_ids=input_ids, position_ids=positions[None], use_cache=True, **cache)
         return out.logits

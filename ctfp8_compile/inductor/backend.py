@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .. import lowering, passes
+from ..compat import CompileWrapper, CustomGraphPass, compile_fx
 from ..errors import TargetError, UsageError
 from ..graph import MARKER, is_marker
 from ..model.storage import leave_files
@@ -61,7 +60,7 @@ def backend(
     target = _target(ours.get("ctfp8.target"), marked)
     if "ctfp8.kernels" in ours:
         target = target.limited_to(ours["ctfp8.kernels"])
-    wrapper = torch._TorchCompileInductorWrapper(mode, theirs, None)
+    wrapper = CompileWrapper(mode, theirs, None)
     config = dict(wrapper.config)
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"))
     groups = side_by_side.declare(gm.graph) if marked and ours.get("ctfp8.join", target.device != "cpu") else []

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor import ir
-from torch._inductor.lowering import lowerings, register_lowering
 
+from ..compat import ir, lowerings, register_lowering
 from ..graph import fake_value
 from ..passes.side_by_side import SIDE_BY_SIDE
 

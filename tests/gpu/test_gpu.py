@@ -18,6 +18,7 @@ from torch._inductor.utils import run_and_get_code
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering, ops
+from ctfp8_compile.hf.compat import cache_argument
 from ctfp8_compile.target import Target
 
 
@@ -127,13 +128,13 @@ def test_generation_is_two_graphs_and_no_recompilation():
     model = ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC").to(DEVICE)
     mode = "reduce-overhead" if DEVICE == "cuda" else "default"
     forward = torch.compile(model.forward, backend="ctfp8", fullgraph=True, dynamic=False, mode=mode)
-    cache = ctfp8.static_cache(model, max_length=128)
+    cache = {cache_argument(model): ctfp8.static_cache(model, max_length=128)}
     counters = torch._dynamo.utils.counters
     ids, position = IDS[:1].to(DEVICE), torch.arange(IDS.shape[1], device=DEVICE)[None]
     with torch.no_grad():
         for step in range(66):
             torch.compiler.cudagraph_mark_step_begin()
-            out = forward(ids, past_key_values=cache, position_ids=position, logits_to_keep=1).logits
+            out = forward(ids, **cache, position_ids=position, logits_to_keep=1).logits
             ids = out[:, -1:].argmax(-1).clone()
             position = torch.full((1, 1), IDS.shape[1] + step, device=DEVICE)
     assert counters["stats"]["unique_graphs"] == 2

@@ -12,6 +12,7 @@ from support.forge import forge
 from transformers import AutoTokenizer, CompileConfig, pipeline
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.hf.compat import cache_argument
 
 SHIPPED = DATA.parent.parent / "examples/models"
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -53,14 +54,14 @@ def test_generate_and_pipeline_with_a_compiled_forward_and_a_static_cache(tokeni
 
     def call():
         cache.reset()
-        return model.generate(**inputs, **GREEDY, past_key_values=cache)
+        return model.generate(**inputs, **GREEDY, **{cache_argument(model): cache})
 
     compiled_twice_alike(call, want, expected_graphs=2)  # the prompt, and one token
     assert all(not report.kept for report in ctfp8.compiled_reports()[-2:])
 
     cache.reset()
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    out = pipe("Return a list of ", **GREEDY, past_key_values=cache)
+    out = pipe("Return a list of ", **GREEDY, **{cache_argument(model): cache})
     assert out[0]["generated_text"] == tokenizer.decode(want[0], skip_special_tokens=True)
     assert graphs() == 2
 
@@ -88,7 +89,7 @@ def test_a_padded_batch_gives_what_its_texts_give_alone(model, tokenizer):
     assert (inputs.attention_mask == 0).any()
     for _ in range(2):
         cache.reset()
-        out = model.generate(**inputs, **GREEDY, past_key_values=cache)
+        out = model.generate(**inputs, **GREEDY, **{cache_argument(model): cache})
         assert tokenizer.batch_decode(out, skip_special_tokens=True) == alone
         assert graphs() == 2
 
@@ -121,8 +122,7 @@ def test_a_static_cache_exists_before_the_first_token(family, tmp_path):
     ids = forged.inputs["input_ids"][:1].expand(2, -1)[:, :8]
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
-        got = torch.cat(
-            [model(ids[:, :6], past_key_values=cache).logits, model(ids[:, 6:], past_key_values=cache).logits], 1
-        )
+        keywords = {cache_argument(model): cache}
+        got = torch.cat([model(ids[:, :6], **keywords).logits, model(ids[:, 6:], **keywords).logits], 1)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
     assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in begun] == before

@@ -1,0 +1,93 @@
+"""Every private name of torch that this package leans on, and the releases it was seen in; which releases are tested.
+
+A release of torch may move or drop a private name, so each is named here once, and the rest of the package imports it from
+here (`hf.compat` does the same for transformers). It is looked up at its first use; where it is gone, one sentence says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+
+#: Name here: where torch has it, and the releases it was seen in.
+PRIVATE = {
+    "compile_fx": ("torch._inductor.compile_fx.compile_fx", "2.11 2.13 2.14"),
+    "CompileWrapper": ("torch._TorchCompileInductorWrapper", "2.11 2.13 2.14"),  # checks and expands mode and options
+    "CustomGraphPass": ("torch._inductor.custom_graph_pass.CustomGraphPass", "2.11 2.13 2.14"),
+    "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer
+    "lowerings": ("torch._inductor.lowering.lowerings", "2.11 2.13 2.14"),
+    "register_lowering": ("torch._inductor.lowering.register_lowering", "2.11 2.13 2.14"),
+    "detect_fake_mode": ("torch._guards.detect_fake_mode", "2.11 2.13 2.14"),
+    "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
+}
+#: What the whole suite passed with; `make record` writes it, and the table in the README from it.
+TESTED = Path(__file__).with_name("tested.json")
+
+
+def __getattr__(name: str) -> Any:
+    return look_up("torch", PRIVATE, __name__, name)
+
+
+def look_up(distribution: str, private: Mapping[str, tuple[str, str]], module: str, name: str) -> Any:
+    """A module's `__getattr__` for the private names of a distribution.
+
+    Raises:
+        AttributeError: not one of them.
+        UsageError: the installed release has it no more.
+    """
+    if name not in private:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    path, seen = private[name]
+    warn_if_newer(distribution)
+    owner, _, attribute = path.rpartition(".")
+    try:
+        value = getattr(importlib.import_module(owner), attribute)
+    except (ImportError, AttributeError):
+        raise UsageError(
+            f"{distribution} {version(distribution)} has no {path}, which this ctfp8 needs; it was seen in "
+            f"{seen.replace(' ', ', ')}. Install one of these releases, or a newer ctfp8-compile."
+        ) from None
+    setattr(sys.modules[module], name, value)
+    return value
+
+
+def version(distribution: str) -> str:
+    """The version of an installed distribution, or of a package that is only on the path; `unknown` where neither is."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(distribution.replace("-", "_")), "__version__", "unknown"))
+
+
+@functools.cache
+def tested(distribution: str) -> tuple[str, ...]:
+    """The releases of `torch`, `transformers` or `compressed-tensors` that the whole suite passed with, oldest first."""
+    found = {row[distribution].partition("+")[0] for row in json.loads(TESTED.read_text())}
+    return tuple(sorted(found, key=release))
+
+
+@functools.cache
+def warn_if_newer(distribution: str) -> None:
+    """Warns, once, of a release newer than those tested. A patch release of a tested one counts as tested."""
+    installed, known = version(distribution), tested(distribution)
+    if release(installed)[:2] > release(known[-1])[:2]:
+        warnings.warn(
+            f"{distribution} {installed} is newer than the releases this ctfp8 was tested with ({', '.join(known)}). ctfp8 "
+            f"goes on; if something fails, install {distribution} {known[-1]}.",
+            stacklevel=4,
+        )
+
+
+def release(version: str) -> tuple[int, ...]:
+    """`2.14.1+cu130` as `(2, 14, 1)`."""
+    parts = version.partition("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())

@@ -1,0 +1,54 @@
+"""Every private name of transformers that this package leans on, and what its releases call the same thing differently."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ..compat import look_up
+from ..errors import UsageError
+
+#: Name here: where transformers has it, and the releases it was seen in.
+PRIVATE = {
+    "QuantizationConfigMixin": ("transformers.utils.quantization_config.QuantizationConfigMixin", "5.23 5.24"),
+    "HfQuantizer": ("transformers.quantizers.base.HfQuantizer", "5.23 5.24"),
+    "register_quantization_config": ("transformers.quantizers.auto.register_quantization_config", "5.23 5.24"),
+    "register_quantizer": ("transformers.quantizers.auto.register_quantizer", "5.23 5.24"),
+    "get_model_conversion_mapping": ("transformers.conversion_mapping.get_model_conversion_mapping", "5.23 5.24"),
+    "Concatenate": ("transformers.core_model_loading.Concatenate", "5.23 5.24"),
+    "ConversionOps": ("transformers.core_model_loading.ConversionOps", "5.23 5.24"),
+    "Interleave": ("transformers.core_model_loading.Interleave", "5.23 5.24"),
+    "MergeModulelist": ("transformers.core_model_loading.MergeModulelist", "5.23 5.24"),
+    "Transpose": ("transformers.core_model_loading.Transpose", "5.23 5.24"),
+    "WeightConverter": ("transformers.core_model_loading.WeightConverter", "5.23 5.24"),
+    "WeightRenaming": ("transformers.core_model_loading.WeightRenaming", "5.23 5.24"),
+    "WeightTransform": ("transformers.core_model_loading.WeightTransform", "5.23 5.24"),
+    "dot_natural_key": ("transformers.core_model_loading.dot_natural_key", "5.23 5.24"),
+    "rename_source_key": ("transformers.core_model_loading.rename_source_key", "5.23 5.24"),
+    "revert_weight_conversion": ("transformers.core_model_loading.revert_weight_conversion", "5.23 5.24"),
+    "remove_tied_weights_from_state_dict": (
+        "transformers.modeling_utils.remove_tied_weights_from_state_dict", "5.23 5.24"
+    ),
+    "StaticLayer": ("transformers.cache_utils.StaticLayer", "5.23 5.24"),
+}  # fmt: skip
+#: What a forward calls its key-value cache: `cache` from 5.24 on, where the name before it warns, to go in 5.40.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def __getattr__(name: str) -> Any:
+    return look_up("transformers", PRIVATE, __name__, name)
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model's forward, and its `generate`, take a key-value cache.
+
+    Raises:
+        UsageError: it takes none.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name in _CACHE_ARGUMENTS:
+        if name in parameters:
+            return name
+    raise UsageError(
+        f"{type(model).__name__} does not generate text: its forward takes no key-value cache ({' or '.join(_CACHE_ARGUMENTS)})."
+    )
