@@ -29,6 +29,7 @@ PRIVATE = {
     "remove_tied_weights_from_state_dict": (
         "transformers.modeling_utils.remove_tied_weights_from_state_dict", "5.23 5.24"
     ),
+    "cached_file": ("transformers.utils.hub.cached_file", "5.23 5.24"),
     "StaticLayer": ("transformers.cache_utils.StaticLayer", "5.23 5.24"),
 }  # fmt: skip
 #: What a forward calls its key-value cache: `cache` from 5.24 on, where the name before it warns, to go in 5.40.

@@ -9,7 +9,6 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.utils.hub import cached_file
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
@@ -20,6 +19,7 @@ from ..model.freeze import dequantize_, protect
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
 from ..ops import FP8
+from .compat import cached_file
 from .quantizer import Config, Quantizer
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
