@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard ctfp8_compile/ops/cpu/csrc/* tests/asan/*.cpp)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-long test-real lint format bench coverage build clean
+.PHONY: help demo test test-newest test-long test-real lint format bench coverage build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -16,6 +16,12 @@ demo: $(READY)  ## two small trained models: load, explain, compile, generate
 
 test: $(READY)  ## the tests, under ten minutes
 	$(PYTEST)
+
+# Never pinned: what `pip install ctfp8-compile` gives today.
+test-newest:  ## the whole suite with the newest releases that pip gives, in .venv-newest; what passes is recorded
+	test -x $(VENV)-newest/bin/python || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager --editable '.[bench,test]'
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n auto --maxprocesses 4 --record-tested
 
 test-long: $(READY)  ## long fuzzing, whole matrices and the like, under half an hour
 	$(PYTEST) -m long
@@ -55,4 +61,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:  ## .venv and what was built
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-newest build dist *.egg-info

@@ -26,10 +26,15 @@ PRIVATE = {
     "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer
     "lowerings": ("torch._inductor.lowering.lowerings", "2.11 2.13 2.14"),
     "register_lowering": ("torch._inductor.lowering.register_lowering", "2.11 2.13 2.14"),
+    "aot_compile": ("torch._inductor.aot_compile", "2.11 2.13 2.14"),
+    "package_pt2": ("torch.export.pt2_archive._package.package_pt2", "2.11 2.13 2.14"),
+    "load_pt2": ("torch.export.pt2_archive._package.load_pt2", "2.11 2.13 2.14"),
+    "free_symbols": ("torch.fx.experimental.symbolic_shapes.free_symbols", "2.11 2.13 2.14"),
+    "statically_known_true": ("torch.fx.experimental.symbolic_shapes.statically_known_true", "2.11 2.13 2.14"),
     "detect_fake_mode": ("torch._guards.detect_fake_mode", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
 }
-#: What the whole suite passed with; `make record` writes it, and the table in the README from it.
+#: What the whole suite passed with; `pytest --record-tested` writes it, and the README's table.
 TESTED = Path(__file__).with_name("tested.json")
 
 
@@ -79,7 +84,7 @@ def tested(distribution: str) -> tuple[str, ...]:
 def warn_if_newer(distribution: str) -> None:
     """Warns, once, of a release newer than those tested. A patch release of a tested one counts as tested."""
     installed, known = version(distribution), tested(distribution)
-    if release(installed)[:2] > release(known[-1])[:2]:
+    if known and release(installed)[:2] > release(known[-1])[:2]:
         warnings.warn(
             f"{distribution} {installed} is newer than the releases this ctfp8 was tested with ({', '.join(known)}). ctfp8 "
             f"goes on; if something fails, install {distribution} {known[-1]}.",

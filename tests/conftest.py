@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import tested
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering
@@ -112,3 +113,19 @@ def _no_code_cache() -> Iterator[None]:
     """Our passes run only when Inductor compiles, so a cache hit from an earlier run would test nothing."""
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         yield
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-tested", action="store_true", help="record a whole suite that passes, see support.tested"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-tested"):
+        tested.refuse_a_part(config)
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    if config.getoption("--record-tested") and exitstatus == 0:
+        tested.record(len(terminalreporter.stats["passed"]))

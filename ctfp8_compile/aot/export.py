@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import warnings
 from collections import Counter
@@ -20,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from .. import passes
+from ..compat import version
 from ..errors import TargetError, UsageError
 from ..model.parametrization import quantized_parameters
 from ..passes import side_by_side
@@ -141,7 +141,7 @@ def export(
         schemes=dict(Counter(str(q.info.scheme) for _, _, q in quantized_parameters(model))),
         kernels=dict(Counter(e.kernel for e in report.rewritten)),
         report=report.to_dict(),
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        versions={name: version(name) for name in _PACKAGES},
         positional=positional_names(model.forward, len(args)),
         inputs=inputs_of(program),
         ranges=ranges_of(program),

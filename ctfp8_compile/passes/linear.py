@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..compat import statically_known_true
 from ..graph import trace_weight, value
 from .rule import Match, Rule
 
