@@ -154,14 +154,14 @@ def _quantize(do: ops.Do, x: fx.Node, activation: str, input_scale: fx.Node | No
 
 def _ends(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:
     """How many rows belong to experts up to each one: `offs` `[E]` int32 of rows sorted by expert."""
-    numbers = do(aten.arange.default, experts, dtype=torch.int64, device=value(ids).device)
+    numbers = do(aten.arange.start_step, 0, experts, dtype=torch.int64, device=value(ids).device)
     at_most = do(aten.le.Tensor, do(aten.unsqueeze.default, ids, 0), do(aten.unsqueeze.default, numbers, 1))
     return do(_convert, do(aten.sum.dim_IntList, at_most, [1]), torch.int32)
 
 
 def _expert_of_rows(do: ops.Do, graph: fx.Graph, x: fx.Node, offs: fx.Node | None, experts: int) -> fx.Node:
     """The expert of each row of a grouped matmul; rows past the last group take the last expert."""
-    rows = do(aten.arange.default, sizes(graph, x)[0], dtype=torch.int64, device=value(x).device)
+    rows = do(aten.arange.start_step, 0, sizes(graph, x)[0], dtype=torch.int64, device=value(x).device)
     past = do(aten.ge.Tensor, do(aten.unsqueeze.default, rows, 1), do(aten.unsqueeze.default, offs, 0))
     return do(aten.clamp_max.default, do(aten.sum.dim_IntList, past, [1]), experts - 1)
 

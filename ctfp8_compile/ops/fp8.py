@@ -78,5 +78,6 @@ def _quantize_steps(do: Do, wide: Any, amax: Any) -> tuple[Any, Any]:
 
 
 def _round_steps(do: Do, wide: Any, scale: Any) -> Any:
-    clamped = do(aten.clamp.default, do(aten.div.Tensor, wide, scale), -FP8_MAX, FP8_MAX)
-    return do(_convert, clamped, FP8)
+    # clamp_min and clamp_max: Inductor has a lowering for these after its decompositions, and none for clamp
+    above = do(aten.clamp_min.default, do(aten.div.Tensor, wide, scale), -FP8_MAX)
+    return do(_convert, do(aten.clamp_max.default, above, FP8_MAX), FP8)

@@ -1,0 +1,48 @@
+"""What is compiled, and for which GPU. Read by the tests and, in processes of their own, by `worker.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that is played.
+
+    Attributes:
+        target: as `ctfp8.Target` prints it.
+        fbgemm: whether fbgemm's operators are there.
+    """
+
+    target: str
+    fbgemm: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.target.replace(":", "_") + ("_fbgemm" if self.fbgemm else "")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+        model: `llama/FP8`: a checkpoint of tests/data, or with `forged:` before it one that support.forge writes, with
+            widths of several blocks.
+        part: `layer` (the first decoder layer) or `model`.
+        rows: tokens; None compiles for any number, and runs with 23.
+        experts: how transformers runs experts.
+        options: for torch.compile.
+    """
+
+    model: str
+    part: str = "layer"
+    rows: int | None = 16
+    experts: str | None = None
+    options: tuple[tuple[str, str | bool], ...] = ()
+    build: str = "no"
+
+    @property
+    def name(self) -> str:
+        rows = "any" if self.rows is None else str(self.rows)
+        return " ".join([self.model, self.part, f"M={rows}", *([self.experts] if self.experts else [])])
