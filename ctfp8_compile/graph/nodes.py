@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compat import detect_fake_mode
+from ..compat import detect_fake_mode, enable_python_dispatcher
 
 aten = torch.ops.aten
 
@@ -27,7 +27,8 @@ def fake_value(node: fx.Node) -> Any:
 def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
     """Appends `op(*args, **kwargs)` at the graph's insertion point with its fake value; metadata of `like` is kept.
 
-    Shapes, dtypes and strides come from the operator's own meta function, so nothing has to be declared twice.
+    Shapes, dtypes and strides come from the operator's own meta function, so nothing has to be declared twice. The fake
+    arguments are kept as `eager_input_vals`: without them Inductor takes it that a node a pass inserted reads any strides.
     """
     node = graph.call_function(op, args, kwargs)
     if like is not None:
@@ -35,10 +36,11 @@ def call(graph: fx.Graph, op: Any, *args: Any, like: fx.Node | None = None, **kw
     fakes = [value(a) for a in fx.node.map_arg(args, lambda n: n)]
     mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None) or detect_fake_mode(fakes)
     resolved = fx.node.map_arg(args, value)
+    node.meta["eager_input_vals"] = (resolved, kwargs)
     if mode is None:
         node.meta["val"] = op(*resolved, **kwargs)
     else:
-        with mode:
+        with mode, enable_python_dispatcher():  # as tracers do: some meta functions take dynamic sizes only so
             node.meta["val"] = op(*resolved, **kwargs)
     return node
 

@@ -12,4 +12,4 @@ from __future__ import annotations
 from . import fbgemm, scaled_mm
 
 #: Best first.
-KERNELS = (*fbgemm.kernels("fbgemm"), *fbgemm.kernels("mslk"), scaled_mm.LINEAR, scaled_mm.BLOCKWISE, scaled_mm.GROUPED)
+KERNELS = (*fbgemm.kernels("fbgemm"), *fbgemm.kernels("mslk"), scaled_mm.linear(fast_accum=True), scaled_mm.BLOCKWISE, scaled_mm.GROUPED)

@@ -23,8 +23,8 @@ from .. import ops
 from ..graph import value
 from ..target import Target
 from .kernel import Problem
-from .scaled import Scaled, ScaledKernel, multiples_of, row_scales, token_scales
-from .scaled_mm import finish, split_bias
+from .scaled import Scaled, ScaledKernel, multiples_of, pad_rows, row_scales, rows_of, token_scales
+from .scaled_mm import finish
 
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
@@ -51,6 +51,7 @@ def missing(library: str) -> str | None:
         except (ImportError, OSError, AttributeError, RuntimeError) as error:
             why = str(error).splitlines()[0]
             return f"{distribution} is not installed, or does not load ({why}): pip install {distribution}"
+        _complete(library)
         return None
     if library == "mslk":
         return "mslk is taken only where it is installed"
@@ -72,6 +73,16 @@ def _declare(library: str) -> None:
         fragment.impl(name, reference, "CPU")
         torch.library.register_fake(f"{library}::{name}", _fake, lib=fragment)
     _declared.append(fragment)  # declarations go with the object
+
+
+def _complete(library: str) -> None:
+    """Gives operators of the real library the meta functions it lacks: groupwise has none in any version so far."""
+    fragment = torch.library.Library(library, "IMPL")
+    for schema in _SCHEMAS:
+        name = schema.partition("(")[0]
+        if not getattr(getattr(torch.ops, library), name).default.has_kernel_for_dispatch_key("Meta"):
+            fragment.impl(name, _fake, "Meta")  # register_fake refuses operators of a C++ module
+    _declared.append(fragment)
 
 
 def _fake(XQ: Tensor, WQ: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -111,20 +122,30 @@ def kernels(library: str) -> tuple[ScaledKernel, ...]:
     def gate(problem: Problem, target: Target) -> str | None:
         if target.capability not in ((9, 0), (10, 0)):
             return f"fbgemm and MSLK have FP8 kernels for sm90 and sm100, not {target}"
+        if problem.scaling == "blockwise" and target.capability != (9, 0):
+            return f"fbgemm and MSLK take 128x128 blocks on sm90, not {target}"
         return multiples_of(128 if problem.scaling == "blockwise" else 16, problem) or missing(library)
 
     def build_rowwise(do: ops.Do, s: Scaled) -> fx.Node:
         rows = value(s.weight).shape[0]
         scales = token_scales(do, s, [-1]), row_scales(do, s, [rows])
-        fused, rest = split_bias(s)
-        return finish(do, s, do(op("f8f8bf16_rowwise"), s.x, s.weight, *scales, fused), rest)
+        # in the kernel, but where the model's dtype holds more than the bfloat16 it writes
+        fuse = s.extra is not None and value(s.extra).dtype == s.out_dtype == torch.bfloat16
+        out = do(op("f8f8bf16_rowwise"), s.x, s.weight, *scales, s.extra if fuse else None)
+        return finish(do, s, out, None if fuse else s.extra)
 
     def build_groupwise(do: ops.Do, s: Scaled) -> fx.Node:
+        x, scale_a, rows = s.x, s.scale_a, value(s.x).shape[0]
+        if not isinstance(rows, int) or rows > 16:  # then it reads scales by TMA, which wants rows of 16 bytes
+            x, scale_a = pad_rows(do, x, 4), pad_rows(do, scale_a, 4)
         scales = (
             do(aten.clone.default, do(aten.permute.default, scale, [1, 0]), memory_format=torch.contiguous_format)
-            for scale in (s.scale_a, s.weight_scale)
+            for scale in (scale_a, s.weight_scale)
         )
-        return finish(do, s, do(op("f8f8bf16_groupwise"), s.x, s.weight, *scales), s.extra)
+        out = do(op("f8f8bf16_groupwise"), x, s.weight, *scales)
+        if x is not s.x:
+            out = do(aten.slice.Tensor, out, 0, 0, rows_of(do, s.x))
+        return finish(do, s, out, s.extra)
 
     def build_grouped(do: ops.Do, s: Scaled) -> fx.Node:
         experts, rows, _ = value(s.weight).shape

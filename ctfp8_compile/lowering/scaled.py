@@ -169,8 +169,8 @@ def _expert_of_rows(do: ops.Do, graph: fx.Graph, x: fx.Node, offs: fx.Node | Non
 def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
     """Replaces a `ctfp8::quantize_…` node with its arithmetic in ATen."""
 
-    def do(op: Any, *args: Any) -> fx.Node:
-        return call(graph, op, *args, like=node)
+    def do(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return call(graph, op, *args, like=node, **kwargs)
 
     with before(graph, node):
         if node.target is QUANTIZE[0]:
@@ -179,8 +179,11 @@ def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
             results = ops.quantize_per_group_steps(do, node.args[0], value(node.args[0]).shape[1], node.args[1])
         else:
             results = ops.quantize_per_tensor_steps(do, *node.args)
+        codes, scale = results
+        if not value(codes).is_contiguous():  # kernels read rows
+            codes = do(aten.clone.default, codes, memory_format=torch.contiguous_format)
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]], propagate_meta=False)
+        user.replace_all_uses_with((codes, scale)[user.args[1]], propagate_meta=False)
         graph.erase_node(user)
     graph.erase_node(node)
 
@@ -205,8 +208,21 @@ def row_scales(do: ops.Do, s: Scaled, shape: list[int]) -> fx.Node:
 
 def token_scales(do: ops.Do, s: Scaled, shape: list[int]) -> fx.Node:
     """`scale_a` with one entry per row of `x`, in a shape; a scale for the whole tensor is repeated."""
-    scale = s.scale_a
-    if value(scale).shape[0] == 1:
-        rows = do(aten.full_like.default, do(aten.slice.Tensor, s.x, 1, 0, 1), 0.0, dtype=torch.float32)
-        scale = do(aten.add.Tensor, rows, scale)
+    scale, rows = s.scale_a, rows_of(do, s.x)
+    if value(scale).shape[0] == 1 and rows != 1:
+        repeated = do(aten.expand.default, scale, [rows, 1])
+        scale = do(aten.clone.default, repeated, memory_format=torch.contiguous_format)
     return do(aten.reshape.default, scale, shape)
+
+
+def rows_of(do: ops.Do, x: fx.Node) -> Any:
+    """The number of rows as an argument: a number, or a node where it is dynamic."""
+    rows = value(x).shape[0]
+    return rows if isinstance(rows, int) else do(aten.sym_size.int, x, 0)
+
+
+def pad_rows(do: ops.Do, x: fx.Node, step: int) -> fx.Node:
+    """Zero rows behind `x`, up to a multiple of `step`; `x` itself where it is one already."""
+    rows = rows_of(do, x)
+    more = -rows % step if isinstance(rows, int) else do(operator.mod, do(operator.neg, rows), step)
+    return x if isinstance(more, int) and more == 0 else do(aten.constant_pad_nd.default, x, [0, 0, 0, more])

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from . import scaled_mm
 
-KERNELS = (scaled_mm.LINEAR,)
+KERNELS = (scaled_mm.linear(fast_accum=False),)

@@ -148,7 +148,8 @@ def _codes_and_scales(x: Tensor, *scales: int) -> tuple[Tensor, Tensor]:
     meta=lambda x, bound=None: _codes_and_scales(x, x.shape[0], 1),
 )
 def _quantize_per_token(x: Tensor, bound: float | None = None) -> tuple[Tensor, Tensor]:
-    return quantize_per_token_steps(apply, x, bound)
+    codes, scale = quantize_per_token_steps(apply, x, bound)
+    return codes.contiguous(), scale
 
 
 @operator(
@@ -165,7 +166,8 @@ def _quantize_per_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 )
 def _quantize_per_tensor(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     codes, scale = quantize_per_tensor_steps(apply, x, input_scale)
-    return codes, scale.clone() if input_scale is not None else scale  # an operator must not return its input
+    scale = scale.clone() if input_scale is not None else scale  # an operator must not return its input
+    return codes.contiguous(), scale
 
 
 @operator(

@@ -27,12 +27,13 @@ class Case:
     """One compilation.
 
     Attributes:
-        model: `llama/FP8`: a checkpoint of tests/data, or with `forged:` before it one that support.forge writes, with
-            widths of several blocks.
-        part: `layer` (the first decoder layer) or `model`.
+        model: `llama/FP8`: a checkpoint of tests/data; `forged:llama/FP8`: one that support.forge writes, with widths of
+            several blocks; `own:views/FP8`: a module of `modules.py`.
+        part: `layer` (the first decoder layer) or `model`; of a module of ours there is but one.
         rows: tokens; None compiles for any number, and runs with 23.
         experts: how transformers runs experts.
         options: for torch.compile.
+        build: which configurations of each Triton kernel to build: `no`, the `first`, or `all`.
     """
 
     model: str

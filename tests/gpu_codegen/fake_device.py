@@ -95,6 +95,8 @@ def _xpu() -> None:
         setattr(torch._C, name, lambda *args: 0)
     _interface(XpuInterface, properties, vars(properties))
     _triton("xpu", vars(properties), 32, torch.xpu, 64, 131072)
+    # triton from PyPI has no backend for it: its code is written, and not built
+    torch.utils._triton.triton_hash_with_backend = lambda: "no backend"
 
 
 class _Context:
@@ -135,7 +137,8 @@ def _interface(interface: Any, properties: Any, capability: Any) -> None:
     for name, answer in answers.items():
         setattr(interface, name, staticmethod(lambda *args, _answer=answer, **kwargs: _answer))
     for name in ("set_device", "current_device", "get_device_properties"):
-        setattr(interface.Worker, name, staticmethod(lambda *args, _answer=answers.get(name), **kwargs: _answer))
+        answer = answers.get(name)
+        setattr(interface.Worker, name, staticmethod(lambda *args, _answer=answer, **kwargs: _answer))
 
 
 def _triton(backend: str, arch: Any, warp: int, module: Any, processors: int, shared: int) -> None:

@@ -1,6 +1,6 @@
 """Compiles cases for one GPU that is not there and prints, as JSON, what each would launch.
 
-    python worker.py '{"gpu": {…}, "cases": [{…}, …]}'
+python worker.py '{"gpu": {…}, "cases": [{…}, …]}'
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ def compiled(case: Case, device: str) -> dict[str, Any]:
     model, mode = _model(case.model, case.experts, device)
     module, args, kwargs = _call(model, case, mode, device)
     before = len(ctfp8.compiled_reports())
-    dynamic = case.rows is None
     with mode, torch.no_grad(), played.playing(device) as (launches, modules):
         compiled = torch.compile(
-            module, backend="ctfp8", fullgraph=True, dynamic=True if dynamic else False, options=dict(case.options)
+            module, backend="ctfp8", fullgraph=True, dynamic=case.rows is None, options=dict(case.options)
         )
         compiled(*args, **kwargs)
     report = ctfp8.compiled_reports()[before:]
@@ -89,8 +88,10 @@ def _model(name: str, experts: str | None, device: str) -> tuple[nn.Module, Fake
     """A model whose tensors are on the device, and the mode that keeps them."""
     import ctfp8_compile as ctfp8
 
-    options = {"experts_implementation": experts} if experts else {}
-    family, _, scheme = name.removeprefix("forged:").partition("/")
+    options: dict[str, Any] = {"experts_implementation": experts} if experts else {}
+    if device == "xpu":
+        options["attn_implementation"] = "eager"  # torch's choice of a kernel asserts without that device
+    family, _, scheme = name.rpartition(":")[2].partition("/")
     if name.startswith("forged:"):
         from support.families import Sizes
         from support.forge import forge
@@ -98,6 +99,10 @@ def _model(name: str, experts: str | None, device: str) -> tuple[nn.Module, Fake
         with tempfile.TemporaryDirectory() as folder:
             forged = forge(family, scheme, Path(folder), sizes=Sizes(hidden=512, intermediate=1024, expert=512))
             model = ctfp8.from_pretrained(forged.folder, forged.auto_class, **options)
+    elif name.startswith("own:"):
+        from modules import own
+
+        model = own(family, scheme)
     else:
         model = ctfp8.from_pretrained(DATA / family / scheme, **options)
     mode = FakeTensorMode()
@@ -123,9 +128,13 @@ def on_device(model: nn.Module, mode: FakeTensorMode, device: str) -> None:
                     tensors[name] = fake(tensor)
 
 
-def _call(model: nn.Module, case: Case, mode: FakeTensorMode, device: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _call(
+    model: nn.Module, case: Case, mode: FakeTensorMode, device: str
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     rows = case.rows or 23
     with mode:
+        if case.model.startswith("own:"):
+            return model, (torch.empty((rows, 512), dtype=torch.bfloat16, device=device),), {}
         if case.part == "model":
             ids = torch.empty((1, rows), dtype=torch.int64, device=device)
             return model, (ids,), {"use_cache": False}

@@ -14,9 +14,8 @@ import torch
 from conftest import DATA, IDS, fp8_config, quantize, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scaled import SM89, layer, quantized_activation
+from support.scaled import SM89, BlockwiseOnCpu, layer, quantized_activation
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering, ops, passes
@@ -107,24 +106,6 @@ def test_linear_against_float64(strategy, activation, target, kernel, bias, dtyp
     got = program.module()(x)
     assert got.dtype == dtype
     assert relative_error(got, want) < 4e-3  # these kernels write bfloat16, whatever the model's dtype
-
-
-class BlockwiseOnCpu(TorchDispatchMode):
-    """torch's CPU `_scaled_mm` has no blocks: theirs are multiplied here, their layouts held to what CUDA's checks ask."""
-
-    calls = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op is not torch.ops.aten._scaled_mm.default or args[2].shape[1] == 1:
-            return op(*args, **(kwargs or {}))
-        x, w, scale_a, scale_b, bias, _, out_dtype, _ = args
-        (m, k), n = x.shape, w.shape[1]
-        assert m % 4 == 0
-        assert w.stride() == (1, k)
-        assert (scale_a.shape, scale_a.stride()) == ((m, k // 128), (1, m))
-        assert (scale_b.shape, scale_b.stride()) == ((k // 128, n // 128), (1, -(k // 128 // -4) * 4))
-        self.calls += 1
-        return torch.ops.ctfp8.scaled_mm(x, w.t(), scale_a, scale_b.t(), bias, [128, 128], out_dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8])

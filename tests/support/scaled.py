@@ -7,6 +7,7 @@ import warnings
 import torch
 from conftest import fp8_config, quantize
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctfp8_compile as ctfp8
 
@@ -33,6 +34,25 @@ with warnings.catch_warnings():
     _library.impl("_scaled_grouped_mm", _grouped_on_cpu, "CPU")
     if torch.__version__ < (2, 12):  # torch's own CPU kernel has no scales per row
         _library.impl("_scaled_mm", _rows_on_cpu, "CPU")
+
+
+class BlockwiseOnCpu(TorchDispatchMode):
+    """torch's CPU `_scaled_mm` has no blocks: theirs are multiplied here, their layouts held to what CUDA's checks ask."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is not torch.ops.aten._scaled_mm.default or args[2].shape[1] == 1:
+            return op(*args, **(kwargs or {}))
+        x, w, scale_a, scale_b, bias, _, out_dtype = args[:7]  # use_fast_accum: False is its default, and left out
+        (m, k), n = x.shape, w.shape[1]
+        assert m % 4 == 0
+        assert w.stride() == (1, k)
+        assert (scale_a.shape, scale_a.stride()) == ((m, k // 128), (1, m))
+        assert (scale_b.shape, scale_b.stride()) == ((k // 128, n // 128), (1, -(k // 128 // -4) * 4))
+        self.calls += 1
+        return torch.ops.ctfp8.scaled_mm(x, w.t(), scale_a, scale_b.t(), bias, [128, 128], out_dtype)
+
 
 #: aten._scaled_mm on sm89 needs torch 2.12 or later.
 SM89 = "cuda:sm120" if torch.__version__ < (2, 12) else "cuda:sm89"
