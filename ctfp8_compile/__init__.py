@@ -15,8 +15,9 @@ from . import ops  # defines the ctfp8:: operators
 from .errors import ArtifactError, CheckpointError, Ctfp8Error, InputError, SchemeError, TargetError, UsageError
 
 if TYPE_CHECKING:
-    from .aot.export import explain, export, lower
+    from .aot.export import export
     from .aot.load import Artifact, load
+    from .aot.lower import explain, lower
     from .hf.hub import from_pretrained, prepare, save_pretrained
     from .hf.static_cache import StaticCacheDecoder, static_cache
     from .inductor.backend import backend, compiled_reports
@@ -55,7 +56,8 @@ __all__ = [
 
 #: Where each name lives. They are imported on first use, so that loading an artifact needs no transformers.
 _HOMES = {
-    ".aot.export": ("explain", "export", "lower"),
+    ".aot.export": ("export",),
+    ".aot.lower": ("explain", "lower"),
     ".aot.load": ("Artifact", "load"),
     ".hf.hub": ("from_pretrained", "prepare", "save_pretrained"),
     ".hf.static_cache": ("StaticCacheDecoder", "static_cache"),

@@ -5,38 +5,28 @@ python examples/add_a_rule.py            # explained in docs/writing-a-rule.md
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import nn
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile.graph import before, call, trace_weight, value
-from ctfp8_compile.passes import Match, Rule, register
+from ctfp8_compile.graph import trace_weight
+from ctfp8_compile.passes import Match, Rule, View, register
 
 aten = torch.ops.aten
 
 
 class WeightOnTheLeft(Rule):
-    """`matmul(W, x)` with `x` `[..., K, T]` is the transpose of a linear of `x.mT`."""
+    """`matmul(W, x)` with `x` `[..., K, T]` is `linear(x.mT, W).mT`."""
 
     name = "weight on the left"
     roots = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
     def pattern(self, node):
         weight = trace_weight(node.args[0])
-        if weight is None or weight.transposed or weight.ids is not None:
+        if weight is None or weight.transposed or weight.expert_ids is not None:
             return None
-        return Match(node, "linear", node.args[1], weight)
-
-    def rewrite(self, graph, match, plan):
-        rank = value(match.x).dim()
-        swapped = [*range(rank - 2), rank - 1, rank - 2]
-        with before(graph, match.node):
-            x = call(graph, aten.permute.default, match.x, swapped, like=match.node)
-        y = super().rewrite(graph, replace(match, x=x), plan)
-        with before(graph, match.node):
-            return call(graph, aten.permute.default, y, swapped, like=match.node)
+        turned = [View("transpose", (-2, -1))]
+        return Match.of(node, "linear", node.args[1], weight, x_views=turned, out_views=turned)
 
 
 class Channels(nn.Module):

@@ -58,9 +58,7 @@ def _check_node(node: schema.Node) -> schema.Node:
         _name(node.name)
     if node.is_hop_single_tensor_return is not None:
         raise Misfit("the graph calls functions")
-    notes = typed.parse(node.metadata["custom"]) if "custom" in node.metadata else {}
-    notes = {"ctfp8": notes["ctfp8"]} if type(notes) is dict and type(notes.get("ctfp8")) is dict else {}
-    return replace(node, metadata={"custom": json.dumps(notes)} if notes else {})
+    return replace(node, metadata={})
 
 
 def _check_argument(argument: schema.Argument) -> schema.Argument:

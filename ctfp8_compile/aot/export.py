@@ -1,12 +1,9 @@
-"""Ahead of time: the same rules and lowering on a graph from `torch.export`, and the file it is saved in."""
+"""Writes a model, rewritten for a target, to one `.pt2` file."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,68 +19,13 @@ from .. import passes
 from ..compat import version
 from ..errors import TargetError, UsageError
 from ..model.parametrization import quantized_parameters
-from ..passes import side_by_side
 from ..report import Report
 from ..target import Target
-from . import sites
 from .call import inputs_of, positional_names, ranges_of
+from .lower import ONLY_THERE, rewrite, target_of, trace
 from .manifest import NAME, Manifest
 
 aten = torch.ops.aten
-
-
-def lower(
-    model: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    target: str | Target | None = None,
-    dynamic_shapes: Any = None,
-) -> ExportedProgram:
-    """Exports a model and rewrites its graph for a target, which need not be on this machine.
-
-    Args:
-        model: with FP8 weights, from `from_pretrained`, `prepare` or `load_state_dict`.
-        args, kwargs: example inputs, as the model is called.
-        target: such as `"cpu"` or `"cuda:sm90"`; default: the device the model is on.
-        dynamic_shapes: as for `torch.export.export`.
-
-    Returns:
-        The program; its FP8 parameters stay float8_e4m3fn and on the device they are on.
-
-    Raises:
-        TargetError: not a target.
-        UsageError: the call returns objects that only transformers can rebuild, such as a cache.
-    """
-    program, _ = _lower(model, args, kwargs, target, dynamic_shapes)
-    side_by_side.fold(program)
-    return program
-
-
-def explain(
-    model: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    target: str | Target | None = None,
-    dynamic_shapes: Any = None,
-) -> Report:
-    """Says what would become of each FP8 weight on a target, without compiling or running the model.
-
-    Args: as for `lower`.
-
-    Returns:
-        A report: `print` it, or take `.rewritten` and `.kept`, whose entries have `.name .rule .kernel .reason`;
-        `.to_dict()`, `.to_html(path)`.
-    """
-    report = _lower(model, args, kwargs, target, dynamic_shapes)[1]
-    return replace(report, experts_per_token=_experts_per_token(model))
-
-
-def _experts_per_token(model: nn.Module) -> int | None:
-    """As a transformers config says it, under one of the names that families give it."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")
-    return next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), None)
 
 
 def export(
@@ -99,7 +41,7 @@ def export(
 
     The file is torch.export's own archive with a manifest (`ctfp8_compile.aot.manifest`) in it. FP8 weights stay FP8. For cpu and
     xpu its graph is plain ATen, so `torch.export.load` runs it without this package too; `ctfp8.load` puts the CPU kernels of
-    its machine back (`ctfp8_compile.aot.sites`). For cuda it may name operators of fbgemm.
+    its machine back (`ctfp8_compile.passes.annotate`). For cuda it may name operators of fbgemm.
 
     For a language model with a static cache see `StaticCacheDecoder`.
 
@@ -118,22 +60,23 @@ def export(
         TargetError: not a target, or `package="aoti"` for another machine.
         UsageError: the call takes or returns objects that only transformers can rebuild.
     """
-    path, target = Path(path), _target(model, target)
+    path, target = Path(path), target_of(model, target)
     if path.suffix != ".pt2":
         raise UsageError(f"{path}: artifacts are .pt2 files; give the path that suffix.")
     if package not in (None, "aoti"):
         raise UsageError(f"package={package!r}: it is None for a program or 'aoti' for AOTInductor's machine code.")
-    if package == "aoti" and target != _target(model, None):
-        raise TargetError(f"package='aoti' compiles for the machine at hand, {_target(model, None)}, not for {target}.")
-    program = _trace(model, args, kwargs, dynamic_shapes)
+    if package == "aoti" and target != (here := target_of(model, None)):
+        raise TargetError(f"package='aoti' compiles for the machine at hand, {here}, not for {target}.")
+    program = trace(model, args, kwargs, dynamic_shapes)
     _plain_call(program)
+    decisions: list[passes.Decision] = []
+    replaced: dict[fx.Node, fx.Node] = {}
     if package is None and target.device == "cpu":
-        report = passes.run(_copy(program.graph), target)
-        sites.record(program.graph, passes.RULES)
-        _rewrite(program, target, rules=())
+        decisions = passes.decide(program.graph, target)
+        report = passes.report(target, passes.preview(decisions))
+        replaced = _decompose(program)
     else:
-        report = _rewrite(program, target)
-        side_by_side.fold(program)
+        report = rewrite(program, target)
     _clean(program)
     manifest = Manifest(
         package=package or "program",
@@ -145,6 +88,7 @@ def export(
         positional=positional_names(model.forward, len(args)),
         inputs=inputs_of(program),
         ranges=ranges_of(program),
+        notes=passes.notes(decisions, program.graph, replaced),
     )
     extra = {NAME: manifest.to_json()}
     if package == "aoti":
@@ -155,66 +99,14 @@ def export(
     return report
 
 
-_ONLY_THERE = (
-    "which only transformers can build. Pass kwargs={'use_cache': False}, or take "
-    "ctfp8.StaticCacheDecoder(model, ...), which keeps its cache in the artifact."
-)
 _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
 
 
-def _target(model: nn.Module, target: str | Target | None) -> Target:
-    if isinstance(target, Target):
-        return target
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return Target.detect(device) if target is None else Target.parse(target)
-
-
-def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
-) -> ExportedProgram:
-    """The model as a functional ATen graph in which each use of an FP8 weight is a marker."""
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch.export's own
-        try:
-            program = torch.export.export(
-                model,
-                tuple(args),
-                dict(kwargs or {}),
-                dynamic_shapes=dynamic_shapes,
-                strict=False,
-                # torch 2.11 refuses a dynamic sequence for attention otherwise
-                prefer_deferred_runtime_asserts_over_guards=torch.__version__ < "2.13",
-            )
-        except RuntimeError as error:
-            if match := re.search(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type", str(error)):
-                raise UsageError(f"the model returns a {match[1]}, {_ONLY_THERE}") from error
-            raise
-        # an empty table functionalises and keeps linear and attention whole; the default one would decompose them
-        return program.run_decompositions({})
-
-
-def _lower(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, target: Any, dynamic_shapes: Any
-) -> tuple[ExportedProgram, Report]:
-    target = _target(model, target)
-    program = _trace(model, args, kwargs, dynamic_shapes)
-    return program, _rewrite(program, target)
-
-
-def _rewrite(program: ExportedProgram, target: Target, rules: Sequence[passes.Rule] = passes.RULES) -> Report:
-    if target.device != "cpu" and rules:
-        side_by_side.declare(program.graph)
-    # the signature names the nodes that are outputs: it has to follow when a rule replaces one of them
+def _decompose(program: ExportedProgram) -> dict[fx.Node, fx.Node]:
     with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
-        report = passes.run(program.graph, target, rules)
+        replaced = passes.decompose(program.graph)
     program.graph_module.recompile()
-    return report
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
+    return replaced
 
 
 def _plain_call(program: ExportedProgram) -> None:
@@ -231,7 +123,7 @@ def _plain(spec: pytree.TreeSpec, what: str) -> pytree.TreeSpec:
         return spec if spec.is_leaf() else pytree.TreeSpec(spec.type, spec.context, children)
     if what == "returns" and issubclass(spec.type, dict) and isinstance(spec.context, list):
         return pytree.TreeSpec(dict, spec.context, children)  # transformers' ModelOutput
-    raise UsageError(f"the model {what} a {spec.type.__name__}, {_ONLY_THERE}")
+    raise UsageError(f"the model {what} a {spec.type.__name__}, {ONLY_THERE}")
 
 
 def _clean(program: ExportedProgram) -> None:

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch._export.serde.serialize import ExportedProgramDeserializer
+from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.export.pt2_archive._package import PT2ArchiveWriter, load_pt2
 from torch.utils import _pytree as pytree
 
-from .. import lowering
+from .. import lowering, passes
 from ..errors import ArtifactError, Ctfp8Error, TargetError
-from ..report import Entry, Report
+from ..report import Report
 from ..target import Target
-from . import sites
 from .archive import AGAIN, Archive, open_archive
 from .call import inputs_of, ranges_of
 from .manifest import Manifest, read_manifest
@@ -63,10 +62,8 @@ def load(path: str | Path, device: torch.device | str | None = None, trust: bool
             raise ArtifactError(f"{path}: its manifest describes other inputs than its graph takes. It was edited.")
         if device.type != "cpu":
             program = move_to_device_pass(program, str(device))
-        entries = sites.pick(program.graph, target)
-        program.graph_module.recompile()
+        report = _rewrite(path, program, target, manifest)
         module = program.module(check_guards=False)  # guards are source code; our own checks replace them
-    report = merge(target, entries) if target.device == "cpu" else manifest.exported()
     return Artifact(manifest, report, spec, module, device)
 
 
@@ -82,15 +79,20 @@ def _torchs_errors(path: Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: torch cannot read its graph ({reason}). {AGAIN}") from error
 
 
-def merge(target: Target, entries: Sequence[Entry]) -> Report:
-    """A report with one entry a parameter; where it is used several times, a use that stayed dequantized decides."""
-    by_name: dict[str, Entry] = {}
-    for entry in entries:
-        first = by_name.get(entry.name)
-        kept = entry if first is None or (entry.reason and not first.reason) else first
-        by_name[entry.name] = replace(kept, uses=1 if first is None else first.uses + 1)
-    done = tuple(e for e in by_name.values() if not e.reason)
-    return Report(str(target), done, tuple(e for e in by_name.values() if e.reason))
+def _rewrite(path: Path, program: ExportedProgram, target: Target, manifest: Manifest) -> Report:
+    """On the CPU, puts this machine's kernels where the exporting one found matmuls with an FP8 weight."""
+    exported = manifest.exported()
+    if target.device != "cpu":
+        return exported
+    try:
+        decisions = passes.select(passes.read(manifest.notes, program.graph), target)
+        report = passes.apply(program.graph, target, decisions)
+    except Ctfp8Error as error:
+        raise ArtifactError(f"{path}: {error}") from None
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    unknown = [entry for entry in exported.kept if not entry.rule]  # to every machine: no rule knows their use
+    return Report.of(str(target), [*report.rewritten, *report.kept, *unknown])
 
 
 def _load_aoti(archive: Archive, manifest: Manifest, device: torch.device, trust: bool) -> Artifact:

@@ -8,6 +8,7 @@ kernels             how many weights each kernel took, on the machine that expor
 report              `Report.to_dict()`: each weight, and why it was kept dequantized where it was
 versions            of the packages the artifact was made with
 positional, inputs  the call: names of positional arguments, and each tensor or constant of the flattened arguments
+notes               what rules found in the graph, for the loading machine's kernels (`passes.Note`)
 ranges              of the symbols in the inputs' shapes: [least, most or null]
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError, TargetError
+from ..passes import Note
 from ..report import Entry, Report
 from ..target import Target
 from . import typed
@@ -30,7 +32,7 @@ from .typed import Misfit, short
 
 NAME = "ctfp8.json"
 FORMAT = "ctfp8 artifact"
-VERSION = 1
+VERSION = 2
 PACKAGES = ("program", "aoti")
 
 
@@ -47,6 +49,7 @@ class Manifest:
     positional: tuple[str, ...]
     inputs: tuple[Input, ...]
     ranges: Mapping[str, tuple[int, int | None]]
+    notes: tuple[Note, ...]
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
@@ -118,4 +121,4 @@ def _printable(data: Any) -> Any:
     return data
 
 
-_CHECKS: typed.Checks = {Manifest: _check, Input: _check_input, Entry: _check_entry}
+_CHECKS: typed.Checks = {Manifest: _check, Input: _check_input, Entry: _check_entry, Note: _printable}

@@ -26,14 +26,14 @@ class Weight:
         transposed: the operand is `[..., K, N]`.
         broadcast: a `[N, K]` weight was expanded over batch dimensions.
         matrix: index of the one expert selected, where the marker holds several.
-        ids: node with the int expert of each row (`[T]`), where the operand was gathered by row.
+        expert_ids: node with the int expert of each row (`[T]`), where the operand was gathered by row.
     """
 
     marker: fx.Node
     transposed: bool = False
     broadcast: bool = False
     matrix: Any = None
-    ids: fx.Node | None = None
+    expert_ids: fx.Node | None = None
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ def _reshape(node: fx.Node, inner: Weight) -> Weight | None:
     """Only what keeps the matrix: broadcasting it, or folding broadcast dimensions into one."""
     weight_rank = value(inner.marker).dim() - (inner.matrix is not None)
     same_matrix = value(node).shape[-2:] == value(node.args[0]).shape[-2:] if value(node).dim() >= 2 else False
-    if not same_matrix or inner.ids is not None:
+    if not same_matrix or inner.expert_ids is not None:
         return None
     if value(node).dim() == value(node.args[0]).dim() == weight_rank:
         return inner if value(node).shape == value(node.args[0]).shape else None
@@ -92,18 +92,18 @@ def _reshape(node: fx.Node, inner: Weight) -> Weight | None:
 
 
 def _select(node: fx.Node, inner: Weight) -> Weight | None:
-    plain = inner.matrix is None and inner.ids is None and value(inner.marker).dim() == 3
+    plain = inner.matrix is None and inner.expert_ids is None and value(inner.marker).dim() == 3
     return replace(inner, matrix=node.args[2]) if plain and node.args[1] == 0 else None
 
 
 def _gather(node: fx.Node, inner: Weight) -> Weight | None:
     indices = node.args[1]
-    plain = inner.matrix is None and inner.ids is None and value(inner.marker).dim() == 3
+    plain = inner.matrix is None and inner.expert_ids is None and value(inner.marker).dim() == 3
     if not plain or len(indices) != 1 or indices[0] is None or value(indices[0]).dim() != 1:
         return None
     if value(indices[0]).dtype not in (torch.int64, torch.int32):
         return None
-    return replace(inner, ids=indices[0])
+    return replace(inner, expert_ids=indices[0])
 
 
 def _same(node: fx.Node, inner: Weight) -> Weight:

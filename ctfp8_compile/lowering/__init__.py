@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from ..target import Target
 from . import cpu, cuda, xpu
-from .kernel import KINDS, Kernel, Operands, Problem, choose
+from .kernel import KINDS, YES, Kernel, Operands, Problem, Verdict, choose, no
 
-__all__ = ["KINDS", "Kernel", "Operands", "Problem", "choose", "fingerprint", "kernels_of"]
+__all__ = [
+    "KINDS",
+    "YES",
+    "Kernel",
+    "Operands",
+    "Problem",
+    "Verdict",
+    "choose",
+    "fingerprint",
+    "kernels_of",
+    "no",
+]
 
 
 def kernels_of(target: Target) -> tuple[Kernel, ...]:

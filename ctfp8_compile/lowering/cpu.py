@@ -16,7 +16,7 @@ from .. import ops
 from ..graph import call
 from ..target import Target
 from ..ops import cpu as cpu_kernels
-from .kernel import KINDS, SCALINGS, Operands, Problem
+from .kernel import KINDS, SCALINGS, Operands, Problem, Verdict, no
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -38,20 +38,25 @@ class FusedDequantizeMatmul:
     library = "auto"
     kinds = KINDS
     scalings = SCALINGS
+    lowers = ()
 
     @property
     def name(self) -> str:
         """With the instruction set in use, such as `fused dequantize-matmul (avx512-bf16)`."""
         return f"fused dequantize-matmul ({cpu_kernels.isa() if cpu_kernels.loaded() else 'reference'})"
 
-    def supports(self, problem: Problem, target: Target) -> str | None:
+    def supports(self, problem: Problem, target: Target) -> Verdict:
         if problem.x_dtype not in _DTYPES:
-            return f"the fused CPU kernel takes bfloat16, float16 and float32 activations, not {problem.x_dtype}"
-        return unavailable()
+            return no(f"the fused CPU kernel takes bfloat16, float16 and float32 activations, not {problem.x_dtype}")
+        return Verdict(unavailable() or "")
 
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
-        args = (operands.x, operands.weight, operands.weight_scale, operands.extra, list(problem.block))
+        of_kind = {"linear": operands.bias, "grouped_mm": operands.offs, "gathered_mm": operands.expert_ids}
+        args = (operands.x, operands.weight, operands.weight_scale, of_kind[problem.kind], list(problem.block))
         return call(graph, ops.DEQUANTIZED[problem.kind], *args, like=like)
+
+    def lower(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        return node
 
     def fingerprint(self) -> str:
         return unavailable() or cpu_kernels.isa()

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from .. import ops
 from ..graph import value
 from ..target import Target
-from .kernel import Problem
+from .kernel import Kind, Problem, Scaling, Verdict, no
 from .scaled import Scaled, ScaledKernel, multiples_of, pad_rows, row_scales, rows_of, token_scales
 from .scaled_mm import finish
 
@@ -119,20 +119,21 @@ def kernels(library: str) -> tuple[ScaledKernel, ...]:
     def op(name: str) -> Any:
         return getattr(getattr(torch.ops, library), name).default
 
-    def gate(problem: Problem, target: Target) -> str | None:
+    def gate(problem: Problem, target: Target) -> Verdict:
         if target.capability not in ((9, 0), (10, 0)):
-            return f"fbgemm and MSLK have FP8 kernels for sm90 and sm100, not {target}"
+            return no(f"fbgemm and MSLK have FP8 kernels for sm90 and sm100, not {target}")
         if problem.scaling == "blockwise" and target.capability != (9, 0):
-            return f"fbgemm and MSLK take 128x128 blocks on sm90, not {target}"
-        return multiples_of(128 if problem.scaling == "blockwise" else 16, problem) or missing(library)
+            return no(f"fbgemm and MSLK take 128x128 blocks on sm90, not {target}")
+        fits = multiples_of(128 if problem.scaling == "blockwise" else 16, problem)
+        return fits and Verdict(missing(library) or "")
 
     def build_rowwise(do: ops.Do, s: Scaled) -> fx.Node:
         rows = value(s.weight).shape[0]
         scales = token_scales(do, s, [-1]), row_scales(do, s, [rows])
         # in the kernel, but where the model's dtype holds more than the bfloat16 it writes
-        fuse = s.extra is not None and value(s.extra).dtype == s.out_dtype == torch.bfloat16
-        out = do(op("f8f8bf16_rowwise"), s.x, s.weight, *scales, s.extra if fuse else None)
-        return finish(do, s, out, None if fuse else s.extra)
+        fuse = s.bias is not None and value(s.bias).dtype == s.out_dtype == torch.bfloat16
+        out = do(op("f8f8bf16_rowwise"), s.x, s.weight, *scales, s.bias if fuse else None)
+        return finish(do, s, out, None if fuse else s.bias)
 
     def build_groupwise(do: ops.Do, s: Scaled) -> fx.Node:
         x, scale_a, rows = s.x, s.scale_a, value(s.x).shape[0]
@@ -145,17 +146,18 @@ def kernels(library: str) -> tuple[ScaledKernel, ...]:
         out = do(op("f8f8bf16_groupwise"), x, s.weight, *scales)
         if x is not s.x:
             out = do(aten.slice.Tensor, out, 0, 0, rows_of(do, s.x))
-        return finish(do, s, out, s.extra)
+        return finish(do, s, out, s.bias)
 
     def build_grouped(do: ops.Do, s: Scaled) -> fx.Node:
         experts, rows, _ = value(s.weight).shape
-        before = do(aten.constant_pad_nd.default, do(aten.slice.Tensor, s.extra, 0, 0, experts - 1), [1, 0])
-        counts = do(_convert, do(aten.sub.Tensor, s.extra, before), torch.int64)
+        before = do(aten.constant_pad_nd.default, do(aten.slice.Tensor, s.offs, 0, 0, experts - 1), [1, 0])
+        counts = do(_convert, do(aten.sub.Tensor, s.offs, before), torch.int64)
         scales = token_scales(do, s, [-1]), row_scales(do, s, [experts, rows])
         return finish(do, s, do(op("f8f8bf16_rowwise_grouped_stacked"), s.x, s.weight, *scales, counts))
 
     version = functools.partial(_version, library)
-    experts, rowwise = ("grouped_mm", "gathered_mm"), ("rowwise",)
+    experts: tuple[Kind, ...] = ("grouped_mm", "gathered_mm")
+    rowwise: tuple[Scaling, ...] = ("rowwise",)
     return (
         ScaledKernel(f"{library} f8f8bf16_rowwise", library, ("linear",), rowwise, gate, build_rowwise, version),
         ScaledKernel(f"{library} f8f8bf16_groupwise", library, ("linear",), ("blockwise",), gate, build_groupwise, version),

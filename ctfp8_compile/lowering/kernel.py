@@ -7,17 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import fx
 
+from ..ops import Activation
 from ..target import Target
 
-KINDS = ("linear", "grouped_mm", "gathered_mm")
+#: A linear; experts whose rows are sorted by expert; experts of which each row has one of its own.
+Kind = Literal["linear", "grouped_mm", "gathered_mm"]
 #: Scales of weight and activation: per output feature (a scale per tensor was spread over them at load) and token;
 #: 128x128 blocks and groups of 128; any other groups; activations that are not quantized.
-SCALINGS = ("rowwise", "blockwise", "groupwise", "weight-only")
+Scaling = Literal["rowwise", "blockwise", "groupwise", "weight-only"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A gate's answer: yes, or the sentence why not. True if it is yes, so that gates combine with `and`."""
+
+    why_not: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.why_not
+
+
+YES = Verdict()
+
+
+def no(why_not: str) -> Verdict:
+    """The verdict of a gate that declines, with its reason."""
+    return Verdict(why_not)
 
 
 @dataclass(frozen=True)
@@ -26,23 +48,23 @@ class Problem:
 
     Attributes:
         kind: `linear` (`x @ weight.T + bias`), `grouped_mm` (rows sorted by expert, `offs` their ends) or
-            `gathered_mm` (`ids` the expert of each row).
+            `gathered_mm` (`expert_ids` the expert of each row).
         x_shape: `[..., K]`; entries may be symbolic.
         weight_shape: `[N, K]` or `[E, N, K]`.
         block: rows and columns that share a weight scale.
-        activation: activation scheme of the checkpoint, one of `scheme.ACTIVATIONS`.
+        activation: the checkpoint's activation scheme.
     """
 
-    kind: str
+    kind: Kind
     x_dtype: torch.dtype
     x_shape: tuple[Any, ...]
     weight_shape: tuple[int, ...]
     block: tuple[int, int]
-    activation: str
+    activation: Activation
     bias: bool
 
     @property
-    def scaling(self) -> str:
+    def scaling(self) -> Scaling:
         """How a matmul of FP8 with FP8 would be scaled; one of `SCALINGS`."""
         if self.activation == "none":
             return "weight-only"
@@ -53,13 +75,24 @@ class Problem:
 
 @dataclass(frozen=True)
 class Operands:
-    """The nodes a kernel is built from; `extra` is the bias (or None), `offs` or `ids`, by the problem's kind."""
+    """The nodes a kernel is built from.
+
+    Attributes:
+        x: `[..., K]`, of a linear; `[M, K]` of experts.
+        weight, weight_scale: `[N, K]` or `[E, N, K]` float8_e4m3fn, and its float32 scales.
+        input_scale: static activation scales, `[S]` or `[E, S]` float32; None where activations are not static.
+        bias: `[N]`, of a linear; or None.
+        offs: ends of the experts' rows, `[E]` int32, of a `grouped_mm`.
+        expert_ids: the expert of each row, `[M]`, of a `gathered_mm`.
+    """
 
     x: fx.Node
     weight: fx.Node
     weight_scale: fx.Node
-    input_scale: fx.Node | None
-    extra: fx.Node | None
+    input_scale: fx.Node | None = None
+    bias: fx.Node | None = None
+    offs: fx.Node | None = None
+    expert_ids: fx.Node | None = None
 
 
 class Kernel(Protocol):
@@ -74,18 +107,25 @@ class Kernel(Protocol):
         """One of `target.LIBRARIES`, by which users may limit the choice."""
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[Kind, ...]:
         """The `KINDS` of problem it is for."""
 
     @property
-    def scalings(self) -> tuple[str, ...]:
+    def scalings(self) -> tuple[Scaling, ...]:
         """The `SCALINGS` it is for."""
 
-    def supports(self, problem: Problem, target: Target) -> str | None:
-        """None if this kernel takes a problem it is for on the target, else the sentence why not."""
+    def supports(self, problem: Problem, target: Target) -> Verdict:
+        """Whether this kernel takes a problem it is for on the target."""
 
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
         """Builds the nodes at the graph's insertion point and returns the one that replaces the matmul."""
+
+    @property
+    def lowers(self) -> tuple[Any, ...]:
+        """Operators among those it emits that are target-independent, and that `lower` turns into its own."""
+
+    def lower(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        """Builds its own operators in front of such a node and returns their result."""
 
     def fingerprint(self) -> str:
         """What the machine adds to the decision (a library's version, an ISA); enters Inductor's cache key."""
@@ -97,11 +137,11 @@ def choose(kernels: Sequence[Kernel], problem: Problem, target: Target) -> tuple
     for kernel in kernels:
         if problem.kind not in kernel.kinds or problem.scaling not in kernel.scalings:
             continue
-        why = kernel.supports(problem, target)
-        if why is None:
+        verdict = kernel.supports(problem, target)
+        if verdict:
             return kernel, ""
-        if why not in reasons:
-            reasons.append(why)
+        if verdict.why_not not in reasons:
+            reasons.append(verdict.why_not)
     if not reasons and problem.scaling == "weight-only":
         return None, "the checkpoint does not quantize activations (W8A16)"
     what = "a linear" if problem.kind == "linear" else "experts"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -22,14 +22,12 @@ from torch import fx
 from .. import ops
 from ..graph import before, call, sizes, value
 from ..target import Target
-from .kernel import Operands, Problem
+from .kernel import YES, Kind, Operands, Problem, Scaling, Verdict, no
 
 aten = torch.ops.aten
 _ctfp8 = torch.ops.ctfp8
 _convert = torch.ops.prims.convert_element_type.default
 
-#: Where `emit` leaves the kernel that is to lower a node.
-KERNEL = "ctfp8_kernel"
 QUANTIZE = (
     _ctfp8.quantize_per_token.default,
     _ctfp8.quantize_per_group.default,
@@ -39,13 +37,21 @@ QUANTIZE = (
 
 @dataclass(frozen=True)
 class Scaled:
-    """The arguments of a `ctfp8::scaled_…` node: `x` `[M, K]` FP8, `scale_a` `[M, G]` or `[1, 1]`; `extra` is bias or offs."""
+    """The arguments of a `ctfp8::scaled_…` node.
+
+    Attributes:
+        x, scale_a: activation codes `[M, K]`, and their scales `[M, G]` or `[1, 1]` float32.
+        weight, weight_scale: `[N, K]` or `[E, N, K]` codes and their float32 scales.
+        bias: of a linear, or None.
+        offs: ends of the experts' rows, of a grouped matmul.
+    """
 
     x: fx.Node
     weight: fx.Node
     scale_a: fx.Node
     weight_scale: fx.Node
-    extra: fx.Node | None
+    bias: fx.Node | None
+    offs: fx.Node | None
     block: tuple[int, int]
     out_dtype: torch.dtype
 
@@ -58,33 +64,35 @@ class ScaledKernel:
         name: what the report calls it.
         library: one of `target.LIBRARIES`.
         kinds, scalings: which problems it is for (`kernel.KINDS`, `kernel.SCALINGS`).
-        gate: None if it takes such a problem on a target, else the sentence why not.
+        gate: whether it takes such a problem on a target.
         build: `(do, Scaled) -> node`: its operators, where `do(op, *args)` adds a node.
         version: identifies the library on this machine, for Inductor's cache key.
     """
 
     name: str
     library: str
-    kinds: tuple[str, ...]
-    scalings: tuple[str, ...]
-    gate: Callable[[Problem, Target], str | None]
+    kinds: tuple[Kind, ...]
+    scalings: tuple[Scaling, ...]
+    gate: Callable[[Problem, Target], Verdict]
     build: Callable[[ops.Do, Scaled], fx.Node]
     version: Callable[[], str] = lambda: torch.__version__
+    lowers: ClassVar[tuple[Any, ...]] = (_ctfp8.scaled_mm.default, _ctfp8.scaled_grouped_mm.default)
 
-    def supports(self, problem: Problem, target: Target) -> str | None:
+    def supports(self, problem: Problem, target: Target) -> Verdict:
         if target.capability is not None and target.capability < (8, 9):
-            return f"{target} has no FP8 tensor cores (sm89 and later have)"
+            return no(f"{target} has no FP8 tensor cores (sm89 and later have)")
         if problem.x_dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"activations are {problem.x_dtype}, not bfloat16, float16 or float32"
+            return no(f"activations are {problem.x_dtype}, not bfloat16, float16 or float32")
         return self.gate(problem, target)
 
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
-        return _emit(graph, self, problem, operands, like)
+        return _emit(graph, problem, operands, like)
 
     def lower(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """Builds the kernel's operators in front of a `ctfp8::scaled_…` node and returns their result."""
-        x, weight, scale_a, weight_scale, extra, block, out_dtype = node.args
-        scaled = Scaled(x, weight, scale_a, weight_scale, extra, (block[0], block[1]), out_dtype)
+        x, weight, scale_a, weight_scale, rest, block, out_dtype = node.args
+        bias, offs = (rest, None) if node.target is _ctfp8.scaled_mm.default else (None, rest)
+        scaled = Scaled(x, weight, scale_a, weight_scale, bias, offs, (block[0], block[1]), out_dtype)
         with before(graph, node):
             return self.build(lambda op, *args, **kwargs: call(graph, op, *args, like=node, **kwargs), scaled)
 
@@ -92,11 +100,11 @@ class ScaledKernel:
         return self.version()
 
 
-def _emit(graph: fx.Graph, kernel: ScaledKernel, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
+def _emit(graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
     def do(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return call(graph, op, *args, like=like, **kwargs)
 
-    x, extra, out_dtype = operands.x, operands.extra, problem.x_dtype
+    x, out_dtype = operands.x, problem.x_dtype
     cols, experts = problem.weight_shape[-1], problem.weight_shape[0]
     input_scale = operands.input_scale
     if input_scale is not None:
@@ -111,30 +119,29 @@ def _emit(graph: fx.Graph, kernel: ScaledKernel, problem: Problem, operands: Ope
         q, scale_a = _quantize(do, rows, problem.activation, input_scale)
         out = do(
             _ctfp8.scaled_mm.default,
-            *(q, operands.weight, scale_a, operands.weight_scale, extra, list(problem.block), out_dtype),
+            *(q, operands.weight, scale_a, operands.weight_scale, operands.bias, list(problem.block), out_dtype),
         )
-        out.meta[KERNEL] = kernel
         if value(x).dim() != 2:
             out = do(aten.reshape.default, out, [*sizes(graph, x, like)[:-1], problem.weight_shape[0]])
         return out
     if input_scale is not None:
         # Experts have their own scales: each row takes its expert's.
-        expert = extra if problem.kind == "gathered_mm" else _expert_of_rows(do, graph, x, extra, experts)
+        expert = operands.expert_ids
+        if expert is None:
+            expert = _expert_of_rows(do, graph, x, operands.offs, experts)
         input_scale = do(aten.unsqueeze.default, do(aten.index.Tensor, input_scale, [expert]), 1)
     q, scale_a = _quantize(do, rows, problem.activation, input_scale)
-    order = None
-    offs = extra
-    if problem.kind == "gathered_mm":
-        order = do(operator.getitem, do(aten.sort.default, extra), 1)
+    order, offs = None, operands.offs
+    if operands.expert_ids is not None:
+        order = do(operator.getitem, do(aten.sort.default, operands.expert_ids), 1)
         q = do(aten.index.Tensor, q, [order])
         if problem.activation != "tensor_dynamic":  # one scale for all rows has no order
             scale_a = do(aten.index.Tensor, scale_a, [order])
-        offs = _ends(do, extra, experts)
+        offs = _ends(do, operands.expert_ids, experts)
     out = do(
         _ctfp8.scaled_grouped_mm.default,
         *(q, operands.weight, scale_a, operands.weight_scale, offs, list(problem.block), out_dtype),
     )
-    out.meta[KERNEL] = kernel
     if order is not None:
         back = do(operator.getitem, do(aten.sort.default, order), 1)
         out = do(aten.index.Tensor, out, [back])
@@ -188,10 +195,10 @@ def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def multiples_of(step: int, problem: Problem) -> str | None:
+def multiples_of(step: int, problem: Problem) -> Verdict:
     """The gate of kernels that read in whole tiles."""
     n, k = problem.weight_shape[-2:]
-    return f"N and K must be multiples of {step}, but they are {n} and {k}" if n % step or k % step else None
+    return no(f"N and K must be multiples of {step}, but they are {n} and {k}") if n % step or k % step else YES
 
 
 def row_scales(do: ops.Do, s: Scaled, shape: list[int]) -> fx.Node:

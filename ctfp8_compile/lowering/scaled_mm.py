@@ -18,31 +18,31 @@ from torch import fx
 from .. import ops
 from ..graph import value
 from ..target import Target
-from .kernel import Problem
+from .kernel import YES, Problem, Verdict, no
 from .scaled import Scaled, ScaledKernel, multiples_of, pad_rows, row_scales, rows_of, token_scales
 
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
 
-def _linear(problem: Problem, target: Target) -> str | None:
+def _linear(problem: Problem, target: Target) -> Verdict:
     if target.capability == (8, 9) and _torch_version() < (2, 12):
-        return f"aten._scaled_mm on sm89 needs torch 2.12 or later, not {torch.__version__}"
+        return no(f"aten._scaled_mm on sm89 needs torch 2.12 or later, not {torch.__version__}")
     return multiples_of(16, problem)
 
 
-def _blockwise(problem: Problem, target: Target) -> str | None:
+def _blockwise(problem: Problem, target: Target) -> Verdict:
     if target.capability != (9, 0):
-        return f"aten._scaled_mm takes 128x128 blocks on cuda:sm90, not {target}"
+        return no(f"aten._scaled_mm takes 128x128 blocks on cuda:sm90, not {target}")
     if torch.version.cuda is not None and tuple(map(int, torch.version.cuda.split(".")[:2])) < (12, 9):
-        return f"aten._scaled_mm takes 128x128 blocks with CUDA 12.9 or later, not {torch.version.cuda}"
+        return no(f"aten._scaled_mm takes 128x128 blocks with CUDA 12.9 or later, not {torch.version.cuda}")
     n, k = problem.weight_shape[-2:]
-    return f"N must be a multiple of 128 and K of 512, but they are {n} and {k}" if n % 128 or k % 512 else None
+    return no(f"N must be a multiple of 128 and K of 512, but they are {n} and {k}") if n % 128 or k % 512 else YES
 
 
-def _grouped(problem: Problem, target: Target) -> str | None:
+def _grouped(problem: Problem, target: Target) -> Verdict:
     if target.capability != (9, 0):
-        return f"aten._scaled_grouped_mm is for cuda:sm90, not {target}"
+        return no(f"aten._scaled_grouped_mm is for cuda:sm90, not {target}")
     return multiples_of(16, problem)
 
 
@@ -56,7 +56,7 @@ def _build_linear(do: ops.Do, s: Scaled, fast_accum: bool) -> fx.Node:
     scale_a, scale_b = token_scales(do, s, [-1, 1]), row_scales(do, s, [1, value(s.weight).shape[0]])
     # Its bias argument is left alone: Inductor's template asserts on biases that lie side by side, and adds for free.
     out = do(aten._scaled_mm.default, s.x, weight, scale_a, scale_b, None, None, torch.bfloat16, fast_accum)
-    return finish(do, s, out, s.extra)
+    return finish(do, s, out, s.bias)
 
 
 def _build_blockwise(do: ops.Do, s: Scaled) -> fx.Node:
@@ -67,7 +67,7 @@ def _build_blockwise(do: ops.Do, s: Scaled) -> fx.Node:
     out = do(aten._scaled_mm.default, x, weight, scale_a, scale_b, None, None, torch.bfloat16, False)
     if x is not s.x:
         out = do(aten.slice.Tensor, out, 0, 0, rows_of(do, s.x))
-    return finish(do, s, out, s.extra)
+    return finish(do, s, out, s.bias)
 
 
 def finish(do: ops.Do, s: Scaled, out: fx.Node, bias: fx.Node | None = None) -> fx.Node:
@@ -81,7 +81,7 @@ def _build_grouped(do: ops.Do, s: Scaled) -> fx.Node:
     experts, rows, _ = value(s.weight).shape
     weight = do(aten.permute.default, s.weight, [0, 2, 1])
     scale_a, scale_b = token_scales(do, s, [-1]), row_scales(do, s, [experts, rows])
-    offs = s.extra if value(s.extra).dtype == torch.int32 else do(_convert, s.extra, torch.int32)
+    offs = s.offs if value(s.offs).dtype == torch.int32 else do(_convert, s.offs, torch.int32)
     arguments = (s.x, weight, scale_a, scale_b, offs, None, None, torch.bfloat16, True)
     return finish(do, s, do(aten._scaled_grouped_mm.default, *arguments))
 

@@ -1,6 +1,31 @@
-"""The graph passes: rules that find matmuls with an FP8 weight and rewrite them, and the pipeline that runs them."""
+"""The graph passes: rules that find matmuls with an FP8 weight, and the pipeline that rewrites them."""
 
-from .pipeline import RULES, fingerprint, register, run
-from .rule import Match, Plan, Rule
+from .annotate import Note, notes, read
+from .decision import Decision, match, select
+from .decompose import decompose
+from .pipeline import PASSES, RULES, apply, decide, fingerprint, register, report, run
+from .rewrite import preview, rewrite
+from .rule import Match, Rule, View
 
-__all__ = ["RULES", "Match", "Plan", "Rule", "fingerprint", "register", "run"]
+__all__ = [
+    "PASSES",
+    "RULES",
+    "Decision",
+    "Match",
+    "Note",
+    "Rule",
+    "View",
+    "apply",
+    "decide",
+    "decompose",
+    "fingerprint",
+    "match",
+    "notes",
+    "preview",
+    "read",
+    "register",
+    "report",
+    "rewrite",
+    "run",
+    "select",
+]

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..graph import before, call, value
-from ..lowering.scaled import KERNEL
+from .rewrite import Kernels
 from .side_by_side import SIDE_BY_SIDE
 
 aten = torch.ops.aten
@@ -26,22 +26,22 @@ _ctfp8 = torch.ops.ctfp8
 _PARTS = {_ctfp8.scaled_mm.default: (1, 3, 4), _ctfp8.dequantized_linear.default: (1, 2, 3)}
 
 
-def join(graph: fx.Graph) -> None:
-    """Joins in place what reads all parts of a `side_by_side` node with the same kernel; other parts go apart again."""
+def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:
+    """Combines in place what reads all parts of a `side_by_side` node with the same kernel; other parts go apart again."""
     groups: dict[Any, list[tuple[int, fx.Node]]] = defaultdict(list)
     for node in graph.nodes:
         if (at := _PARTS.get(node.target)) and (part := _part(node.args[at[0]])) is not None:
             rest = [arg for i, arg in enumerate(node.args) if i not in at]
-            groups[part[0], node.target, repr(rest), node.meta.get(KERNEL)].append((part[1], node))
+            groups[part[0], node.target, repr(rest), kernels.get(node)].append((part[1], node))
     for (weight, *_), members in groups.items():
         members.sort(key=lambda member: member[0])
         if sum(value(node).shape[-1] for _, node in members) == value(weight).shape[0]:
-            _join(graph, members)
+            _combine(graph, members, kernels)
     for node in [n for n in graph.nodes if n.target is SIDE_BY_SIDE]:
         _apart(graph, node)
 
 
-def _join(graph: fx.Graph, members: list[tuple[int, fx.Node]]) -> None:
+def _combine(graph: fx.Graph, members: list[tuple[int, fx.Node]], kernels: Kernels) -> None:
     nodes = {node for _, node in members}
     first = next(node for node in graph.nodes if node in nodes)
     arguments = list(first.args)
@@ -55,10 +55,12 @@ def _join(graph: fx.Graph, members: list[tuple[int, fx.Node]]) -> None:
         for begin, node in members:
             dim, end = value(node).dim() - 1, begin + value(node).shape[-1]
             part = call(graph, aten.slice.Tensor, out, dim, begin, end, like=node)
-            part.meta.pop(KERNEL, None)
             part = call(graph, aten.clone.default, part, like=part, memory_format=torch.contiguous_format)
             node.replace_all_uses_with(part, propagate_meta=False)
+    if (kernel := kernels.get(first)) is not None:
+        kernels[out] = kernel
     for node in nodes:
+        kernels.pop(node, None)
         graph.erase_node(node)
 
 

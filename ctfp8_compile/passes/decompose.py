@@ -11,13 +11,26 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..graph import before, call, value
+from ..graph import before, call, is_marker, is_view, value
 
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
 
-def expand_marker(graph: fx.Graph, marker: fx.Node) -> fx.Node:
+def decompose(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Decomposes every marker that is still used; returns what took the place of each. Views of weights go with the rest."""
+    for node in reversed(graph.nodes):
+        if not node.users and (is_marker(node) or is_view(node)):
+            graph.erase_node(node)  # once: removing nodes while walking them is quadratic
+    replaced = {}
+    for marker in [node for node in graph.nodes if is_marker(node)]:
+        replaced[marker] = _arithmetic(graph, marker)
+        marker.replace_all_uses_with(replaced[marker], propagate_meta=False)
+        graph.erase_node(marker)
+    return replaced
+
+
+def _arithmetic(graph: fx.Graph, marker: fx.Node) -> fx.Node:
     """Builds the arithmetic of `ops.dequantize_reference` in front of the marker and returns its result."""
     weight, scale, _, block, _, dtype = marker.args
     with before(graph, marker):

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from ..graph import trace_weight, value
-from .rule import Match, Rule
+from .rule import Match, Rule, View
 
 aten = torch.ops.aten
 
@@ -42,13 +42,13 @@ class GroupedExpertsRule(Rule):
         x, w = node.args[:2]
         offs = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
         weight = trace_weight(w)
-        if weight is None or weight.ids is not None or not weight.transposed or not isinstance(offs, fx.Node):
+        if weight is None or weight.expert_ids is not None or not weight.transposed or not isinstance(offs, fx.Node):
             return None
         if value(weight.marker).dim() != 3 or weight.matrix is not None or value(x).dim() != 2:
             return None
         if len(node.args) > 3 and any(a is not None for a in node.args[3:]):
             return None  # a bias or another output dtype
-        return Match(node, "grouped_mm", x, weight, offs)
+        return Match.of(node, "grouped_mm", x, weight, offs=offs)
 
 
 class GatheredExpertsRule(Rule):
@@ -60,10 +60,13 @@ class GatheredExpertsRule(Rule):
     def pattern(self, node: fx.Node) -> Match | None:
         for operand, column in ((0, True), (1, False)):
             weight, x = trace_weight(node.args[operand]), node.args[1 - operand]
-            if weight is None or weight.ids is None or weight.transposed == column:
+            if weight is None or weight.expert_ids is None or weight.transposed == column:
                 continue
             one = 2 if column else 1
             if value(x).shape[one] != 1:
                 return None  # several rows per expert: not a gather
-            return Match(node, "gathered_mm", x, weight, weight.ids, squeeze_x=one, unsqueeze_out=one)
+            return Match.of(
+                node, "gathered_mm", x, weight, expert_ids=weight.expert_ids,
+                x_views=[View("squeeze", (one,))], out_views=[View("unsqueeze", (one,))],
+            )  # fmt: skip
         return None

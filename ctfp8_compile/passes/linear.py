@@ -53,13 +53,13 @@ class BatchedMatmulRule(Rule):
 
     def pattern(self, node: fx.Node) -> Match | None:
         x, w = node.args
-        match = _linear(node, x, w, None, transposed=True)
-        return match if match is not None and match.weight.broadcast else None
+        weight = trace_weight(w)
+        return _linear(node, x, w, None, transposed=True) if weight is not None and weight.broadcast else None
 
 
 def _linear(node: fx.Node, x: Any, w: Any, bias: Any, transposed: bool) -> Match | None:
     weight = trace_weight(w)
-    if weight is None or weight.ids is not None or weight.transposed != transposed:
+    if weight is None or weight.expert_ids is not None or weight.transposed != transposed:
         return None
     if value(weight.marker).dim() - (weight.matrix is not None) != 2:
         return None
@@ -68,7 +68,7 @@ def _linear(node: fx.Node, x: Any, w: Any, bias: Any, transposed: bool) -> Match
         return None  # the weight's batch dimensions are part of the result
     if bias is not None and not _same_shape(value(bias).shape, (rows,)):
         return None  # an addend that is itself broadcast
-    return Match(node, "linear", x, weight, bias)
+    return Match.of(node, "linear", x, weight, bias=bias)
 
 
 def _same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:

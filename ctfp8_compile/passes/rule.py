@@ -1,69 +1,117 @@
-"""What a rule is: a pattern that finds a matmul with an FP8 weight, a check with a reason, a rewrite.
+"""What a rule is: a pattern that finds one form in which a model uses an FP8 weight.
 
     class MyRule(Rule):
-        name = "my-rule"
+        name = "my rule"
         roots = (aten.some_op.default,)                 # ops at which the pattern starts
 
         def pattern(self, node) -> Match | None: ...     # what to find; None: not mine
-        def check(self, match, target) -> Plan | str     # a kernel, or the sentence why not (inherited)
-        def rewrite(self, graph, match, plan) -> Node    # what replaces it (inherited)
 
-A pattern starts at the consumer and looks back along its weight operand (`graph.trace_weight`). One visit of each node
-is enough, so a pass is linear in the size of the graph.
+A pattern starts at the consumer and looks back along its weight operand (`graph.trace_weight`). One visit of each node is
+enough, so a pass is linear in the size of the graph. What it finds it says in a `Match`: which of the problems that kernels
+know (`lowering.kernel.Kind`) the node is, and the views that lead to it. That is all a rewrite needs, here and on the machine
+that loads an artifact, so rules do not rewrite and hold no state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import fx
 
-from ..graph import Weight, before, call, value
-from ..lowering.kernel import Kernel, Operands, Problem, choose
-from ..target import Target
+from ..graph import Weight, call, value
+from ..lowering.kernel import Kind
 
 aten = torch.ops.aten
+ViewOp = Literal["squeeze", "unsqueeze", "transpose"]
+VIEW_OPS: tuple[ViewOp, ...] = get_args(ViewOp)
+
+
+@dataclass(frozen=True)
+class View:
+    """A view of a tensor: a dimension of size one removed (`squeeze`) or added (`unsqueeze`), or two swapped (`transpose`)."""
+
+    op: ViewOp
+    dims: tuple[int, ...]
+
+    def build(self, graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+        """Adds the view of `node` at the graph's insertion point."""
+        if self.op == "squeeze":
+            return call(graph, aten.squeeze.dim, node, *self.dims, like=like)
+        if self.op == "unsqueeze":
+            return call(graph, aten.unsqueeze.default, node, *self.dims, like=like)
+        order = list(range(value(node).dim()))
+        a, b = self.dims
+        order[a], order[b] = order[b], order[a]
+        return call(graph, aten.permute.default, node, order, like=like)  # Inductor expects no composite operators
 
 
 @dataclass(frozen=True)
 class Match:
-    """A matmul with an FP8 weight.
+    """A node that is a matmul with an FP8 weight, as a rule found it: `out_views(kind(x_views(x), weight, …))`.
 
     Attributes:
-        node: the node to replace.
-        kind: `linear`, `grouped_mm` or `gathered_mm` (see `lowering.kernel.Problem`).
-        x: its activation, `[..., K]`.
-        weight: its weight operand, traced back to the marker.
-        extra: bias (or None) of a linear, `offs` of a grouped, `ids` of a gathered matmul.
-        reshape: shape to give the kernel's result, where the replaced node has extra dimensions of size one.
+        node: what is to be replaced.
+        kind: which problem it is to a kernel: `linear`, `grouped_mm` or `gathered_mm`.
+        x: its activation; `[..., K]` behind `x_views`.
+        weight, weight_scale, input_scale: what its marker dequantizes: `[N, K]` or `[E, N, K]`, with its scales.
+        parameter: the model's name of the weight.
+        block, activation, dtype: rows and columns that share a scale; the checkpoint's activation scheme; what the weight
+            dequantizes to.
+        matrix: which of the weight's matrices, where it holds several and one was selected; a number or a node.
+        bias: of a linear, or None.
+        offs: ends of the experts' rows, of a `grouped_mm`.
+        expert_ids: the expert of each row, of a `gathered_mm`.
+        x_views, out_views: the views of the activation that the kernel reads, and of its result that replaces the node.
     """
 
     node: fx.Node
-    kind: str
+    kind: Kind
     x: fx.Node
-    weight: Weight
-    extra: fx.Node | None = None
-    squeeze_x: int | None = None
-    unsqueeze_out: int | None = None
+    weight: fx.Node
+    weight_scale: fx.Node
+    input_scale: fx.Node | None
+    parameter: str
+    block: tuple[int, int]
+    activation: str
+    dtype: torch.dtype
+    matrix: Any = None
+    bias: fx.Node | None = None
+    offs: fx.Node | None = None
+    expert_ids: fx.Node | None = None
+    x_views: tuple[View, ...] = ()
+    out_views: tuple[View, ...] = ()
 
-    @property
-    def marker(self) -> fx.Node:
-        return self.weight.marker
+    @staticmethod
+    def of(
+        node: fx.Node,
+        kind: Kind,
+        x: fx.Node,
+        weight: Weight,
+        *,
+        bias: fx.Node | None = None,
+        offs: fx.Node | None = None,
+        expert_ids: fx.Node | None = None,
+        x_views: Sequence[View] = (),
+        out_views: Sequence[View] = (),
+    ) -> Match:
+        """From a weight operand that was traced back to its marker."""
+        stored, weight_scale, input_scale, block, activation, dtype = weight.marker.args
+        return Match(
+            node, kind, x, stored, weight_scale, input_scale, weight.name, (block[0], block[1]), activation, dtype,
+            weight.matrix, bias, offs, expert_ids, tuple(x_views), tuple(out_views),
+        )  # fmt: skip
 
-
-@dataclass(frozen=True)
-class Plan:
-    """The kernel that was chosen for a match, and the problem it answered for."""
-
-    kernel: Kernel
-    problem: Problem
+    def mapped(self, new: Any) -> Match:
+        """With each node it names replaced by `new(node)`."""
+        names = ("node", "x", "weight", "weight_scale", "input_scale", "matrix", "bias", "offs", "expert_ids")
+        return replace(self, **{n: new(v) for n in names if isinstance(v := getattr(self, n), fx.Node)})
 
 
 class Rule:
-    """One pattern and its rewrite. Rules hold no state."""
+    """One pattern. Rules hold no state."""
 
     name: ClassVar[str]
     roots: ClassVar[tuple[Any, ...]]
@@ -71,45 +119,3 @@ class Rule:
     def pattern(self, node: fx.Node) -> Match | None:
         """The match at this node, or None where the node is not what the rule looks for."""
         raise NotImplementedError
-
-    def check(self, match: Match, target: Target, kernels: Sequence[Kernel]) -> Plan | str:
-        """A plan if some kernel of the target takes the match, else the sentence that says why none does."""
-        weight, block, activation, dtype = (match.marker.args[i] for i in (0, 3, 4, 5))
-        x = value(match.x)
-        if x.dtype != dtype:
-            return f"its input is {_short(x.dtype)} where the weight dequantizes to {_short(dtype)}"
-        shape = tuple(value(weight).shape)
-        problem = Problem(
-            kind=match.kind,
-            x_dtype=x.dtype,
-            x_shape=tuple(x.shape),
-            weight_shape=shape[1:] if match.weight.matrix is not None else shape,
-            block=(block[0], block[1]),
-            activation=activation,
-            bias=match.kind == "linear" and match.extra is not None,
-        )
-        kernel, why = choose(kernels, problem, target)
-        return why if kernel is None else Plan(kernel, problem)
-
-    def rewrite(self, graph: fx.Graph, match: Match, plan: Plan) -> fx.Node:
-        """Builds the replacement right before the matched node and returns it."""
-        weight, weight_scale, input_scale = match.marker.args[:3]
-        like = match.node
-        with before(graph, match.node):
-            if match.weight.matrix is not None:
-                weight, weight_scale, input_scale = (
-                    None if t is None else call(graph, aten.select.int, t, 0, match.weight.matrix, like=like)
-                    for t in (weight, weight_scale, input_scale)
-                )
-            x = match.x
-            if match.squeeze_x is not None:
-                x = call(graph, aten.squeeze.dim, x, match.squeeze_x, like=like)
-            operands = Operands(x, weight, weight_scale, input_scale, match.extra)
-            out = plan.kernel.emit(graph, plan.problem, operands, like)
-            if match.unsqueeze_out is not None:
-                out = call(graph, aten.unsqueeze.default, out, match.unsqueeze_out, like=like)
-        return out
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
 """Linears with one input (q, k, v; gate, up) become one matmul, without a copy of their weights.
 
-    before                                  declared                                        joined (passes.join)
+    before                                  declared                                        combined (combine_linears)
     linear(x, dequantize(%q, %s0, …))       %w = side_by_side([%q, %k, %v])                 %y = scaled_mm(%x8, %w, …, %s, …)
     linear(x, dequantize(%k, %s1, …))       %s = side_by_side([%s0, %s1, %s2])              slice(%y, 1, 0, Nq) …
     linear(x, dequantize(%v, %s2, …))       linear(x, dequantize(slice(%w, …), slice(%s, …), …)) …

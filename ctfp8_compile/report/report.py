@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,17 @@ class Report:
         return Path(path)
 
     @staticmethod
-    def merge(reports: Iterable[Report]) -> Report:
-        """One report over several graphs; a weight that stayed dequantized in any of them counts as kept."""
-        reports = list(reports)
-        kept = {e.name: e for r in reports for e in r.kept}
-        rewritten = {e.name: e for r in reports for e in r.rewritten if e.name not in kept}
-        per_token = next((r.experts_per_token for r in reports if r.experts_per_token), None)
-        return Report(reports[0].target if reports else "", tuple(rewritten.values()), tuple(kept.values()), per_token)
+    def of(target: str, entries: Iterable[Entry], experts_per_token: int | None = None) -> Report:
+        """One entry a parameter; where it is used several times, a use that stayed dequantized decides."""
+        uses: dict[str, list[Entry]] = defaultdict(list)
+        for entry in entries:
+            uses[entry.name].append(entry)
+        merged = [
+            replace(next((e for e in same if e.reason), same[0]), uses=sum(e.uses for e in same))
+            for same in uses.values()
+        ]
+        done, kept = (tuple(e for e in merged if bool(e.reason) is why) for why in (False, True))
+        return Report(target, done, kept, experts_per_token)
 
 
 def _shape(entry: Entry) -> str:

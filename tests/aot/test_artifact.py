@@ -19,6 +19,7 @@ from torch import nn
 from torch.export import Dim
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile import lowering
 from ctfp8_compile.aot import load as artifacts
 from ctfp8_compile.aot.manifest import NAME
 from ctfp8_compile.graph import format_graph
@@ -135,7 +136,7 @@ def test_loading_picks_the_kernels_of_this_machine(folder, name, kernel_everywhe
     weights = [n for n in module._run.graph.nodes if n.op == "get_attr" and n.meta["val"].dtype == FP8]
     readers = {str(user.target) for weight in weights for user in weight.users}
     assert readers == {op for op in ops if op.startswith("ctfp8.")}  # nothing else dequantizes a weight
-    monkeypatch.setattr("ctfp8_compile.lowering.cpu.FusedDequantizeMatmul.supports", lambda *a: "no compiler here")
+    monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda *a: lowering.no("no compiler here"))
     without = ctfp8.load(folder / f"{name}.pt2")
     assert {e.reason for e in without.report.kept} == {"no compiler here"}
     torch.testing.assert_close(without(IDS).logits, module(IDS).logits, atol=0.05, rtol=0.05)
@@ -397,13 +398,7 @@ def _calls(target):
 
 
 def _note(**fields):
-    def change(graph):
-        node = next(n for n in graph["nodes"] if "custom" in n["metadata"])
-        note = json.loads(node["metadata"]["custom"])
-        note["ctfp8"].update(fields)
-        node["metadata"]["custom"] = json.dumps(note)
-
-    return _graph(change)
+    return {f"extra/{NAME}": _json(lambda content: content["notes"][0].update(fields))}
 
 
 @pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
@@ -428,7 +423,7 @@ def test_a_flipped_byte(file, tmp_path, record):
 
 
 EDITED = {
-    "another version": (_manifest(version=2), r"format version 2, this ctfp8 reads version 1\. Export the model again"),
+    "another version": (_manifest(version=1), r"format version 1, this ctfp8 reads version 2\. Export the model again"),
     "no such target": (_manifest(target="tpu"), "'tpu' is not a target"),
     "another target": (_manifest(target="xpu"), "made for xpu, and torch"),
     "other inputs": (_manifest(inputs=[]), "describes other inputs"),
@@ -444,7 +439,13 @@ EDITED = {
     "a note on another weight": (_note(weight="p_model_norm_weight"), "does not fit its weight"),
     "a note on no node": (_note(x="nothing"), "names 'nothing', which is not in the graph"),
     "a note of no kind": (_note(kind="mul"), "unknown kind, 'mul'"),
-    "a note with more": (_note(more=1), "not one that ctfp8 wrote"),
+    "a note with more": (_note(more=1), r"notes\[0\] adds 'more'"),
+    "a note with odd views": (_note(x_views=[["flip", [0]]]), "views that ctfp8 does not write"),
+    "a note with a view of no dimension": (_note(x_views=[["squeeze", [9]]]), "torch cannot read its graph"),
+    "a note that turns the result": (_note(out_views=[["transpose", [0, 1]]]), "would replace linear"),
+    "a note on a number": (_note(block=[0, 128]), "in blocks of"),
+    "a note of another dtype": (_note(dtype="device"), "is of device"),
+    "notes of no kind": (_manifest(notes={}), "notes is {}"),
 }
 
 

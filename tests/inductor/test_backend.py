@@ -66,7 +66,7 @@ def test_experts_in_dtypes_that_grouped_mm_does_not_take(dtype, kernel_everywher
 def test_without_a_kernel_the_graph_is_plain_aten_and_right(load, monkeypatch):
     from ctfp8_compile import lowering
 
-    monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda *a: "no compiler")
+    monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda *a: lowering.no("no compiler"))
     block = load("qwen3moe/FP8_BLOCK").model.layers[0].mlp  # experts and block scales
     x = torch.randn(2, 20, 128).bfloat16()
     with torch.no_grad():

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 PROGRAM = """
-import json, sys
+import json, os, sys
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # code from a cache brings no report
 sys.modules["transformers"] = sys.modules["compressed_tensors"] = None      # an import of them fails
 import torch, ctfp8_compile as ctfp8
 from torch import nn

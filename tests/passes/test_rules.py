@@ -198,7 +198,7 @@ def test_experts(form, rule, route):
 
 def test_gate_sentences_reach_the_report(monkeypatch):
     sentence = "K is not a multiple of 16"
-    monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda self, problem, target: sentence)
+    monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda *a: lowering.no(sentence))
     for report in _both_ways(_loaded(Linears(lambda a, x: a(x))), torch.randn(4, 32, dtype=T)):
         assert [(e.name, e.rule, e.reason) for e in report.kept] == [("a.weight", "linear", sentence)]
 
@@ -211,7 +211,7 @@ def test_choose_collects_the_sentences_of_all_kernels():
             self.why = why
 
         def supports(self, problem, target):
-            return self.why
+            return lowering.no(self.why)
 
     problem = Problem("linear", T, (4, 32), (16, 32), (1, 32), "token", False)
     assert choose((No("a"), No("b"), No("a")), problem, Target("cpu")) == (None, "a; b")

@@ -38,7 +38,8 @@ def test_html_is_self_contained_and_escaped(tmp_path):
 
 def test_a_weight_kept_in_one_graph_is_kept_in_all():
     other = Report("cuda:sm90", (Entry(KEPT.name, "linear", "kernel A", "", (1000, 32), (1, 32), "token"),), ())
-    merged = Report.merge([other, REPORT])
+    both = [entry for report in (other, REPORT) for entry in (*report.rewritten, *report.kept)]
+    merged = Report.of("cuda:sm90", both)
     assert (len(merged.rewritten), len(merged.kept)) == (1, 1)
 
 

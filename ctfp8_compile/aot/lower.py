@@ -1,0 +1,124 @@
+"""Ahead of time: the passes on a graph from `torch.export`, for a machine that need not be this one."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from .. import passes
+from ..errors import UsageError
+from ..passes import side_by_side
+from ..report import Report
+from ..target import Target
+
+
+def lower(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    target: str | Target | None = None,
+    dynamic_shapes: Any = None,
+) -> ExportedProgram:
+    """Exports a model and rewrites its graph for a target, which need not be on this machine.
+
+    Args:
+        model: with FP8 weights, from `from_pretrained`, `prepare` or `load_state_dict`.
+        args, kwargs: example inputs, as the model is called.
+        target: such as `"cpu"` or `"cuda:sm90"`; default: the device the model is on.
+        dynamic_shapes: as for `torch.export.export`.
+
+    Returns:
+        The program; its FP8 parameters stay float8_e4m3fn and on the device they are on.
+
+    Raises:
+        TargetError: not a target.
+        UsageError: the call returns objects that only transformers can rebuild, such as a cache.
+    """
+    program = trace(model, args, kwargs, dynamic_shapes)
+    rewrite(program, target_of(model, target))
+    return program
+
+
+def explain(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    target: str | Target | None = None,
+    dynamic_shapes: Any = None,
+) -> Report:
+    """Says what would become of each FP8 weight on a target, without compiling or running the model.
+
+    Args: as for `lower`.
+
+    Returns:
+        A report: `print` it, or take `.rewritten` and `.kept`, whose entries have `.name .rule .kernel .reason`;
+        `.to_dict()`, `.to_html(path)`.
+    """
+    target = target_of(model, target)
+    decisions = passes.decide(trace(model, args, kwargs, dynamic_shapes).graph, target)
+    return replace(passes.report(target, passes.preview(decisions)), experts_per_token=_experts_per_token(model))
+
+
+ONLY_THERE = (
+    "which only transformers can build. Pass kwargs={'use_cache': False}, or take "
+    "ctfp8.StaticCacheDecoder(model, ...), which keeps its cache in the artifact."
+)
+
+
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> ExportedProgram:
+    """The model as a functional ATen graph in which each use of an FP8 weight is a marker."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch.export's own
+        try:
+            program = torch.export.export(
+                model,
+                tuple(args),
+                dict(kwargs or {}),
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
+                # torch 2.11 refuses a dynamic sequence for attention otherwise
+                prefer_deferred_runtime_asserts_over_guards=torch.__version__ < "2.13",
+            )
+        except RuntimeError as error:
+            if match := re.search(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type", str(error)):
+                raise UsageError(f"the model returns a {match[1]}, {ONLY_THERE}") from error
+            raise
+        # an empty table functionalises and keeps linear and attention whole; the default one would decompose them
+        return program.run_decompositions({})
+
+
+def rewrite(program: ExportedProgram, target: Target) -> Report:
+    """Rewrites a program in place for a target; parameters that one matmul reads become one."""
+    if target.device != "cpu":
+        side_by_side.declare(program.graph)
+    # the signature names the nodes that are outputs: it has to follow when a rule replaces one of them
+    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+        report = passes.run(program.graph, target)
+    side_by_side.fold(program)
+    program.graph_module.recompile()
+    return report
+
+
+def target_of(model: nn.Module, target: str | Target | None) -> Target:
+    """The target asked for; by default the device the model is on."""
+    if isinstance(target, Target):
+        return target
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Target.detect(device) if target is None else Target.parse(target)
+
+
+def _experts_per_token(model: nn.Module) -> int | None:
+    """As a transformers config says it, under one of the names that families give it."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")
+    return next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), None)
