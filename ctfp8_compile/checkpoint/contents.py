@@ -65,16 +65,12 @@ def look(folder: Path) -> Contents:
 
     Raises:
         CheckpointError: a file is missing or damaged, an index is wrong.
-        SchemeError: the config has no quantization_config, or one of another method.
     """
     files = checkpoint_files(folder)
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
-    quantization = config_of_folder(folder)
-    if quantization is None:
-        raise SchemeError(f"{folder}: its config.json has no quantization_config, so it is not a quantized checkpoint.")
-    schemes = Schemes(quantization)
-    tensors = Checkpoint(files, schemes.dialect.suffixes)
+    schemes, instead = _schemes(folder, config)
+    tensors = Checkpoint(files, {} if schemes is None else schemes.dialect.suffixes)
     counts: Counter[tuple[str, tuple[int, ...], str, str]] = Counter()
     fp8 = scales = other = bf16 = 0
     for name, info in tensors.items():
@@ -96,8 +92,8 @@ def look(folder: Path) -> Contents:
     return Contents(
         model=", ".join(config.get("architectures") or [config.get("model_type", "unknown model")]),
         files=len(files),
-        dialect=schemes.dialect.name,
-        schemes="; ".join(described) or "no FP8 weights",
+        dialect="" if schemes is None else schemes.dialect.name,
+        schemes=instead if schemes is None else "; ".join(described) or "no FP8 weights",
         rows=tuple(rows),
         fp8_bytes=fp8,
         scale_bytes=scales,
@@ -106,12 +102,26 @@ def look(folder: Path) -> Contents:
     )
 
 
+def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]:
+    """The checkpoint's schemes; or None, and what it is instead."""
+    try:
+        parts = (part.get("quantization_config") for part in config.values() if isinstance(part, dict))  # `text_config`
+        quantization = config_of_folder(folder) or next(filter(None, parts), None)
+        if quantization is None:
+            return None, "not quantized: config.json has no quantization_config"
+        return Schemes(quantization), ""
+    except SchemeError as error:
+        return None, f"another format: {error}"
+
+
 def _nbytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * _BITS.get(info.dtype, 8) // 8
 
 
-def _what(name: str, info: TensorInfo, schemes: Schemes) -> str:
+def _what(name: str, info: TensorInfo, schemes: Schemes | None) -> str:
     module, _, leaf = name.rpartition(".")
+    if schemes is None:
+        return "not a matrix" if len(info.shape) < 2 else f"{info.dtype} matrices"
     if info.dtype == FP8_DTYPE:
         try:
             return str(schemes.scheme(module) or "no group of the config covers it")

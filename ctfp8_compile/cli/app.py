@@ -7,7 +7,6 @@ command line.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import warnings
 from collections.abc import Callable
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..errors import CheckpointError, Ctfp8Error, UsageError
+from ..errors import Ctfp8Error, UsageError
+from .terminal import err, escape, out, size
 
 app = typer.Typer(
     name="ctfp8",
@@ -29,7 +28,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out, err = Console(), Console(stderr=True)
 _debug = False
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id.", metavar="CKPT")]
@@ -69,15 +67,15 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except Ctfp8Error as error:
             if _debug:
                 raise
-            err.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+            err().print(f"[bold red]error:[/] {escape(error)}", soft_wrap=True)
         except BrokenPipeError:
             raise  # whoever read the output has enough: typer ends quietly
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             if _debug:
                 raise
             first = next(iter(str(error).strip().splitlines()), "")
-            err.print(f"[bold red]error:[/] {type(error).__name__}: {_escape(first)}", soft_wrap=True, highlight=False)
-            err.print("ctfp8 --debug … shows where it comes from.")
+            err().print(f"[bold red]error:[/] {type(error).__name__}: {escape(first)}", soft_wrap=True)
+            err().print("ctfp8 --debug … shows where it comes from.")
         else:
             return
         raise typer.Exit(1)
@@ -85,64 +83,17 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return app.command()(command)
 
 
-def _escape(text: object) -> str:
-    return str(text).replace("[", "\\[")
-
-
-# ------------------------------------------------------------------------------------------------------------- inspect
-
-
 @_command
 def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     """What a checkpoint holds: schemes, layers, sizes, what is not FP8 and why. Reads headers, no weights.
 
+    Of a hub id, too, only headers are fetched.
+
     [dim]ctfp8 inspect examples/models/moe[/]
     """
-    from ..checkpoint.contents import look
+    from .inspect import inspect
 
-    found = look(_folder(checkpoint))
-    if as_json:
-        print(json.dumps(found.to_dict()))
-        return
-    out.print(
-        f"[bold]{_escape(found.model)}[/], {found.files} file{'s' * (found.files != 1)}; "
-        f"{found.dialect}: {_escape(found.schemes)}"
-    )
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    for column in ("number", "shape", "dtype", "size", "tensors"):
-        table.add_column(column, overflow="fold")
-    for what, rows in itertools.groupby(found.rows, lambda row: row.what):
-        table.add_section()
-        table.add_row("", "", "", "", f"[bold]{_escape(what)}[/]")
-        for row in rows:
-            shape = "×".join(map(str, row.shape)) or "scalar"
-            table.add_row(
-                str(row.count), shape, row.dtype, _size(row.nbytes), _escape(row.name), style="" if row.fp8 else "dim"
-            )
-    out.print(table, highlight=False)
-    out.print(
-        f"FP8 weights {_size(found.fp8_bytes)}, their scales {_size(found.scale_bytes)}, the rest {_size(found.other_bytes)}; "
-        f"in bf16 {_size(found.bf16_bytes)}"
-    )
-
-
-def _folder(checkpoint: str) -> Path:
-    if not Path(checkpoint).is_dir():
-        raise CheckpointError(
-            f"{checkpoint}: no such folder. inspect reads local files; fetch a hub id with `hf download`."
-        )
-    return Path(checkpoint)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"
-
-
-# ------------------------------------------------------------------------------------------- explain, export, generate
+    inspect(checkpoint, as_json)
 
 
 @_command
@@ -150,26 +101,30 @@ def explain(
     checkpoint: Checkpoint,
     target: Target = None,
     html: Annotated[Path | None, typer.Option(help="Also write the picture of it, one self-contained page.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Also the weights; layers alike share a line.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What becomes of each FP8 weight on a target, and why some stay dequantized. Nothing is compiled or run.
+    """What becomes of the FP8 weights on a target, and why some stay dequantized. Nothing is compiled or run.
 
     [dim]ctfp8 explain examples/models/moe --target cuda:sm90 --html moe.html[/]
     """
     from .. import Target as Machine
     from .. import explain as explain_model
+    from .loading import example, load
 
     if target is not None:
         Machine.parse(target)  # before a long load
     if html is not None:
         _check_place(html)
-    model = _load(checkpoint)
-    with err.status("tracing …"):
-        report = explain_model(model, *_example(model), target=target)
+    model = load(checkpoint, _debug)
+    with err().status("tracing …"):
+        report = explain_model(model, *example(model), target=target)
     if html is not None:
         report.to_html(html)
-        err.print(f"wrote {html}")
-    print(json.dumps(report.to_dict()) if as_json else report)
+        err().print(f"wrote {html}")
+    print(json.dumps(report.to_dict()) if as_json else report if verbose else report.summary())
 
 
 @_command
@@ -194,14 +149,15 @@ def export(
     from .. import StaticCacheDecoder
     from .. import Target as Machine
     from .. import export as export_model
+    from .loading import example, load
 
     if target is not None:
         Machine.parse(target)
     _check_place(output)
     if output.suffix != ".pt2":
         raise UsageError(f"{output}: artifacts are .pt2 files; give the path that suffix.")
-    model = _load(checkpoint)
-    args, kwargs = _example(model, batch=2)
+    model = load(checkpoint, _debug)
+    args, kwargs = example(model, batch=2)
     shapes: Any = {
         "input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")},
         **dict.fromkeys(kwargs),
@@ -210,14 +166,13 @@ def export(
         model = StaticCacheDecoder(model, 1, cache)
         args, kwargs = (args[0][:1], torch.tensor(0)), {}
         shapes = ({1: torch.export.Dim("tokens", max=cache)}, None)
-    with err.status("tracing, rewriting and writing …"):
+    with err().status("tracing, rewriting and writing …"):
         report = export_model(model, args, kwargs, output, target, shapes, package)
     if as_json:
         print(json.dumps({"path": str(output), "bytes": output.stat().st_size, **report.to_dict()}))
     else:
-        out.print(
-            f"wrote {output} ({_size(output.stat().st_size)}); {_escape(report.summary())}",
-            highlight=False,
+        out().print(
+            f"wrote {output} ({size(output.stat().st_size)}); {escape(report.summary())}",
             soft_wrap=True,
         )
 
@@ -236,47 +191,11 @@ def generate(
 
     [dim]ctfp8 generate examples/models/llama --prompt "Return a list of "[/]
     """
-    from transformers import AutoTokenizer, set_seed
+    from .generate import generate
+    from .loading import load, load_tokenizer
 
-    from .bench import Decoder
-
-    _check_folder(checkpoint)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: no tokenizer that transformers can read is there. Copy tokenizer.json and tokenizer_config.json "
-            "of the original model into the folder."
-        ) from error
-    model = _load(checkpoint)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    decoder = Decoder(model, ids.shape[1] + max_new_tokens, None if eager else "ctfp8")
-    if not eager:
-        with err.status("compiling for prompt and decode (cached by Inductor for the next time) …"):
-            decoder.warm_up(ids)
-    set_seed(seed)
-    ends = model.generation_config.eos_token_id
-    shown = prompt
-    if not as_json:
-        print(prompt, end="", flush=True)
-    tokens: list[int] = []
-    for token in decoder.tokens(ids, max_new_tokens, temperature):
-        if token == ends or (isinstance(ends, list) and token in ends):
-            break
-        tokens.append(token)
-        text = prompt + tokenizer.decode(tokens)
-        if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    speed = {"prompt_tokens": ids.shape[1], "prefill_seconds": decoder.prefill_seconds, "new_tokens": len(tokens),
-             "tokens_per_second": decoder.tokens_per_second}  # fmt: skip
-    if as_json:
-        print(json.dumps({"text": prompt + tokenizer.decode(tokens), **speed}))
-        return
-    print()
-    err.print(
-        f"prompt: {ids.shape[1]} tokens in {decoder.prefill_seconds * 1e3:.0f} ms; then {decoder.tokens_per_second:.1f} tokens/s"
-    )
+    tokenizer = load_tokenizer(checkpoint)
+    generate(load(checkpoint, _debug), tokenizer, prompt, max_new_tokens, temperature, seed, eager, as_json)
 
 
 @_command
@@ -294,18 +213,22 @@ def bench(
     [dim]ctfp8 bench examples/models/llama --plot llama.svg[/]
     """
     from .bench import check_plot, compare, draw
+    from .loading import load
 
     if plot is not None:
         _check_place(plot)
         check_plot(plot)
-    plain = _load(checkpoint, dequantize=True)
-    ways: dict[str, tuple[Any, str | None]] = {"ctfp8": (_load(checkpoint), "ctfp8"), "bf16 eager": (plain, None)}
+    plain = load(checkpoint, _debug, dequantize=True)
+    ways: dict[str, tuple[Any, str | None]] = {
+        "ctfp8": (load(checkpoint, _debug), "ctfp8"),
+        "bf16 eager": (plain, None),
+    }
     if inductor:
         ways["bf16 Inductor"] = (plain, "inductor")
-    results = compare(ways, prompt_tokens, new_tokens, rounds, err)
+    results = compare(ways, prompt_tokens, new_tokens, rounds, err())
     if plot is not None:
         draw(results, prompt_tokens, plot, f"{Path(checkpoint).resolve().name}, prompt of {prompt_tokens}, batch 1")
-        err.print(f"wrote {plot}")
+        err().print(f"wrote {plot}")
     if as_json:
         print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
         return
@@ -316,42 +239,11 @@ def bench(
             way,
             f"{prompt_tokens / speed.prefill_seconds:.0f} tokens/s ({base.prefill_seconds / speed.prefill_seconds:.2f}×)",
             f"{speed.tokens_per_second:.1f} tokens/s ({speed.tokens_per_second / base.tokens_per_second:.2f}×)",
-            f"{_size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
+            f"{size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
         )
-    out.print(table)
+    out().print(table)
 
 
 def _check_place(file: Path) -> None:
     if not file.absolute().parent.is_dir():
         raise UsageError(f"{file}: the folder {file.absolute().parent} does not exist. Make it first.")
-
-
-def _load(checkpoint: str, **kwargs: Any) -> Any:
-    """The model under the class its config names: a causal language model, an encoder, …."""
-    import transformers
-
-    from .. import from_pretrained
-
-    if not _debug:
-        transformers.logging.set_verbosity_error()
-    _check_folder(checkpoint)
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
-    name = (config.architectures or ["AutoModelForCausalLM"])[0]
-    return from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **kwargs)
-
-
-def _check_folder(checkpoint: str) -> None:
-    """Hub ids are `owner/name`; all else names a folder."""
-    if not Path(checkpoint).is_dir() and (checkpoint.count("/") != 1 or checkpoint.startswith((".", "/"))):
-        raise CheckpointError(f"{checkpoint}: no such folder, and not a hub id, which is owner/name.")
-
-
-def _example(model: Any, batch: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments to trace a model with: 16 tokens, no cache."""
-    import inspect as python_inspect
-
-    import torch
-
-    ids = torch.arange(16 * batch).reshape(batch, 16) % min(model.config.get_text_config().vocab_size, 256)
-    caches = "use_cache" in python_inspect.signature(model.forward).parameters
-    return (ids,), {"use_cache": False} if caches else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from .html import page
+
+#: A number between the dots of a name: of a layer, of an expert.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,17 @@ class Report:
         return "; ".join(parts)
 
     def __str__(self) -> str:
-        lines = [self.summary(), ""]
-        width = max((len(e.name) for e in (*self.rewritten, *self.kept)), default=0)
-        for e in self.rewritten:
-            lines.append(f"  {e.name:<{width}}  {_shape(e)}  {e.rule} → {e.kernel}")
-        for e in self.kept:
-            lines.append(f"  {e.name:<{width}}  {_shape(e)}  dequantized: {e.reason}")
-        return "\n".join(lines)
+        """The summary, then a line a weight; weights whose names differ by numbers only, and which fared alike, share one."""
+        alike: Counter[tuple[str, str, str]] = Counter()
+        for e in (*self.rewritten, *self.kept):
+            what = f"{e.rule} → {e.kernel}" if e.kernel else f"dequantized: {e.reason}"
+            alike[_NUMBER.sub("*", e.name), "×".join(map(str, e.shape)), what] += 1
+        widths = [max((len(line[i]) for line in alike), default=0) for i in (0, 1)]
+        lines = [
+            f"  {count:>3} × {name:<{widths[0]}}  {shape:<{widths[1]}}  {what}"
+            for (name, shape, what), count in alike.items()
+        ]
+        return "\n".join([self.summary(), *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as `json.dumps` takes them."""
@@ -105,7 +113,3 @@ class Report:
         ]
         done, kept = (tuple(e for e in merged if bool(e.reason) is why) for why in (False, True))
         return Report(target, done, kept, experts_per_token)
-
-
-def _shape(entry: Entry) -> str:
-    return "×".join(str(s) for s in entry.shape)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -27,7 +30,7 @@ def ctfp8_command(*arguments, code=0):
 
 def test_inspect_names_schemes_layers_sizes_and_why_not():
     out = ctfp8_command("inspect", SHIPPED / "moe").stdout
-    assert "Qwen3MoeForCausalLM, 1 file; channel weights, token activations" in out
+    assert "Qwen3MoeForCausalLM, 1 file; compressed-tensors: channel weights, token activations" in out
     assert "model.layers.*.mlp.experts.*.down_proj.weight" in out
     assert "ignored by the config" in out
     assert "an embedding" in out
@@ -60,6 +63,101 @@ def test_inspect_reads_headers_only(tmp_path):
     found = json.loads(ctfp8_command("inspect", tmp_path, "--json").stdout)
     assert found["files"] == 10
     assert found["fp8_bytes"] == 10**11
+
+
+def test_inspect_says_what_a_checkpoint_is_that_is_not_fp8(tmp_path):
+    out = ctfp8_command("inspect", DATA / "llama/dense").stdout
+    assert "not quantized: config.json has no quantization_config" in out
+    assert "model.layers.*.mlp.down_proj.weight" in out
+    found = json.loads(ctfp8_command("inspect", DATA / "llama/dense", "--json").stdout)
+    assert found["bf16_bytes"] == found["other_bytes"] == sum(row["nbytes"] for row in found["rows"])
+
+    shutil.copytree(DATA / "llama/dense", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    out = ctfp8_command("inspect", tmp_path).stdout
+    assert "another format: quantization_config says quant_method='gptq'" in out
+    assert "model.layers.*.mlp.down_proj.weight" in out
+
+
+def test_nothing_is_wrapped_and_no_bar_is_drawn_in_a_pipe():
+    python = [sys.executable, "-m", "ctfp8_compile"]
+    for command in (["inspect"], ["explain", "-v", "--target", "cuda:sm89"]):
+        run = subprocess.run([*python, *command, str(SHIPPED / "moe")], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        (line,) = [line for line in run.stdout.splitlines() if "experts" in line and "down_proj" in line]
+        assert line.rstrip().endswith("down_proj.weight" if command == ["inspect"] else "not cuda:sm89")
+        assert not run.stderr
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine with one repository, of the shipped Llama; it answers ranges, and counts bytes."""
+    sent = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            file = SHIPPED / "llama" / self.path.partition("?")[0].rpartition("/")[2]
+            if "/me/llama/" not in self.path or not file.is_file():
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound" if "/me/llama/" in self.path else "RepoNotFound")
+                self.end_headers()
+                return
+            data, wanted = file.read_bytes(), self.headers.get("Range")
+            first, last = map(int, wanted.removeprefix("bytes=").split("-")) if wanted else (0, len(data))
+            part = data[first : last + 1]
+            self.send_response(206 if wanted else 200)
+            for name, value in {"Content-Length": len(part), "ETag": '"1"', "X-Repo-Commit": "0" * 40}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                sent.append(len(part))
+                self.wfile.write(part)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", sent
+    server.shutdown()
+
+
+def test_inspect_reads_headers_of_a_hub_id(hub, tmp_path):
+    address, sent = hub
+    env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    python = [sys.executable, "-m", "ctfp8_compile", "inspect", "--json"]
+    run = subprocess.run([*python, "me/llama"], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == json.loads(ctfp8_command("inspect", SHIPPED / "llama", "--json").stdout)
+    assert sum(sent) < 150_000 < (SHIPPED / "llama/model.safetensors").stat().st_size
+    run = subprocess.run([*python, "me/nothing"], capture_output=True, text=True, env=env)
+    assert run.returncode == 1
+    assert "me/nothing: no such folder, and the hub does not give its headers" in run.stderr
+
+
+def test_explain_says_the_summary_and_folds_layers_when_asked_for_more():
+    arguments = ("explain", SHIPPED / "llama", "--target", "xpu")
+    assert ctfp8_command(*arguments).stdout == "35 FP8 weights for xpu; 35 linear → aten._scaled_mm\n"
+    lines = ctfp8_command(*arguments, "-v").stdout.splitlines()
+    assert len(lines) == 1 + 7
+    assert "    5 × model.layers.*.mlp.up_proj.weight       640×256  linear → aten._scaled_mm" in lines
+
+
+def test_more_tokens_than_the_model_has_positions(tmp_path):
+    shutil.copytree(SHIPPED / "llama", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
+    arguments = ("--prompt", "def ", "--eager", "--json", "--max-new-tokens")
+    assert "more than the 8 positions" in ctfp8_command("generate", tmp_path, *arguments, 9).stderr
+    assert not ctfp8_command("generate", tmp_path, *arguments, 2).stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "explain", "export", "generate", "bench"])
+def test_every_command_speaks_json(command):
+    assert "--json" in ctfp8_command(command, "--help").stdout
 
 
 def test_explain_for_another_machine_with_a_picture(tmp_path):
@@ -156,14 +254,18 @@ def test_a_compiled_decoder_compiles_twice_and_not_again():
 
 
 ERRORS = {
-    "no folder": (["inspect", "nowhere"], "nowhere: no such folder"),
+    "no folder": (["inspect", "nowhere"], "nowhere: no such folder, and not a hub id"),
     "not a checkpoint": (["inspect", "{tmp}"], "Is this a checkpoint folder?"),
     "not a hub id": (["explain", "./nowhere"], "no such folder, and not a hub id"),
+    "no text": (["generate", "{shipped}/llama", "--prompt", "", "--eager"], "the prompt is empty"),
     "not quantized": (["explain", "{data}/llama/dense"], "no quantization_config"),
     "no target": (["explain", "{data}/llama/FP8", "--target", "tpu"], "'tpu' is not a target"),
     "no place": (["explain", "{data}/llama/FP8", "--html", "{tmp}/no/x.html"], "does not exist. Make it first."),
     "no artifact": (["export", "{data}/llama/FP8", "{tmp}/x.bin"], "give the path that suffix"),
-    "no tokenizer": (["generate", "{data}/llama/FP8", "--prompt", "x"], "tokenizer"),
+    "no tokenizer": (
+        ["generate", "{data}/llama/FP8", "--prompt", "x"],
+        "no tokenizer that transformers can read is there",
+    ),
     "no picture": (["bench", "{data}/llama/FP8", "--plot", "{tmp}/x.txt"], "a plot is one of .png, .svg, .pdf"),
 }
 
@@ -171,7 +273,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", list(ERRORS))
 def test_errors_are_a_line_on_stderr_and_exit_code_1(case, tmp_path):
     arguments, message = ERRORS[case]
-    result = ctfp8_command(*(a.format(tmp=tmp_path, data=DATA) for a in arguments), code=1)
+    result = ctfp8_command(*(a.format(tmp=tmp_path, data=DATA, shipped=SHIPPED) for a in arguments), code=1)
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
     assert not result.stdout

@@ -1,0 +1,55 @@
+"""What commands that run a model need of transformers: the model under its own class, its tokenizer, arguments to trace with."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.utils import disable_progress_bars
+
+from .. import from_pretrained
+from ..errors import CheckpointError
+from .headers import is_folder
+
+
+def load(checkpoint: str, debug: bool = False, **kwargs: Any) -> Any:
+    """The model under the class its config names: a causal language model, an encoder, …."""
+    if not debug:
+        transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+        disable_progress_bars()
+    is_folder(checkpoint)
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    return from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **kwargs)
+
+
+def load_tokenizer(checkpoint: str) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none. transformers then makes an empty one, which turns any text into no tokens.
+    """
+    is_folder(checkpoint)
+    tokenizer, why = None, None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        why = error
+    if tokenizer is None or not tokenizer("a text\n", add_special_tokens=False).input_ids:
+        raise CheckpointError(
+            f"{checkpoint}: no tokenizer that transformers can read is there. Copy tokenizer.json and tokenizer_config.json "
+            "of the original model into the folder."
+        ) from why
+    return tokenizer
+
+
+def example(model: Any, batch: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments to trace a model with: 16 tokens, no cache."""
+    ids = torch.arange(16 * batch).reshape(batch, 16) % min(model.config.get_text_config().vocab_size, 256)
+    caches = "use_cache" in inspect.signature(model.forward).parameters
+    return (ids,), {"use_cache": False} if caches else {}
