@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import fx
 
-from ..ops import Activation
 from ..target import Target
 
 #: A linear; experts whose rows are sorted by expert; experts of which each row has one of its own.
@@ -52,7 +51,7 @@ class Problem:
         x_shape: `[..., K]`; entries may be symbolic.
         weight_shape: `[N, K]` or `[E, N, K]`.
         block: rows and columns that share a weight scale.
-        activation: the checkpoint's activation scheme.
+        activation: the checkpoint's activation scheme, as `checkpoint.scheme` spells it.
     """
 
     kind: Kind
@@ -60,7 +59,7 @@ class Problem:
     x_shape: tuple[Any, ...]
     weight_shape: tuple[int, ...]
     block: tuple[int, int]
-    activation: Activation
+    activation: str
     bias: bool
 
     @property

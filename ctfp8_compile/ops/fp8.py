@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ FP8 = torch.float8_e4m3fn
 
 FP8_MAX = 448.0
 
-#: How a checkpoint has activations quantized: dynamic per token, static or dynamic per tensor, dynamic per group of 128
-#: columns, or not at all (W8A16).
-Activation = Literal["token", "tensor", "tensor_dynamic", "group", "none"]
 #: The smallest largest value a scale is computed from, so that a row of zeros does not divide by zero.
 AMAX_MIN = 1e-12
 

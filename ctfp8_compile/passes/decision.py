@@ -105,7 +105,7 @@ def _select(decision: Decision, found: Match, target: Target, kernels: Sequence[
         x_shape=tuple(x.shape),
         weight_shape=shape if found.matrix is None else shape[1:],
         block=found.block,
-        activation=found.activation,  # type: ignore[arg-type]
+        activation=found.activation,
         bias=found.bias is not None,
     )
     kernel, why = choose(kernels, problem, target)
