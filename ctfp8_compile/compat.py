@@ -27,6 +27,11 @@ PRIVATE = {
     "lowerings": ("torch._inductor.lowering.lowerings", "2.11 2.13 2.14"),
     "register_lowering": ("torch._inductor.lowering.register_lowering", "2.11 2.13 2.14"),
     "aot_compile": ("torch._inductor.aot_compile", "2.11 2.13 2.14"),
+    "schema": ("torch._export.serde.schema", "2.11 2.13 2.14"),  # of a .pt2's JSON
+    "_Union": ("torch._export.serde.union._Union", "2.11 2.13 2.14"),
+    "deserialize_scalar_type": ("torch._export.serde.serialize.deserialize_scalar_type", "2.11 2.13 2.14"),
+    "ExportedProgramDeserializer": ("torch._export.serde.serialize.ExportedProgramDeserializer", "2.11 2.13 2.14"),
+    "PT2ArchiveWriter": ("torch.export.pt2_archive._package.PT2ArchiveWriter", "2.11 2.13 2.14"),
     "package_pt2": ("torch.export.pt2_archive._package.package_pt2", "2.11 2.13 2.14"),
     "load_pt2": ("torch.export.pt2_archive._package.load_pt2", "2.11 2.13 2.14"),
     "free_symbols": ("torch.fx.experimental.symbolic_shapes.free_symbols", "2.11 2.13 2.14"),

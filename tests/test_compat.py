@@ -40,7 +40,7 @@ def test_a_private_name_is_there_and_its_line_says_so(module, distribution, vers
 def test_no_other_file_names_what_is_private():
     private = r"torch\._(?!_version__)|torch\.fx\.experimental|torch\.export\.pt2_archive|transformers\.\w+\.\w+ import"
     for file in PACKAGE.rglob("*.py"):
-        if file.name != "compat.py" and file.parent.name != "aot":
+        if file.name != "compat.py":
             assert not re.findall(rf"^[^#\"`]*\b(?:{private})", file.read_text(), re.M), file
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from ..compat import free_symbols
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch._export.serde import schema
-from torch._export.serde.union import _Union
-
+from ..compat import _Union, schema
 from . import typed
 from .operators import check_operator
 from .typed import Misfit, short

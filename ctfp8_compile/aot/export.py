@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._inductor import aot_compile
 from torch.export import ExportedProgram
-from torch.export.pt2_archive._package import package_pt2
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from .. import passes
-from ..compat import version
+from ..compat import aot_compile, free_symbols, package_pt2, version
 from ..errors import TargetError, UsageError
 from ..model.parametrization import quantized_parameters
 from ..report import Report

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch._export.serde.serialize import ExportedProgramDeserializer
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
-from torch.export.pt2_archive._package import PT2ArchiveWriter, load_pt2
 from torch.utils import _pytree as pytree
 
 from .. import lowering, passes
+from ..compat import ExportedProgramDeserializer, PT2ArchiveWriter, load_pt2
 from ..errors import ArtifactError, Ctfp8Error, TargetError
 from ..report import Report
 from ..target import Target

@@ -7,6 +7,7 @@ import re
 
 import torch
 
+from ..compat import OpOverload
 from ..errors import ArtifactError, TargetError
 
 #: Operator namespaces of graphs we write. For those that a library registers: its module, and the package to install.
@@ -71,12 +72,12 @@ def _refusal(target: str) -> ArtifactError:
     return ArtifactError(f"its graph calls {target[:100]!a}, which ctfp8 does not load.")
 
 
-def _registered(namespace: str, name: str, overload: str) -> torch._ops.OpOverload | None:
+def _registered(namespace: str, name: str, overload: str) -> OpOverload | None:
     operator = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
-    return operator if isinstance(operator, torch._ops.OpOverload) else None
+    return operator if isinstance(operator, OpOverload) else None
 
 
-def _from_library(target: str, namespace: str, name: str, overload: str) -> torch._ops.OpOverload:
+def _from_library(target: str, namespace: str, name: str, overload: str) -> OpOverload:
     module, package = LIBRARIES[namespace]
     try:
         importlib.import_module(module)

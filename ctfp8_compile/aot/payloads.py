@@ -7,9 +7,8 @@ import re
 
 import torch
 from torch import nn
-from torch._export.serde import schema
-from torch._export.serde.serialize import deserialize_scalar_type
 
+from ..compat import deserialize_scalar_type, schema
 from ..errors import ArtifactError
 from . import typed
 from .archive import Archive

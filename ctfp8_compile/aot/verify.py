@@ -13,9 +13,8 @@ import sys
 from dataclasses import dataclass, fields
 
 import torch
-from torch._export.serde import schema
-from torch._export.serde.serialize import deserialize_scalar_type
 
+from ..compat import deserialize_scalar_type, schema
 from ..errors import ArtifactError
 from . import typed
 from .archive import AGAIN, Archive
