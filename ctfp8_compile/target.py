@@ -11,7 +11,7 @@ from .errors import TargetError
 
 _SPELLING = re.compile(r"(cpu|xpu|cuda)(?::sm(\d+)(\d))?(?:\+(\w+))?")
 #: Libraries a target's kernels may be limited to; `auto` takes the first whose gate says yes.
-LIBRARIES = ("auto", "fbgemm", "mslk", "scaled_mm")
+LIBRARIES = ("auto", "fbgemm", "mslk", "scaled_mm", "triton")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..model.storage import leave_files
 from ..passes import side_by_side
 from ..report import Report
 from ..target import Target
+from . import weight_only
 from .packed import Adjacent
 
 log = logging.getLogger("ctfp8_compile")
@@ -39,7 +40,7 @@ def backend(
 
     Args:
         mode, options: as for Inductor. Options of ours: `ctfp8.target`, such as `"cuda:sm90"`; default: the device the
-            FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"` or `"scaled_mm"`.
+            FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"`, `"scaled_mm"` or `"triton"`.
             `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs.
 
     Raises:
@@ -103,6 +104,7 @@ class Fp8Pass(CustomGraphPass):
             if custom is not None:
                 custom(graph)
         report = passes.run(graph, self.target)
+        weight_only.inline(graph)
         if report.rewritten or report.kept:
             _reports.append(report)
             log.info("%s", report.summary())

@@ -3,13 +3,24 @@
 | capability | linear | experts |
 |---|---|---|
 | sm90, sm100 | fbgemm (MSLK where that is installed), rowwise or groupwise; else `_scaled_mm`, 128x128 blocks on sm90 | the same, stacked; on sm90 else `_scaled_grouped_mm` |
-| sm89, sm120 | `_scaled_mm` | dequantized |
+| sm89, sm120 | `_scaled_mm` | weight-only |
+| sm80 | weight-only | weight-only |
 | earlier | dequantized | dequantized |
+
+What no FP8 × FP8 kernel takes is for the weight-only kernel.
 """  # noqa: E501
 
 from __future__ import annotations
 
-from . import fbgemm, scaled_mm
+from . import fbgemm, scaled_mm, weight_only
+from .kernel import Kernel
 
 #: Best first.
-KERNELS = (*fbgemm.kernels("fbgemm"), *fbgemm.kernels("mslk"), scaled_mm.linear(fast_accum=True), scaled_mm.BLOCKWISE, scaled_mm.GROUPED)
+KERNELS: tuple[Kernel, ...] = (
+    *fbgemm.kernels("fbgemm"),
+    *fbgemm.kernels("mslk"),
+    scaled_mm.linear(fast_accum=True),
+    scaled_mm.BLOCKWISE,
+    scaled_mm.GROUPED,
+    weight_only.KERNEL,
+)

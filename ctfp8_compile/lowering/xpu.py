@@ -1,7 +1,8 @@
-"""XPU: activations are quantized, linears run as `aten._scaled_mm`; experts stay dequantized until torch has a grouped one."""
+"""XPU: activations are quantized, linears run as `aten._scaled_mm`; experts are weight-only until torch has a grouped one."""
 
 from __future__ import annotations
 
-from . import scaled_mm
+from . import scaled_mm, weight_only
+from .kernel import Kernel
 
-KERNELS = (scaled_mm.linear(fast_accum=False),)
+KERNELS: tuple[Kernel, ...] = (scaled_mm.linear(fast_accum=False), weight_only.KERNEL)

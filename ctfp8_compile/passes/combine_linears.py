@@ -17,13 +17,18 @@ import torch
 from torch import fx
 
 from ..graph import before, call, value
+from ..ops.triton import WEIGHT_ONLY
 from .rewrite import Kernels
 from .side_by_side import SIDE_BY_SIDE
 
 aten = torch.ops.aten
 _ctfp8 = torch.ops.ctfp8
 #: Matmuls that can be joined, and where they have what lies side by side: weight, its scales, bias.
-_PARTS = {_ctfp8.scaled_mm.default: (1, 3, 4), _ctfp8.dequantized_linear.default: (1, 2, 3)}
+_PARTS = {
+    _ctfp8.scaled_mm.default: (1, 3, 4),
+    _ctfp8.dequantized_linear.default: (1, 2, 3),
+    WEIGHT_ONLY["linear"]: (1, 2, 3),
+}
 
 
 def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:

@@ -1,0 +1,51 @@
+"""Weight-only matmuls on GPUs: activations stay as they are, FP8 weights are decoded inside a Triton kernel of ours.
+
+For what no FP8 × FP8 kernel takes: checkpoints without quantized activations (W8A16), GPUs without FP8 tensor cores, experts and
+scales that the libraries have no kernel for, odd sizes. The alternative, dequantizing in the graph, writes each weight in
+the activation's dtype at every call.
+
+    %y = ctfp8.weight_only_linear(%x, %w, %scale, %bias, block)
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+from torch import fx
+
+from ..graph import call
+from ..ops.triton import WEIGHT_ONLY, missing
+from ..target import Target
+from .kernel import KINDS, SCALINGS, Operands, Problem
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class WeightOnly:
+    """`x @ dequantize(weight).T`, linear, grouped or gathered, in one pass over the FP8 weight."""
+
+    name = "Triton weight-only (not yet measured on a GPU)"
+    library = "triton"
+    kinds = KINDS
+    scalings = SCALINGS
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        if target.capability is not None and target.capability < (8, 0):
+            return f"the weight-only kernel needs sm80 or later, not {target}"
+        if problem.x_dtype not in _DTYPES:
+            return f"the weight-only kernel takes bfloat16, float16 and float32 activations, not {problem.x_dtype}"
+        return missing(target.device)
+
+    def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
+        args = (operands.x, operands.weight, operands.weight_scale, operands.extra, list(problem.block))
+        return call(graph, WEIGHT_ONLY[problem.kind], *args, like=like)
+
+    def fingerprint(self) -> str:
+        try:
+            return f"triton {importlib.metadata.version('triton')}"
+        except importlib.metadata.PackageNotFoundError:
+            return "triton"
+
+
+KERNEL = WeightOnly()
