@@ -36,7 +36,7 @@ def choose(rows: Any, outputs: int, cols: int, block_cols: int, matrices: int = 
     """The tile for `rows` rows of each of some matrices `[outputs, cols]`; rows that are not known take a middle one.
 
     Args:
-        block_cols: columns that share a scale, 0 if all do; a tile has no columns of two blocks.
+        block_cols: columns that share a scale, 0 if all do; a wider tile would be cut where they end.
     """
     fit = _fit(block_cols or cols)
     if not isinstance(rows, int):

@@ -1,0 +1,88 @@
+"""Weight-only kernels without a GPU: their arithmetic in Triton's interpreter, their code for every capability."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import triton_resources as resources  # noqa: E402 - it lies beside the benchmarks
+
+BLOCK = (128, 128)
+
+
+def interpreted(examples: int) -> None:
+    """Runs `interpreted_kernels.py`, in which Triton is another one than here."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/ops/interpreted_kernels.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CTFP8_EXAMPLES": str(examples)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_arithmetic_against_float64():
+    interpreted(examples=0)
+
+
+@pytest.mark.long
+def test_arithmetic_against_float64_at_random():
+    interpreted(examples=100)
+
+
+def fits(launch: resources.Launch, capability: int) -> resources.Built:
+    built = resources.build(launch, capability)
+    assert built.local == 0, "registers are spilled to memory"
+    assert built.shared <= resources.SHARED[capability] * 1024
+    assert ".ftz" not in built.ptx  # e4m3's subnormals must come through
+    assert "e4m3" not in built.ptx  # decoded by bits; sm80 has no conversion
+    return built
+
+
+@pytest.mark.parametrize("capability", resources.CAPABILITIES)
+def test_kernels_build(capability):
+    few = fits(resources.linear(1, 4096, 4096), capability)
+    assert "cp.async" in few.ptx  # tiles are loaded ahead
+    assert "mma.sync" in few.ptx  # warps have columns of their own, also where the GPU has larger matrix instructions
+    many = fits(resources.grouped(16384, 128, 1536, 2048, BLOCK), capability)
+    instruction = {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+    assert instruction in many.ptx
+    fits(resources.gathered(8, 8, 96, 100), capability)  # neither size is a multiple of a tile
+
+
+SIZES = [(4096, 4096), (28672, 4096), (1000, 200), (96, 33)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", resources.CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_tile_builds(capability, dtype):
+    for block in (None, BLOCK, (64, 32)):
+        for rows in (1, 16, 32, 64, 4096):
+            for n, k in SIZES:
+                fits(resources.linear(rows, n, k, block, dtype), capability)
+        for rows in (8, 1024, 65536):
+            fits(resources.grouped(rows, 128, 768, 2048, block, dtype), capability)
+        fits(resources.gathered(rows=8, e=128, n=768, k=2048, block=block, dtype=dtype), capability)
+
+
+def test_tiles():
+    """Powers of two, and the parts that warps take as large as a matrix instruction wants."""
+    for block_cols in (0, 1, 16, 24, 32, 48, 64, 96, 100, 128, 256):
+        for cols in (1, 31, 64, 100, 256, 4096, 14336):
+            for rows in (1, 9, 20, 50, 100, 5000, "any"):
+                for matrices in (1, 128):
+                    tile = resources.operators.tiles.choose(rows, 4096, cols, block_cols, matrices)
+                    assert tile.cols & (tile.cols - 1) == 0
+                    assert tile.cols // tile.split >= 16
