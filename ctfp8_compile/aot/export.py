@@ -36,9 +36,10 @@ def export(
 ) -> Report:
     """Writes a model, rewritten for a target, to one `.pt2` file that `ctfp8.load` runs without transformers.
 
-    The file is torch.export's own archive with a manifest (`ctfp8_compile.aot.manifest`) in it. FP8 weights stay FP8. For cpu and
-    xpu its graph is plain ATen, so `torch.export.load` runs it without this package too; `ctfp8.load` puts the CPU kernels of
-    its machine back (`ctfp8_compile.passes.annotate`). For cuda it may name operators of fbgemm.
+    The file is torch.export's own archive with a manifest (`ctfp8_compile.aot.manifest`) in it. FP8 weights stay FP8. For cpu
+    its graph is plain ATen, so `torch.export.load` runs it without this package too; `ctfp8.load` puts the CPU kernels of
+    its machine back (`ctfp8_compile.passes.annotate`). For cuda and xpu it may name operators of fbgemm, and of this package
+    (weight-only matmuls).
 
     For a language model with a static cache see `StaticCacheDecoder`.
 

@@ -148,8 +148,8 @@ def test_whole_models(name, experts, target):
     model = ctfp8.from_pretrained(DATA / name, **({"experts_implementation": experts} if experts else {}))
     args = (IDS,), {"use_cache": False}
     program, report = ctfp8.lower(model, *args, target=target), ctfp8.explain(model, *args, target=target)
-    assert not [node for node in program.graph.nodes if "ctfp8" in str(node.target)]
-    assert all(entry.reason for entry in report.kept)
+    assert not [n for n in program.graph.nodes if "ctfp8" in str(n.target) and "weight_only" not in str(n.target)]
+    assert not report.kept
     got = program.module()(IDS, use_cache=False).logits
     with torch.no_grad():
         weight_only = model(IDS, use_cache=False).logits
@@ -216,6 +216,11 @@ def problem(**changes):
     return Problem(**(usual | changes))
 
 
+def fp8_kernels(target):
+    """The kernels that multiply FP8 with FP8; what they decline is for the weight-only one."""
+    return [kernel for kernel in lowering.kernels_of(target) if kernel.library != "triton"]
+
+
 @pytest.mark.parametrize(
     ("target", "changes", "sentence"),
     [
@@ -244,7 +249,7 @@ def test_every_no_has_its_sentence(target, changes, sentence):
         pytest.skip("needs a machine without a GPU: with one, mslk is looked for")
     target = Target.parse(target)
     kernel, why = choose(
-        lowering.kernels_of(target),
+        fp8_kernels(target),
         problem(**{"x_shape": (4, changes.get("weight_shape", (0, 128))[-1]), **changes}),
         target,
     )
@@ -255,7 +260,7 @@ def test_every_no_has_its_sentence(target, changes, sentence):
 def test_sm89_needs_a_torch_that_does_not_hang(monkeypatch):
     target = Target.parse("cuda:sm89")
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    kernel, why = choose(lowering.kernels_of(target), problem(), target)
+    kernel, why = choose(fp8_kernels(target), problem(), target)
     assert kernel is None
     assert "aten._scaled_mm on sm89 needs torch 2.12 or later, not 2.11.0+cu130" in why
 

@@ -185,4 +185,6 @@ def test_shapes_and_no_rows():
     torch.testing.assert_close(operators.linear(turned, weight, scale, None, [1, 16]), turned @ weight.float().t())
     assert operators.linear(torch.randn(0, 16), weight, scale, None, [1, 16]).shape == (0, 8)
     none = torch.zeros(2, dtype=torch.int32)
-    assert operators.grouped_mm(torch.randn(0, 16), weight[None].repeat(2, 1, 1), scale[None].repeat(2, 1, 1), none, [1, 16]).shape == (0, 8)
+    assert operators.grouped_mm(
+        torch.randn(0, 16), weight[None].repeat(2, 1, 1), scale[None].repeat(2, 1, 1), none, [1, 16]
+    ).shape == (0, 8)

@@ -96,7 +96,7 @@ def test_what_would_not_be_taken_joined_stays_apart(rows, strategy, joined, rewr
 
 def test_where_nothing_is_rewritten_nothing_is_joined():
     module = three()
-    program = ctfp8.lower(module, (X,), target="cuda:sm80")
+    program = ctfp8.lower(module, (X,), target="cuda:sm75")
     assert all(map(torch.equal, program.module()(X), module(X)))
     assert set(program.state_dict) == set(module.state_dict())
 

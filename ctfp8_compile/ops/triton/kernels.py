@@ -103,7 +103,20 @@ def linear_kernel(
     n = inside // height * BN + tl.arange(0, BN)
     outputs = tl.where(n < features, n, 0)
     acc = multiply(
-        x, weight, scale, tl.where(m < count, m, 0), outputs, cols, scale_cols, BLOCK_ROWS, BLOCK_COLS, BM, BN, BK, SPLIT, EVEN
+        x,
+        weight,
+        scale,
+        tl.where(m < count, m, 0),
+        outputs,
+        cols,
+        scale_cols,
+        BLOCK_ROWS,
+        BLOCK_COLS,
+        BM,
+        BN,
+        BK,
+        SPLIT,
+        EVEN,
     )
     if bias is not None:
         acc += tl.load(bias + outputs).to(tl.float32)[:, None]
