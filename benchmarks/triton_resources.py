@@ -74,7 +74,7 @@ class Built:
         inner = [
             (first, last)
             for first, last in loops
-            if not any(first <= f and l <= last and (f, l) != (first, last) for f, l in loops)
+            if not any(first <= f and g <= last and (f, g) != (first, last) for f, g in loops)
         ]
         first, last = max(inner, key=lambda ends: ends[1] - ends[0])
         return [text for at, text in found if first <= at <= last]

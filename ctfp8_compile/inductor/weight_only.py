@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..compat import dispatch_functionalize
 from ..graph import before, value
 from ..ops.triton import GPUS, WEIGHT_ONLY
 

@@ -39,4 +39,4 @@ def _module(source: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, re.findall(r"^def (triton_\w+)\(", source, re.M)[-1])
+    return getattr(module, re.findall(r"^def (triton_\w+|\w+_kernel)\(", source, re.M)[-1])

@@ -47,7 +47,11 @@ class Launch:
 
     @property
     def matmul(self) -> bool:
-        return "f8f8bf16" in self.name or "_scaled_" in self.name
+        return "f8f8bf16" in self.name or "_scaled_" in self.name or self.weight_only
+
+    @property
+    def weight_only(self) -> bool:
+        return self.name.startswith("weight-only")
 
 
 @dataclass(frozen=True)

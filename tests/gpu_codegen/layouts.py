@@ -87,6 +87,22 @@ def _scaled_grouped_mm(launch: Launch, device: str) -> None:
     _contiguous(launch, "int32", offs=(e,))
 
 
+def _weight_only(launch: Launch, device: str) -> None:
+    """Triton gets addresses: everything row-major, the weight's codes as bytes. Operands come by position."""
+    x, weight, scale, *extra, out = launch.operands.values()
+    m, k, n = x.sizes[0], x.sizes[1], weight.sizes[-2]
+    assert (weight.dtype, scale.dtype, out.dtype) == ("uint8", "float32", x.dtype), launch
+    assert weight.sizes[-1] == k, launch
+    assert scale.sizes[:-2] == weight.sizes[:-2], launch
+    assert out.sizes == (m, n), launch
+    if launch.name == "weight-only linear":
+        assert [e.sizes for e in extra] in ([], [(n,)]), launch
+    else:
+        assert [e.sizes for e in extra] == [(m,) if "gathered" in launch.name else weight.sizes[:1]], launch
+    for operand in launch.operands.values():
+        assert operand.contiguous, launch
+
+
 def _elements(operand: Operand) -> int:
     count = 1
     for size in operand.sizes:
@@ -100,4 +116,7 @@ _KERNELS: dict[str, Callable[[Launch, str], None]] = {
     "fbgemm.f8f8bf16_rowwise_grouped_stacked": _grouped_stacked,
     "aten._scaled_mm": _scaled_mm,
     "aten._scaled_grouped_mm": _scaled_grouped_mm,
+    "weight-only linear": _weight_only,
+    "weight-only grouped": _weight_only,
+    "weight-only gathered": _weight_only,
 }

@@ -28,7 +28,7 @@ class Launch:
     """One kernel.
 
     Attributes:
-        name: of a Triton kernel what it does (`norm, quantize`); else the operator, such as `fbgemm.f8f8bf16_rowwise`.
+        name: of a Triton kernel what it does (`norm, quantize`; `weight-only linear`); else the operator, such as `fbgemm.f8f8bf16_rowwise`.
         operands: by the operator's argument name, `(dtype, sizes, strides)`; None for an argument that is None.
         source: of a Triton kernel.
     """
@@ -52,6 +52,8 @@ class TritonKernel:
 
 def purpose(source: str) -> str:
     """What a Triton kernel of Inductor's does, as far as our tests care, from its code."""
+    if "custom_kernel=True" in source:  # one of ours
+        return "weight-only " + re.findall(r"^def (\w+)_kernel\(", source, re.M)[0]
     signature = re.search(r"'signature': (\{.*?\})", source)
     reads_fp8 = signature is not None and re.search(r"'in_ptr\d+': '\*fp8", signature[1])
     writes_fp8 = ".to(tl.float8e4nv)" in source

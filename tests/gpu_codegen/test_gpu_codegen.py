@@ -50,6 +50,13 @@ REPRESENTATIVE = {
         Case("own:views/FP8", rows=20),
         Case("own:biased/FP8_DYNAMIC", rows=20),
     ),
+    Gpu("cuda:sm80"): (
+        Case("forged:llama/FP8_BLOCK", rows=None, build="first"),
+        Case("qwen3moe/FP8_DYNAMIC", rows=3, experts="batched_mm", build="first"),
+        Case("qwen3moe/FP8", rows=16, experts="grouped_mm", build="first"),
+        Case("own:views/FP8_DYNAMIC", rows=20),
+        Case("own:biased/FP8", rows=20),
+    ),
 }
 
 
@@ -74,6 +81,10 @@ def check(gpu: Gpu, result: Result) -> None:
     for launch in result.matmuls:
         layouts.check(launch, gpu.target.partition(":")[0])
     assert bool(result.matmuls) == bool(result.rewritten), where
+    if gpu.target == "cuda:sm80":
+        assert not result.kept, where
+        assert result.matmuls, where
+        assert all(launch.weight_only for launch in result.matmuls), where
     if not result.kept:
         assert not [name for name in names if "dequantize" in name], where
     for kernel in result.built:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 #: What is left to the accumulator: `decode` gives values 2^8 times too small, exactly.
 UNIT = tl.constexpr(256.0)
 
@@ -69,7 +68,7 @@ def multiply(
         acc *= (tl.load(s_tile) * UNIT)[:, None]
     else:
         STEPS: tl.constexpr = (BLOCK_COLS + BK - 1) // BK
-        for step in range(0, scale_cols * STEPS):
+        for step in range(scale_cols * STEPS):
             block = step // STEPS
             start = block * BLOCK_COLS + step % STEPS * BK
             if EVEN:

@@ -80,8 +80,6 @@ WEIGHT_ONLY = {
 
 def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: Sequence[int]) -> Tensor:
     """Launches the kernel on tensors of any device."""
-    from .kernels import linear_kernel
-
     features, cols = weight.shape
     rows = x.reshape(-1, cols).contiguous()
     count = rows.shape[0]
@@ -89,7 +87,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     if not _empty(count, features):
         tile, options = _options(count, weight, block)
         grid = (_tiles(count, tile.rows) * _tiles(features, tile.outputs),)
-        wrap_triton(linear_kernel)[grid](
+        wrap_triton(_kernels().linear_kernel)[grid](
             rows, _codes(weight), weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
             count, features, cols, weight_scale.shape[-1],
             GROUP=8, **options,
@@ -99,15 +97,13 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
 
 def grouped_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, block: Sequence[int]) -> Tensor:
     """Launches the kernel on tensors of any device."""
-    from .kernels import grouped_kernel
-
     (experts, features, cols), count = weight.shape, x.shape[0]
     out = x.new_empty((count, features))
     if not _empty(count, features):
         tile, options = _options(_share(count, experts), weight, block, experts)
         slots = _tiles(count, tile.rows) + experts  # each expert may end in a tile that is not full
         slots = min(slots, count) if isinstance(count, int) else slots
-        wrap_triton(grouped_kernel)[(slots, _tiles(features, tile.outputs))](
+        wrap_triton(_kernels().grouped_kernel)[(slots, _tiles(features, tile.outputs))](
             x.contiguous(), _codes(weight), weight_scale.contiguous(), offs.contiguous(), out,
             count, features, cols, *weight_scale.shape[-2:], experts,
             EXPERTS=tiles.power_of_two(experts + 1), **options,
@@ -117,19 +113,23 @@ def grouped_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, bl
 
 def gathered_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, block: Sequence[int]) -> Tensor:
     """Launches the kernel on tensors of any device."""
-    from .kernels import gathered_kernel
-
-    (experts, features, cols), count = weight.shape, x.shape[0]
+    (_, features, cols), count = weight.shape, x.shape[0]
     out = x.new_empty((count, features))
     if not _empty(count, features):
         tile, options = _options(1, weight, block, count if isinstance(count, int) else 1)
         window = min(_WINDOW, max(16, tiles.power_of_two(count))) if isinstance(count, int) else _WINDOW
-        wrap_triton(gathered_kernel)[(count, _tiles(features, tile.outputs))](
+        wrap_triton(_kernels().gathered_kernel)[(count, _tiles(features, tile.outputs))](
             x.contiguous(), _codes(weight), weight_scale.contiguous(), ids.contiguous(), out,
             count, features, cols, *weight_scale.shape[-2:],
             WINDOW=window, **options,
         )  # fmt: skip
     return out
+
+
+def _kernels() -> Any:
+    from . import kernels  # noqa: PLC0415 - Triton is optional
+
+    return kernels
 
 
 def _options(rows: Any, weight: Tensor, block: Sequence[int], matrices: int = 1) -> tuple[tiles.Tile, dict[str, Any]]:
