@@ -17,7 +17,7 @@ from torch import fx
 from ..graph import call
 from ..ops.triton import WEIGHT_ONLY, missing
 from ..target import Target
-from .kernel import KINDS, SCALINGS, Operands, Problem
+from .kernel import KINDS, SCALINGS, Operands, Problem, Verdict, no
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -29,17 +29,22 @@ class WeightOnly:
     library = "triton"
     kinds = KINDS
     scalings = SCALINGS
+    lowers = ()
 
-    def supports(self, problem: Problem, target: Target) -> str | None:
+    def supports(self, problem: Problem, target: Target) -> Verdict:
         if target.capability is not None and target.capability < (8, 0):
-            return f"the weight-only kernel needs sm80 or later, not {target}"
+            return no(f"the weight-only kernel needs sm80 or later, not {target}")
         if problem.x_dtype not in _DTYPES:
-            return f"the weight-only kernel takes bfloat16, float16 and float32 activations, not {problem.x_dtype}"
-        return missing(target.device)
+            return no(f"the weight-only kernel takes bfloat16, float16 and float32 activations, not {problem.x_dtype}")
+        return Verdict(missing(target.device) or "")
 
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
-        args = (operands.x, operands.weight, operands.weight_scale, operands.extra, list(problem.block))
+        of_kind = {"linear": operands.bias, "grouped_mm": operands.offs, "gathered_mm": operands.expert_ids}
+        args = (operands.x, operands.weight, operands.weight_scale, of_kind[problem.kind], list(problem.block))
         return call(graph, WEIGHT_ONLY[problem.kind], *args, like=like)
+
+    def lower(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        return node
 
     def fingerprint(self) -> str:
         try:
