@@ -76,7 +76,7 @@ def test_the_whole_matrix(gpu):
 def check(gpu: Gpu, result: Result) -> None:
     where = f"{gpu.name}, {result.case.name}:\n{result.text}\n"
     names = [launch.name for launch in result.launches]
-    assert "ctfp8" not in result.code, where
+    assert "ops.ctfp8" not in result.code, where  # comments may name them
     assert not [name for name in names if name.startswith(("aten.cat", "aten.copy", "aten.clone"))], where
     for launch in result.matmuls:
         layouts.check(launch, gpu.target.partition(":")[0])
