@@ -139,7 +139,7 @@ def parameter_name(marker: fx.Node) -> str:
     for path, _ in reversed(list(stack.values())):
         owner, found, rest = f".{path}".partition(".parametrizations.")
         if found:
-            steps = [step for step in _STEPS.split(_MODEL.sub("", owner)) if step not in ("", "_modules")]
+            steps = [step for step in _STEPS.split(_MODEL.sub("", owner)) if step not in ("", "_modules", "__dict__")]
             return ".".join([*steps, rest.split(".")[0]])
     source = marker.args[0]
     return source.name if isinstance(source, fx.Node) else str(source)

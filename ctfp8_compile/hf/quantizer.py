@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.scheme import Schemes
-from ..errors import SchemeError
+from ..errors import SchemeError, UsageError
 from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..ops import FP8
@@ -130,6 +130,12 @@ class Quantizer(HfQuantizer):
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        elsewhere = [target for target in self.plans if model.get_parameter(target).device.type == "meta"]
+        if elsewhere:
+            raise UsageError(
+                f"{elsewhere[0]} is to stay on disk ({len(elsewhere)} FP8 weights in all), which is not supported: they are kept "
+                "on a device or in memory. Give device_map or max_memory room for them."
+            )
         for target, info in self.plans.items():
             path, _, leaf = target.rpartition(".")
             attach(model.get_submodule(path), leaf, info, *self.scales.pop(target))

@@ -29,7 +29,10 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> Sta
         batch_size, max_length: sequences, and tokens of each, that it holds.
     """
     config = model.config.get_text_config(decoder=True)
-    cache = StaticCache(config=config, max_cache_len=max_length)
+    cache = _Cache(config=config, max_cache_len=max_length)
+    cache.rows, cache.limit, cache.filled, cache.last_position = batch_size, max_length, 0, -1
+    if isinstance(model, nn.Module) and not any(hook is _check_use for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_check_use, with_kwargs=True)
     layers = getattr(config, "per_layer_config", [config] * len(cache.layers))
     for layer, own in zip(cache.layers, layers, strict=True):
         latent = getattr(own, "qk_head_dim", None) is not None
@@ -40,6 +43,48 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> Sta
         empty = torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
         layer.lazy_initialization(empty, empty)
     return cache
+
+
+class _Cache(StaticCache):
+    """Knows, without asking its device, how many tokens of a text it holds; compiled code does not look at that."""
+
+    rows: int
+    limit: int
+    filled: int
+    last_position: int
+
+    def reset(self) -> None:
+        super().reset()
+        self.filled, self.last_position = 0, -1
+
+
+def _check_use(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: what would fail inside generated code, or mix two texts, is refused in a sentence."""
+    cache = next((value for value in kwargs.values() if isinstance(value, _Cache)), None)
+    tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None), None)
+    if cache is None or tokens is None or torch.compiler.is_compiling():
+        return
+    rows, new = tokens.shape[:2]
+    if rows != cache.rows:
+        raise UsageError(
+            f"the static cache is for {cache.rows} sequences, and the input has {rows} (with beams, or several answers to a "
+            "prompt, the number of them all). Make one for them: ctfp8.static_cache(model, batch_size=…)."
+        )
+    if new > 1 and (positions := kwargs.get("position_ids")) is not None and positions.dim() == 2:
+        first, last = int(positions[:, 0].max()), int(positions.max())
+        if cache.filled and first <= cache.last_position:
+            raise UsageError(
+                f"the static cache still holds {cache.filled} tokens of another text. Call cache.reset() before the next one."
+            )
+        cache.last_position = last
+    else:
+        cache.last_position += new
+    if cache.filled + new > cache.limit:
+        raise UsageError(
+            f"the static cache has room for {cache.limit} tokens; it holds {cache.filled}, and {new} more were given. Make a "
+            "larger one: ctfp8.static_cache(model, max_length=…)."
+        )
+    cache.filled += new
 
 
 class StaticCacheDecoder(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import logging
 import warnings
@@ -17,6 +18,7 @@ from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, compile_fx
 from ..errors import TargetError, UsageError
 from ..graph import MARKER, is_marker
+from ..model.parametrization import Dequantize
 from ..model.storage import leave_files
 from ..passes import side_by_side
 from ..report import Report
@@ -52,7 +54,8 @@ def backend(
         node for node in gm.graph.nodes if node.op == "call_function" and node.target in (MARKER, MARKER.overloadpacket)
     ]
     if not marked:
-        _warn_no_fp8()
+        if not any(isinstance(thing, Dequantize) for thing in gc.get_objects()):  # else a piece, after a graph break
+            _warn_no_fp8()
     elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise UsageError(
             "ctfp8 compiles for inference, but an input of this graph requires a gradient. "

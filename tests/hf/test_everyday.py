@@ -1,0 +1,113 @@
+"""What users do with a transformers model every day, done to one with FP8 weights; and what is done wrongly with a cache."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DATA, IDS, logits
+from transformers import StaticCache
+
+import ctfp8_compile as ctfp8
+
+LLAMA = DATA / "llama/FP8_DYNAMIC"
+PROMPT = IDS[:1, :10]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ctfp8.from_pretrained(LLAMA)
+
+
+def generate(model, ids, cache, **kwargs):
+    return model.generate(ids, past_key_values=cache, do_sample=False, attention_mask=torch.ones_like(ids), **kwargs)
+
+
+def test_a_cache_used_past_its_end_is_a_sentence(model):
+    cache = ctfp8.static_cache(model, 1, 12)
+    assert isinstance(cache, StaticCache)
+    assert generate(model, PROMPT, cache, max_new_tokens=3, min_new_tokens=3).shape == (1, 13)
+    cache.reset()
+    with pytest.raises(ctfp8.UsageError, match=r"has room for 12 tokens; it holds 12, and 1 more were given"):
+        generate(model, PROMPT, cache, max_new_tokens=8, min_new_tokens=8)
+    with pytest.raises(ctfp8.UsageError, match=r"has room for 12 tokens; it holds 0, and 20 more were given"):
+        cache.reset() or model(IDS[:1], past_key_values=cache)
+
+
+def test_a_cache_used_again_without_reset_is_a_sentence_and_a_conversation_is_not(model):
+    cache = ctfp8.static_cache(model, 1, 64)
+    first = generate(model, PROMPT, cache, max_new_tokens=4, min_new_tokens=4)
+    with pytest.raises(ctfp8.UsageError, match=r"still holds 13 tokens of another text. Call cache.reset\(\)"):
+        generate(model, PROMPT, cache, max_new_tokens=4)
+    going_on = torch.cat([first, PROMPT], 1)  # the next turn of a conversation
+    again = generate(model, going_on, cache, max_new_tokens=4, min_new_tokens=4)
+    assert torch.equal(
+        again, generate(model, going_on, ctfp8.static_cache(model, 1, 64), max_new_tokens=4, min_new_tokens=4)
+    )
+    cache.reset()
+    assert torch.equal(generate(model, PROMPT, cache, max_new_tokens=4, min_new_tokens=4), first)
+
+
+def test_a_cache_for_another_batch_is_a_sentence(model):
+    cache = ctfp8.static_cache(model, 1, 64)
+    with pytest.raises(ctfp8.UsageError, match=r"is for 1 sequences, and the input has 2"):
+        generate(model, IDS[:, :10], cache, max_new_tokens=2)
+    with pytest.raises(ctfp8.UsageError, match=r"has 3 \(with beams"):
+        generate(model, PROMPT, cache, max_new_tokens=2, num_beams=3)
+
+
+def test_padded_prompts_in_one_cache(model):
+    mask = torch.ones_like(IDS)
+    mask[1, :6] = 0
+    cache = ctfp8.static_cache(model, 2, 64)
+    out = [
+        model.generate(IDS, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+        for _ in range(2)
+        if cache.reset() is None
+    ]
+    assert torch.equal(*out)
+
+
+def test_a_disk_offloaded_weight_is_a_sentence(tmp_path):
+    with pytest.raises(ctfp8.UsageError, match=r"is to stay on disk .* which is not supported"):
+        ctfp8.from_pretrained(
+            LLAMA, device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu",
+                               "model.rotary_emb": "cpu"}, offload_folder=tmp_path,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_device_maps_of_one_device(model, device_map):
+    torch.testing.assert_close(logits(ctfp8.from_pretrained(LLAMA, device_map=device_map)), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft asks it
+def test_weights_of_an_adapted_model_have_their_names(model):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(ctfp8.from_pretrained(LLAMA), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    report = ctfp8.explain(adapted, (), {"input_ids": PROMPT, "use_cache": False}, target="xpu")
+    names = {e.name for e in (*report.rewritten, *report.kept)}
+    assert "base_model.model.model.layers.0.mlp.up_proj.weight" in names
+    assert not [name for name in names if "__dict__" in name]
+    adapted.eval()
+    ctfp8.compiled_reports()
+    with torch.no_grad():
+        torch.compile(adapted, backend="ctfp8")(input_ids=PROMPT, use_cache=False)
+    assert not [e.name for r in ctfp8.compiled_reports() for e in r.rewritten if "__dict__" in e.name]
+
+
+def test_only_a_process_without_fp8_weights_is_told_that_a_graph_has_none():
+    code = (
+        "import warnings, torch, ctfp8_compile as c\n"
+        "def run():\n"
+        "  with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always'); torch._dynamo.reset()\n"
+        "    torch.compile(torch.sin, backend='ctfp8')(torch.ones(3))\n"
+        "  print(sum('holds no FP8 weight' in str(w.message) for w in seen))\n"
+        f"model = c.from_pretrained({str(LLAMA)!r}); run(); del model\n"
+        "import gc; gc.collect(); run()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["0", "1"], run.stderr
