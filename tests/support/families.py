@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -15,6 +16,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     PretrainedConfig,
 )
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+if transformers.__version__ == "5.24.0":
+    # There every Llama 4 raises, unquantized too: the model reads its text model's `image_outputs`, which has none.
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16")
 VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 4, 2, 4
