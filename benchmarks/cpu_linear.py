@@ -33,6 +33,8 @@ def case(n: int, k: int, m: int, block: list[int], dtype: torch.dtype, seconds: 
     copies = max(2, math.ceil(COLD_BYTES / (n * k)))
     weight = (torch.randn(n, k) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = torch.rand(math.ceil(n / block[0]), math.ceil(k / block[1])) * 1e-3
+    if block == [1, 32]:  # MXFP8
+        scale = scale.to(torch.float8_e8m0fnu).view(torch.uint8)
     plain = torch.ops.ctfp8.dequantize(weight, scale, None, block, "none", dtype)
     x = torch.randn(m, k).to(dtype)
     exact = torch.ops.ctfp8.dequantize(weight[:512], scale[: -(-512 // block[0])], None, block, "none", torch.float64)
@@ -64,7 +66,8 @@ def main() -> None:
     rows = (1, 4, 16, 64) if arguments.quick else ROWS
     shapes = [(4096, 4096)] if arguments.quick else [shape for model in SHAPES.values() for shape in model]
     cases = [(n, k, "channel", [1, k]) for n, k in shapes]
-    cases += [(n, k, "128 x 128", [128, 128]) for n, k in shapes if (n, k) == (4096, 4096)]
+    for kind, block in (("128 x 128", [128, 128]), ("MXFP8", [1, 32])):
+        cases += [(n, k, kind, block) for n, k in shapes if (n, k) == (4096, 4096)]
     lines = []
     for n, k, kind, block in track(cases, "timing …"):
         cells, bandwidth, worst = [], 0.0, 0.0

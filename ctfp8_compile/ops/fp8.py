@@ -24,8 +24,10 @@ def expand_scale(weight_scale: Tensor, block: list[int], rows: int, cols: int) -
     """One scale per element group, broadcastable to `[..., rows, cols]`.
 
     Args:
-        weight_scale: `[..., ceil(rows / block[0]), ceil(cols / block[1])]`.
+        weight_scale: `[..., ceil(rows / block[0]), ceil(cols / block[1])]`; a byte e is the power of two 2^(e - 127).
     """
+    if weight_scale.dtype == torch.uint8:
+        weight_scale = weight_scale.view(torch.float8_e8m0fnu).to(torch.float32)
     for dim, size, step in ((-2, rows, block[0]), (-1, cols, block[1])):
         if weight_scale.shape[dim] != 1 and step != 1:
             weight_scale = weight_scale.repeat_interleave(step, dim).narrow(dim, 0, size)

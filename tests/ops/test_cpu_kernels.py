@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -51,15 +51,21 @@ def misaligned(t: Tensor, offset: int) -> Tensor:
     return raw.view(t.dtype).view(t.shape)
 
 
-def scales(n: int, k: int, block: list[int], *lead: int) -> Tensor:
+#: A block whose scales are powers of two, kept as bytes.
+MXFP8 = (1, 32)
+
+
+def scales(n: int, k: int, block: Sequence[int], *lead: int) -> Tensor:
+    if block == MXFP8:
+        return torch.randint(105, 122, (*lead, n, math.ceil(k / 32)), dtype=torch.uint8)
     return torch.rand(*lead, math.ceil(n / block[0]), math.ceil(k / block[1])) * 0.02 + 1e-3
 
 
 def exact(
-    x: Tensor, weight: Tensor, scale: Tensor, block: list[int], bias: Tensor | None = None
+    x: Tensor, weight: Tensor, scale: Tensor, block: Sequence[int], bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The product in float64, and the sum of the absolute values of its terms."""
-    w = weight.to(torch.float64) * ops.expand_scale(scale.double(), block, *weight.shape[-2:])
+    w = weight.to(torch.float64) * ops.expand_scale(scale, block, *weight.shape[-2:]).double()
     out, size = x.double() @ w.mT, x.double().abs() @ w.abs().mT
     return (out, size) if bias is None else (out + bias.double(), size + bias.double().abs())
 
@@ -71,7 +77,7 @@ def check(out: Tensor, expected: Tensor, size: Tensor) -> None:
 
 
 BLOCKS = st.sampled_from(
-    ["channel", [128, 128], [64, 128], [1, 128], [128, 64], [16, 100], [3, 7], [1, 1], [1, 64], [1000, 1000]]
+    ["channel", [128, 128], [64, 128], [1, 128], [128, 64], [16, 100], [3, 7], [1, 1], [1, 64], [1000, 1000], MXFP8]
 )
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32, torch.float16])
 ROWS = st.one_of(st.integers(0, 9), st.sampled_from([13, 16, 17, 31, 33, 48, 49, 64, 65, 100, 129]))
@@ -89,7 +95,7 @@ ROWS = st.one_of(st.integers(0, 9), st.sampled_from([13, 16, 17, 31, 33, 48, 49,
     data=st.data(),
 )
 def test_linear(
-    isa: str, m: int, n: int, k: int, block: list[int] | str, dtype: torch.dtype, offset: int, data: st.DataObject
+    isa: str, m: int, n: int, k: int, block: Sequence[int] | str, dtype: torch.dtype, offset: int, data: st.DataObject
 ) -> None:
     torch.manual_seed(0)
     torch.ops.ctfp8_cpu.set_isa(isa)
@@ -113,7 +119,7 @@ def test_linear(
 def test_linear_of_real_size(isa: str, dtype: torch.dtype, m: int) -> None:
     torch.ops.ctfp8_cpu.set_isa(isa)
     n, k = (96, 1500) if m > 16 else (513, 4096)
-    for block in ([1, k], [128, 128]):
+    for block in ([1, k], [128, 128], MXFP8):
         weight, scale, x = codes(n, k), scales(n, k, block), torch.randn(m, k).to(dtype)
         check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
 
@@ -157,13 +163,15 @@ def test_every_code(isa: str, dtype: torch.dtype, m: int) -> None:
     tiny=st.booleans(),
 )
 def test_dequantize_is_bit_exact(
-    isa: str, lead: tuple[int, ...], n: int, k: int, block: list[int] | str, dtype: torch.dtype, offset: int, tiny: bool
+    isa: str, lead: tuple[int, ...], n: int, k: int, block: Sequence[int] | str, dtype: torch.dtype, offset: int, tiny: bool
 ) -> None:
     torch.manual_seed(0)
     torch.ops.ctfp8_cpu.set_isa(isa)
     block = [1, k] if isinstance(block, str) else block
     weight = misaligned(codes(*lead, n, k, nan=True), offset)
-    scale = scales(n, k, block, *lead) * (1e-37 if tiny else 1)
+    scale = scales(n, k, block, *lead)
+    if tiny:
+        scale = scale - 105 if block == MXFP8 else scale * 1e-37
     out = op.dequantize(weight, scale, None, block, "dynamic", dtype)
     expected = ops.dequantize_reference(weight, scale, block, dtype)
     assert out.dtype == dtype
@@ -191,7 +199,7 @@ def test_grouped(
     extra: int,
     n: int,
     k: int,
-    block: list[int] | str,
+    block: Sequence[int] | str,
     dtype: torch.dtype,
     index: torch.dtype,
 ) -> None:
@@ -221,7 +229,7 @@ def test_grouped(
     index=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_gathered(
-    isa: str, t: int, e: int, n: int, k: int, block: list[int] | str, dtype: torch.dtype, index: torch.dtype
+    isa: str, t: int, e: int, n: int, k: int, block: Sequence[int] | str, dtype: torch.dtype, index: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     torch.ops.ctfp8_cpu.set_isa(isa)
@@ -232,6 +240,20 @@ def test_gathered(
     assert out.shape == (t, n)
     for row in range(t):
         check(out[row], *(v[0] for v in exact(x[row : row + 1], weight[ids[row]], scale[ids[row]], block)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_every_exponent(isa: str, m: int) -> None:
+    """A column of ones times each power of two that a checkpoint may have; the smallest may become zero."""
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    exponents = torch.arange(247, dtype=torch.uint8)[:, None].expand(247, 3).contiguous()
+    weight = torch.zeros(247, 70)
+    weight[:, [0, 31, 33, 69]] = torch.tensor([1.0, -2.0, 0.5, 4.0])
+    x = torch.ones(m, 70, dtype=torch.bfloat16)
+    out = op.dequantized_linear(x, weight.to(FP8), exponents, None, [1, 32])
+    expected = (3.5 * torch.exp2(exponents[:, 0].double() - 127)).to(torch.bfloat16)
+    torch.testing.assert_close(out.double(), expected.double().expand(m, 247), rtol=0, atol=1e-34)
 
 
 def test_slices_and_layouts() -> None:

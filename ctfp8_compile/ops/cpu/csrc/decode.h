@@ -18,6 +18,9 @@ inline uint32_t bits_of_float(float value) {
   return bits;
 }
 
+// 2^(e - 127). Of a byte of MXFP8, 255 excepted, which is NaN and no scale.
+inline float float_of_exponent(uint8_t e) { return float_of_bits(e ? uint32_t{e} << 23 : 1u << 22); }
+
 // The float32 bits of a code: sign, 4 exponent bits of bias 7, 3 mantissa bits; 0x7f and 0xff are the only NaNs.
 // Every code is also exact in bfloat16, which is the upper half of these bits.
 inline uint32_t float_bits_of_code(uint32_t code) {

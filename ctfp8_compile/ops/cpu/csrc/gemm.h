@@ -70,11 +70,13 @@ void gemm(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, i
             const uint8_t* p = w.codes + (n0 + r) * w.row_stride + (first + s) * w.block_cols + offset;
             const int64_t left = w.length_of(first + s) - offset, length = left < padded ? left : padded;
             typename V::X* q = tile + r * tile_stride + s * padded;
+            const uint8_t* e = w.exponents ? w.exponents_of(n0 + r) + offset / kMxCols : nullptr;
             for (int64_t k = 0; k < padded; k += V::step) {
               if (k + V::step <= length) {
-                V::store(q + k, v.decode(p + k));
+                V::store(q + k, e ? V::shift(v.decode(p + k), e + k / kMxCols, false) : v.decode(p + k));
               } else {
-                V::store(q + k, k < length ? v.decode_tail(p + k, static_cast<int>(length - k)) : V::zeros());
+                const auto chunk = k < length ? v.decode_tail(p + k, static_cast<int>(length - k)) : V::zeros();
+                V::store(q + k, e && k < length ? V::shift(chunk, e + k / kMxCols, false) : chunk);
               }
             }
           }

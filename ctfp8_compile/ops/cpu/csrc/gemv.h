@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kFew = 12;          // activation rows, at most, where decoding once into a buffer costs more than it saves
 constexpr int kAtOnce = 8;        // activation rows that share one decoding of the weight
+constexpr int64_t kGrain = 64;    // columns: chunks of all instruction sets, and groups of MXFP8, are whole parts of it
 constexpr int64_t kSpan = 16384;  // bytes of their activations that stay in the first-level cache while weight rows pass
 
 // A prepared activation row holds the segments of a weight row, each padded with zeros to whole chunks.
@@ -41,6 +42,17 @@ constexpr int rows_for(int m, bool blocked) {
   return rows > most ? most : rows < 1 ? 1 : rows;
 }
 
+// What scales a row of weights has: one, one for each segment, bytes.
+enum class Scales { one, blocked, bytes };
+
+// The values of n codes, with their bytes where scales are bytes.
+template <Vector V, Scales scales>
+inline typename V::Chunk decode(const V& v, const uint8_t* p, const uint8_t* exponents, int n = V::step) {
+  const auto chunk = n == V::step ? v.decode(p) : v.decode_tail(p, n);
+  if constexpr (scales == Scales::bytes) return V::shift(chunk, exponents, n > kMxCols);
+  return chunk;
+}
+
 // The sum of the lanes of each of N <= 16 vectors.
 template <Vector V, int N>
 inline void reduce_all(const typename V::Acc* sums, float* results) {
@@ -55,16 +67,18 @@ inline void reduce_all(const typename V::Acc* sums, float* results) {
 }
 
 // y[i * ldy + r] += … for M activation rows and R weight rows starting at row n; `add` is false for the first columns.
-template <Vector V, int M, int R, bool blocked>
+template <Vector V, int M, int R, Scales kind>
 inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, bool add, float* y,
                      int64_t ldy) {
+  constexpr bool blocked = kind == Scales::blocked;
   typename V::Acc sum[M][R], total[blocked ? M : 1][blocked ? R : 1];
   const uint8_t* row = w.codes + n * w.row_stride;
   const int64_t pad = padded<V>(w);
   const int64_t groups_ahead = V::ahead / w.cols * R * w.row_stride, ahead = V::ahead % w.cols;
   const float* scales[R];
+  const uint8_t* exponents[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) scales[r] = w.scale_of(n + r);
+  for (int r = 0; r < R; ++r) scales[r] = w.scale_of(n + r), exponents[r] = w.exponents_of(n + r);
   if constexpr (blocked) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
@@ -92,7 +106,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           V::prefetch(row + r * w.row_stride + next);
-          chunk[r] = v.decode(p + r * w.row_stride + k);
+          chunk[r] = decode<V, kind>(v, p + r * w.row_stride + k, exponents[r] + k / kMxCols);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
@@ -105,7 +119,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           V::prefetch(row + r * w.row_stride + next);
-          const auto chunk = v.decode(p + r * w.row_stride + k);
+          const auto chunk = decode<V, kind>(v, p + r * w.row_stride + k, exponents[r] + k / kMxCols);
 #pragma GCC unroll 16
           for (int i = 0; i < M; ++i) sum[i][r] = V::dot(sum[i][r], chunk, V::load(xs + i * x_stride + k));
         }
@@ -114,7 +128,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
     if (k < length) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const auto chunk = v.decode_tail(p + r * w.row_stride + k, static_cast<int>(length - k));
+        const auto chunk = decode<V, kind>(v, p + r * w.row_stride + k, exponents[r] + k / kMxCols, static_cast<int>(length - k));
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) sum[i][r] = V::dot(sum[i][r], chunk, V::load(xs + i * x_stride + k));
       }
@@ -139,14 +153,14 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
     }
 }
 
-template <Vector V, int M, bool blocked>
+template <Vector V, int M, Scales kind>
 void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y,
              int64_t ldy) {
-  constexpr int R = rows_for<V>(M, blocked);
+  constexpr int R = rows_for<V>(M, kind == Scales::blocked);
   const V v;
   int64_t n = begin;
-  for (; n + R <= end; n += R) dot_rows<V, M, R, blocked>(v, w, n, x, x_stride, add, y + n - begin, ldy);
-  for (; n < end; ++n) dot_rows<V, M, 1, blocked>(v, w, n, x, x_stride, add, y + n - begin, ldy);
+  for (; n + R <= end; n += R) dot_rows<V, M, R, kind>(v, w, n, x, x_stride, add, y + n - begin, ldy);
+  for (; n < end; ++n) dot_rows<V, M, 1, kind>(v, w, n, x, x_stride, add, y + n - begin, ldy);
 }
 
 template <Vector V, int M = kAtOnce>
@@ -154,10 +168,12 @@ void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X*
                float* y, int64_t ldy) {
   if (m != M) {
     if constexpr (M > 1) gemv_span<V, M - 1>(w, begin, end, x, x_stride, m, add, y, ldy);
+  } else if (w.exponents) {
+    gemv_of<V, M, Scales::bytes>(w, begin, end, x, x_stride, add, y, ldy);
   } else if (w.segments == 1) {
-    gemv_of<V, M, false>(w, begin, end, x, x_stride, add, y, ldy);
+    gemv_of<V, M, Scales::one>(w, begin, end, x, x_stride, add, y, ldy);
   } else {
-    gemv_of<V, M, true>(w, begin, end, x, x_stride, add, y, ldy);
+    gemv_of<V, M, Scales::blocked>(w, begin, end, x, x_stride, add, y, ldy);
   }
 }
 
@@ -166,13 +182,14 @@ void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X*
 template <Vector V>
 void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t m, float* y, int64_t ldy) {
   const int64_t pad = padded<V>(w), x_stride = stride<V>(w), at_once = m < kAtOnce ? m : kAtOnce;
-  const int64_t cols = m <= 4 ? pad * w.segments : kSpan / at_once / int64_t{sizeof(typename V::X)} / V::step * V::step;
+  const int64_t cols = m <= 4 ? pad * w.segments : kSpan / at_once / int64_t{sizeof(typename V::X)} / kGrain * kGrain;
   const int64_t segments = pad < cols ? cols / pad : 1, part = pad < cols ? pad : cols;
   for (int64_t first = 0; first < w.segments; first += segments) {
     for (int64_t offset = 0; offset < w.length_of(first); offset += part) {
       Weight span = w;
       span.codes += first * w.block_cols + offset;
       span.scale += first;
+      if (w.exponents) span.exponents += offset / kMxCols;
       span.segments = w.segments - first < segments ? w.segments - first : segments;
       if (span.segments == 1) {
         const int64_t left = w.length_of(first) - offset;

@@ -44,6 +44,7 @@ struct Avx2 {
   static void store(X* p, Chunk chunk) { _mm256_storeu_ps(p, chunk); }
   static Acc dot(Acc sum, Chunk w, Chunk x) { return _mm256_fmadd_ps(w, x, sum); }
   static Acc scale_add(Acc total, Acc sum, float scale) { return _mm256_fmadd_ps(sum, _mm256_set1_ps(scale), total); }
+  static Chunk shift(const Chunk& chunk, const uint8_t* e, bool) { return times(chunk, float_of_exponent(*e)); }
   static Chunk times(Chunk chunk, float scale) { return _mm256_mul_ps(chunk, _mm256_set1_ps(scale)); }
   static float reduce(Acc sum) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));

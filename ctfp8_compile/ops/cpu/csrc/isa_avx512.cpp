@@ -42,6 +42,7 @@ struct Avx512 {
   static void store(X* p, Chunk chunk) { _mm512_storeu_ps(p, chunk); }
   static Acc dot(Acc sum, Chunk w, Chunk x) { return _mm512_fmadd_ps(w, x, sum); }
   static Acc scale_add(Acc total, Acc sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total); }
+  static Chunk shift(const Chunk& chunk, const uint8_t* e, bool) { return times(chunk, float_of_exponent(*e)); }
   static Chunk times(Chunk chunk, float scale) { return _mm512_mul_ps(chunk, _mm512_set1_ps(scale)); }
   static float reduce(Acc sum) { return _mm512_reduce_add_ps(sum); }
   static void reduce16(const Acc* sums, float* results) { sum_lanes(sums, results); }

@@ -15,6 +15,16 @@
 namespace ctfp8 {
 namespace {
 
+// What a byte of MXFP8 adds to two bfloat16s, read as integers. Bytes below 10, at which 2^-9 is no normal number any more,
+// count as 10.
+struct Exponents {
+  int32_t pair[256];
+  Exponents() {
+    for (int e = 0; e < 256; ++e) pair[e] = static_cast<uint16_t>(((e < 10 ? 10 : e) - 127) * 128) * 0x10001u;
+  }
+};
+static const Exponents exponents;
+
 struct Avx512Bf16 {
   using X = uint16_t;
   using Acc = __m512;
@@ -47,9 +57,24 @@ struct Avx512Bf16 {
   static __m512i load_tail(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_epi8((1ull << n) - 1, p); }
   Chunk decode_tail(const uint8_t* p, int n) const { return expand(load_tail(p, n)); }
 
-  // To 64 consecutive bfloat16s in the order of the columns.
-  void decode_in_order(__m512i codes, X* to) const {
-    const Chunk chunk = expand(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes));
+  // Adds to the exponents of bfloat16s that are not zero.
+  static __m512i add_exponents(__m512i values, __m512i exponents) {
+    return _mm512_mask_add_epi16(values, _mm512_test_epi16_mask(values, _mm512_set1_epi16(0x7fff)), values, exponents);
+  }
+  static __m512i exponents_of(uint8_t e) { return _mm512_set1_epi32(exponents.pair[e]); }
+  static Chunk shift(const Chunk& chunk, const uint8_t* e, bool both) {
+    const __m512i one = exponents_of(e[0]);
+    const __m512i all = both ? _mm512_mask_mov_epi32(one, 0xff00, exponents_of(e[1])) : one;
+    return {add_exponents(chunk.first, all), add_exponents(chunk.second, all)};
+  }
+
+  // To 64 consecutive bfloat16s in the order of the columns; `e` may be null, or has a byte for each 32 of them.
+  void decode_in_order(__m512i codes, const uint8_t* e, bool both, X* to) const {
+    Chunk chunk = expand(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes));
+    if (e) {
+      chunk.first = add_exponents(chunk.first, exponents_of(e[0]));
+      if (both) chunk.second = add_exponents(chunk.second, exponents_of(e[1]));
+    }
     _mm512_storeu_si512(to, chunk.first);
     _mm512_storeu_si512(to + 32, chunk.second);
   }

@@ -41,6 +41,7 @@ struct Portable {
     for (int i = 0; i < step; ++i) total.lane[i] += sum.lane[i] * scale;
     return total;
   }
+  static Chunk shift(const Chunk& chunk, const uint8_t* e, bool) { return times(chunk, float_of_exponent(*e)); }
   static Chunk times(Chunk chunk, float scale) {
     for (float& lane : chunk.lane) lane *= scale;
     return chunk;

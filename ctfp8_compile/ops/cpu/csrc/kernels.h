@@ -9,6 +9,11 @@ enum class Dtype { bf16, f16, f32 };
 
 // One expert's weight: `rows x cols` e4m3 codes and a scale for each `block_rows x block_cols` of them. A row is cut into
 // `segments` of `block_cols` columns, each with one scale; a scale per row is one segment.
+//
+// MXFP8 instead has a byte e for each `kMxCols` columns, which stands for 2^(e - 127). Such a row is one segment with a scale of
+// 1; its bytes become part of the values when codes are decoded, since powers of two are exact there.
+constexpr int64_t kMxCols = 32;
+
 struct Weight {
   const uint8_t* codes;
   int64_t row_stride;
@@ -17,8 +22,11 @@ struct Weight {
   int64_t rows, cols;
   int64_t block_rows, block_cols;
   int64_t segments;
+  const uint8_t* exponents = nullptr;
+  int64_t exponent_stride = 0;
 
   const float* scale_of(int64_t row) const { return scale + row / block_rows * scale_stride; }
+  const uint8_t* exponents_of(int64_t row) const { return exponents + row * exponent_stride; }
   int64_t length_of(int64_t segment) const {
     const int64_t left = cols - segment * block_cols;
     return left < block_cols ? left : block_cols;

@@ -123,7 +123,12 @@ struct Weights {
   Weight of(int64_t expert) const {
     Weight w = first;
     w.codes += expert * (codes.dim() == 3 ? codes.stride(0) : 0);
-    w.scale += expert * (scale.dim() == 3 ? scale.stride(0) : 0);
+    const int64_t scales = expert * (scale.dim() == 3 ? scale.stride(0) : 0);
+    if (w.exponents) {
+      w.exponents += scales;
+    } else {
+      w.scale += scales;
+    }
     return w;
   }
 };
@@ -131,8 +136,12 @@ struct Weights {
 Weights weights(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRef block, int64_t dim, const char* op) {
   TORCH_CHECK(weight.scalar_type() == at::kFloat8_e4m3fn, op, ": weight must be float8_e4m3fn, not ", weight.scalar_type());
   TORCH_CHECK(weight.dim() == dim, op, ": weight must have ", dim, " dimensions, not ", weight.dim());
-  TORCH_CHECK(weight_scale.scalar_type() == at::kFloat, op, ": weight_scale must be float32, not ", weight_scale.scalar_type());
   TORCH_CHECK(block.size() == 2 && block[0] > 0 && block[1] >= 0, op, ": block must be two positive sizes, not ", block);
+  const bool bytes = weight_scale.scalar_type() == at::kByte;
+  TORCH_CHECK(bytes || weight_scale.scalar_type() == at::kFloat, op, ": weight_scale must be float32 or, as powers of two, uint8, not ",
+              weight_scale.scalar_type());
+  TORCH_CHECK(!bytes || (block[0] == 1 && (block[1] == kMxCols || weight.size(-1) <= kMxCols)), op,
+              ": weight_scale may be uint8 for blocks of 1 x ", kMxCols, ", not ", block);
   Weights out;
   const int64_t rows = weight.size(-2), cols = weight.size(-1);
   out.experts = dim == 3 ? weight.size(0) : 1;
@@ -144,7 +153,7 @@ Weights weights(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRe
   // Like the reference, take one scale for a whole dimension whatever the block says.
   const bool sized = weight_scale.dim() == dim && (dim == 2 || weight_scale.size(0) == out.experts);
   if (sized && weight_scale.size(-2) == 1) scale_rows = 1, out.first.block_rows = std::max<int64_t>(rows, 1);
-  if (sized && weight_scale.size(-1) == 1) scale_cols = 1, out.first.block_cols = std::max<int64_t>(cols, 1);
+  if (sized && weight_scale.size(-1) == 1 && !bytes) scale_cols = 1, out.first.block_cols = std::max<int64_t>(cols, 1);
   TORCH_CHECK(sized && weight_scale.size(-2) == scale_rows && (weight_scale.size(-1) == scale_cols || !cols), op,
               ": weight_scale must be ", dim == 3 ? std::to_string(out.experts) + " x " : std::string(), scale_rows, " x ",
               scale_cols, " for a weight of ", weight.sizes(), " in blocks of ", block, ", not ", weight_scale.sizes());
@@ -153,6 +162,16 @@ Weights weights(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRe
   out.scale = weight_scale.stride(-1) == 1 || weight_scale.size(-1) <= 1 ? weight_scale : weight_scale.contiguous();
   out.first.codes = static_cast<const uint8_t*>(out.codes.const_data_ptr());
   out.first.row_stride = out.codes.stride(-2);
+  if (bytes) {
+    static const float one = 1;
+    out.first.exponents = out.scale.const_data_ptr<uint8_t>();
+    out.first.exponent_stride = scale_rows == 1 ? 0 : out.scale.stride(-2);
+    out.first.scale = &one;
+    out.first.scale_stride = 0;
+    out.first.block_cols = std::max<int64_t>(cols, 1);
+    out.first.segments = 1;
+    return out;
+  }
   out.first.scale = out.scale.const_data_ptr<float>();
   out.first.scale_stride = out.scale.stride(-2);
   out.first.segments = scale_cols;

@@ -19,8 +19,8 @@ constexpr int64_t kGroup = 4;       // pieces decoded at a time, so that memory 
 // What this file needs besides `Vector`: bfloat16 pairs in sixteen lanes.
 template <class V>
 concept PairVector = Vector<V> && requires(const V v, const uint8_t* codes, uint16_t* to, typename V::Acc sum, __m512i pairs) {
-  // `step` codes as bfloat16s in the order of the columns.
-  v.decode_in_order(pairs, to);
+  // `step` codes as bfloat16s in the order of the columns; the bytes may be null, else they are as in `shift`.
+  v.decode_in_order(pairs, codes, bool{}, to);
   // Up to `step` codes, the rest zero; reads nothing behind them.
   pairs = V::load_tail(codes, int64_t{});
   // sum + the products of sixteen pairs.
@@ -118,16 +118,19 @@ struct Piece {
 
 // Each piece of a weight row to its own place in the tile, with zeros to a multiple of 64.
 template <PairVector V>
-inline void decode_pieces(const V& v, const Weight& w, const uint8_t* row, const Piece* pieces, int64_t count, uint16_t* to) {
+inline void decode_pieces(const V& v, const Weight& w, int64_t row, const Piece* pieces, int64_t count, uint16_t* to) {
   for (int64_t g = 0; g < count; ++g) {
-    const uint8_t* p = row + pieces[g].segment * w.block_cols + pieces[g].offset;
+    const uint8_t* p = w.codes + row * w.row_stride + pieces[g].segment * w.block_cols + pieces[g].offset;
+    const uint8_t* e = w.exponents ? w.exponents_of(row) + pieces[g].offset / kMxCols : nullptr;
+    const auto at = [&](int64_t k) { return e ? e + k / kMxCols : nullptr; };
     uint16_t* q = to + g * kPiece;
     int64_t k = 0;
     for (; k + 64 <= pieces[g].length; k += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(p + k + kGroup * kPiece), _MM_HINT_T1);
-      v.decode_in_order(_mm512_loadu_si512(p + k), q + k);
+      v.decode_in_order(_mm512_loadu_si512(p + k), at(k), true, q + k);
     }
-    if (k < pieces[g].length) v.decode_in_order(V::load_tail(p + k, pieces[g].length - k), q + k);
+    const int64_t left = pieces[g].length - k;
+    if (left > 0) v.decode_in_order(V::load_tail(p + k, left), at(k), left > kMxCols, q + k);
   }
 }
 
@@ -160,7 +163,7 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
       if (left <= step) ++segment, offset = 0;
     }
     for (int64_t r = 0; r < rows; ++r)
-      decode_pieces(v, w, w.codes + (begin + r) * w.row_stride, pieces, count, tile + r * tile_stride);
+      decode_pieces(v, w, begin + r, pieces, count, tile + r * tile_stride);
     for (int64_t g = 0; g < count; ++g) {
       const Piece& piece = pieces[g];
       const int64_t piece_pairs = (piece.length + 1) / 2;

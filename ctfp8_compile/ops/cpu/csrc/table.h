@@ -64,21 +64,26 @@ void matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, i
   }
 }
 
+// Columns that share a scale.
+template <FloatVector V>
+void dequantize_run(const uint8_t* codes, int64_t count, float scale, float* out) {
+  const V v;
+  int64_t k = 0;
+  for (; k + V::step <= count; k += V::step) V::store(out + k, V::times(V::times(v.decode(codes + k), V::gain), scale));
+  if (k < count) {
+    alignas(64) float tail[V::step];
+    V::store(tail, V::times(V::times(v.decode_tail(codes + k, static_cast<int>(count - k)), V::gain), scale));
+    std::memcpy(out + k, tail, (count - k) * sizeof(float));
+  }
+}
+
 template <FloatVector V>
 void dequantize(const Weight& w, int64_t n, float* row) {
-  const V v;
-  alignas(64) float tail[V::step];
-  for (int64_t segment = 0; segment < w.segments; ++segment) {
-    const float scale = w.scale_of(n)[segment];
-    const int64_t length = w.length_of(segment);
-    const uint8_t* p = w.codes + n * w.row_stride + segment * w.block_cols;
-    float* q = row + segment * w.block_cols;
-    int64_t k = 0;
-    for (; k + V::step <= length; k += V::step) V::store(q + k, V::times(V::times(v.decode(p + k), V::gain), scale));
-    if (k < length) {
-      V::store(tail, V::times(V::times(v.decode_tail(p + k, static_cast<int>(length - k)), V::gain), scale));
-      std::memcpy(q + k, tail, (length - k) * sizeof(float));
-    }
+  const int64_t width = w.exponents ? kMxCols : w.block_cols;
+  for (int64_t begin = 0; begin < w.cols; begin += width) {
+    const float scale = w.exponents ? float_of_exponent(w.exponents_of(n)[begin / width]) : w.scale_of(n)[begin / width];
+    const int64_t left = w.cols - begin;
+    dequantize_run<V>(w.codes + n * w.row_stride + begin, left < width ? left : width, scale, row + begin);
   }
 }
 

@@ -37,6 +37,9 @@ concept Vector =
       { V::load(x) } -> std::same_as<typename V::Chunk>;
       // Keeps a chunk in registers, where the compiler would read it again at each use.
       V::hold(chunk);
+      // The values of 32 columns (the chunk has them once or twice) times 2^(e - 127) of their byte; a product that would be
+      // too small may be another tiny number. `both` says whether the second byte is there.
+      { V::shift(chunk, codes, bool{}) } -> std::same_as<typename V::Chunk>;
       // A sum of nothing.
       { V::zero() } -> std::same_as<typename V::Acc>;
       // sum + the products of two chunks, lane by lane, in float32.
