@@ -266,7 +266,7 @@ _LARGEST_SCALE = 16
 def check_scale_values(info: TensorInfo, scale: Tensor) -> None:
     """Refuses scales that are NaN, infinite, zero or negative, or reciprocals of scales."""
     values = decode_scale(scale)
-    bad = ~(torch.isfinite(values) & (values > 0))
+    bad = ~(torch.isfinite(values * 448) & (values > 0))
     if bad.any():
         first = tuple(int(i) for i in bad.nonzero()[0]) if bad.dim() else ()
         raise CheckpointError(

@@ -17,8 +17,9 @@ from ..target import Target
 #: A linear; experts whose rows are sorted by expert; experts of which each row has one of its own.
 Kind = Literal["linear", "grouped_mm", "gathered_mm"]
 #: Scales of weight and activation: per output feature (a scale per tensor was spread over them at load) and token;
-#: 128x128 blocks and groups of 128; any other groups; activations that are not quantized.
-Scaling = Literal["rowwise", "blockwise", "groupwise", "weight-only"]
+#: 128x128 blocks and groups of 128; any other groups; bytes that are powers of two, for groups of 32 (MXFP8); activations
+#: that are not quantized.
+Scaling = Literal["rowwise", "blockwise", "groupwise", "mx", "weight-only"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
@@ -52,6 +53,7 @@ class Problem:
         weight_shape: `[N, K]` or `[E, N, K]`.
         block: rows and columns that share a weight scale.
         activation: the checkpoint's activation scheme, as `checkpoint.scheme` spells it.
+        exponents: weight scales are bytes that are powers of two; activations may be quantized all the same, or not.
     """
 
     kind: Kind
@@ -61,10 +63,13 @@ class Problem:
     block: tuple[int, int]
     activation: str
     bias: bool
+    exponents: bool = False
 
     @property
     def scaling(self) -> Scaling:
         """How a matmul of FP8 with FP8 would be scaled; one of `SCALINGS`."""
+        if self.exponents:
+            return "mx"
         if self.activation == "none":
             return "weight-only"
         if self.activation == "group":

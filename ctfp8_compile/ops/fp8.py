@@ -20,6 +20,14 @@ aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
 
+Do = Callable[..., Any]
+"""Applies an ATen operator: to tensors (`apply`), or by adding a node to a graph. The arithmetic below is written once."""
+
+
+def apply(op: Any, *args: Any) -> Any:
+    return op(*args)
+
+
 def expand_scale(weight_scale: Tensor, block: list[int], rows: int, cols: int) -> Tensor:
     """One scale per element group, broadcastable to `[..., rows, cols]`.
 
@@ -27,7 +35,7 @@ def expand_scale(weight_scale: Tensor, block: list[int], rows: int, cols: int) -
         weight_scale: `[..., ceil(rows / block[0]), ceil(cols / block[1])]`; a byte e is the power of two 2^(e - 127).
     """
     if weight_scale.dtype == torch.uint8:
-        weight_scale = weight_scale.view(torch.float8_e8m0fnu).to(torch.float32)
+        weight_scale = exponent_steps(apply, weight_scale)
     for dim, size, step in ((-2, rows, block[0]), (-1, cols, block[1])):
         if weight_scale.shape[dim] != 1 and step != 1:
             weight_scale = weight_scale.repeat_interleave(step, dim).narrow(dim, 0, size)
@@ -40,12 +48,10 @@ def dequantize_reference(weight: Tensor, weight_scale: Tensor, block: list[int],
     return (weight.to(torch.float32) * scale).to(dtype)
 
 
-Do = Callable[..., Any]
-"""Applies an ATen operator: to tensors (`apply`), or by adding a node to a graph. The arithmetic below is written once."""
-
-
-def apply(op: Any, *args: Any) -> Any:
-    return op(*args)
+def exponent_steps(do: Do, exponents: Any) -> Any:
+    """`2^(e - 127)` of bytes e, as float32: a byte is the exponent of a float32; that of 0 is not normal. 255 is no scale."""
+    bits = do(aten.mul.Tensor, do(_convert, exponents, torch.int32), 1 << 23)
+    return do(aten.view.dtype, do(aten.clamp_min.default, bits, 1 << 22), torch.float32)
 
 
 def quantize_per_token_steps(do: Do, x: Any, bound: float | None = None) -> tuple[Any, Any]:

@@ -3,7 +3,8 @@
 All of them describe a weight in the same way:
 
 - `weight`: `[..., N, K]` float8_e4m3fn
-- `weight_scale`: `[..., ceil(N / block[0]), ceil(K / block[1])]` float32
+- `weight_scale`: `[..., ceil(N / block[0]), ceil(K / block[1])]` float32; or uint8, a byte e for 2^(e - 127), with
+  `block = [1, 32]` (MXFP8)
 - `block`: rows and columns that share a scale. A scale per channel is `block = [1, K]`.
 
 `dequantize` is the marker that a loaded FP8 parameter leaves in a traced graph. Rules rewrite its consumers to the other

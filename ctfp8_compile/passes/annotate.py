@@ -131,7 +131,9 @@ def _fits(match: Match) -> bool:
     """Whether a weight and its scales have the dtypes and sizes that kernels read."""
     weight, scale = value(match.weight), value(match.weight_scale)
     rank = 2 if match.kind == "linear" and match.matrix is None else 3
-    if weight.dtype != FP8 or scale.dtype != torch.float32 or weight.dim() != rank:
+    if weight.dtype != FP8 or weight.dim() != rank:
+        return False
+    if scale.dtype != torch.float32 and (scale.dtype, match.block) != (torch.uint8, (1, 32)):
         return False
     rows, cols = weight.shape[-2:]
     return scale.shape == (*weight.shape[:-2], math.ceil(rows / match.block[0]), math.ceil(cols / match.block[1]))

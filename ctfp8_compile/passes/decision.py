@@ -107,6 +107,7 @@ def _select(decision: Decision, found: Match, target: Target, kernels: Sequence[
         block=found.block,
         activation=found.activation,
         bias=found.bias is not None,
+        exponents=value(found.weight_scale).dtype == torch.uint8,
     )
     kernel, why = choose(kernels, problem, target)
     return replace(decision, problem=problem, kernel=kernel, reason=why)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from .. import ops
 from ..graph import before, call, is_marker, is_view, value
 
 aten = torch.ops.aten
@@ -34,6 +35,8 @@ def _arithmetic(graph: fx.Graph, marker: fx.Node) -> fx.Node:
     """Builds the arithmetic of `ops.dequantize_reference` in front of the marker and returns its result."""
     weight, scale, _, block, _, dtype = marker.args
     with before(graph, marker):
+        if value(scale).dtype == torch.uint8:
+            scale = ops.exponent_steps(lambda op, *args: call(graph, op, *args, like=marker), scale)
         for dim, step in ((-2, block[0]), (-1, block[1])):
             scale = _repeat(graph, scale, dim, step, value(weight).shape[dim], marker)
         wide = call(graph, _convert, weight, torch.float32, like=marker)

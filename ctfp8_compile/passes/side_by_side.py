@@ -74,7 +74,7 @@ def _alike(linear: fx.Node) -> Any:
     _, marker, *bias = linear.args
     if not isinstance(marker, fx.Node) or marker.target not in _MARKERS or len(marker.users) > 1 or linear.kwargs:
         return None
-    weight, _, input_scale, block, activation, dtype = marker.args
+    weight, scale, input_scale, block, activation, dtype = marker.args
     for parameter in (*marker.args[:3], *bias):
         if parameter is not None and not _own(parameter):
             return None
@@ -82,7 +82,8 @@ def _alike(linear: fx.Node) -> Any:
     if rows % 16 or rows % block[0]:
         return None  # a kernel's gate, or a block of scales, would not take them joined
     bias_dtype = fake_value(bias[0]).dtype if bias and bias[0] is not None else None
-    return cols, tuple(block), activation, dtype, input_scale is None, bias_dtype, fake_value(weight).device
+    scale_dtype = fake_value(scale).dtype
+    return cols, tuple(block), activation, dtype, scale_dtype, input_scale is None, bias_dtype, fake_value(weight).device
 
 
 def _own(parameter: Any) -> bool:

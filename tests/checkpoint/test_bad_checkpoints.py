@@ -193,7 +193,6 @@ def test_a_layer_in_another_format_is_named(tmp_path):
         ("W8A8", "weight", "8-bit int"),
         ("NVFP4", "weight_packed", "4-bit float"),
         ("MXFP4", "weight_(packed|scale)", "4-bit float"),
-        ("MXFP8", "weight_scale", "8-bit float"),
     ],
 )
 def test_formats_beside_fp8_are_named_with_their_group(tmp_path, preset, tensor, words):

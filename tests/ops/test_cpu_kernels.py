@@ -163,7 +163,14 @@ def test_every_code(isa: str, dtype: torch.dtype, m: int) -> None:
     tiny=st.booleans(),
 )
 def test_dequantize_is_bit_exact(
-    isa: str, lead: tuple[int, ...], n: int, k: int, block: Sequence[int] | str, dtype: torch.dtype, offset: int, tiny: bool
+    isa: str,
+    lead: tuple[int, ...],
+    n: int,
+    k: int,
+    block: Sequence[int] | str,
+    dtype: torch.dtype,
+    offset: int,
+    tiny: bool,
 ) -> None:
     torch.manual_seed(0)
     torch.ops.ctfp8_cpu.set_isa(isa)

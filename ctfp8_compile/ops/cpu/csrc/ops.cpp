@@ -138,8 +138,8 @@ Weights weights(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRe
   TORCH_CHECK(weight.dim() == dim, op, ": weight must have ", dim, " dimensions, not ", weight.dim());
   TORCH_CHECK(block.size() == 2 && block[0] > 0 && block[1] >= 0, op, ": block must be two positive sizes, not ", block);
   const bool bytes = weight_scale.scalar_type() == at::kByte;
-  TORCH_CHECK(bytes || weight_scale.scalar_type() == at::kFloat, op, ": weight_scale must be float32 or, as powers of two, uint8, not ",
-              weight_scale.scalar_type());
+  TORCH_CHECK(bytes || weight_scale.scalar_type() == at::kFloat, op,
+              ": weight_scale must be float32 or, as powers of two, uint8, not ", weight_scale.scalar_type());
   TORCH_CHECK(!bytes || (block[0] == 1 && (block[1] == kMxCols || weight.size(-1) <= kMxCols)), op,
               ": weight_scale may be uint8 for blocks of 1 x ", kMxCols, ", not ", block);
   Weights out;

@@ -162,8 +162,7 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
       offset += step;
       if (left <= step) ++segment, offset = 0;
     }
-    for (int64_t r = 0; r < rows; ++r)
-      decode_pieces(v, w, begin + r, pieces, count, tile + r * tile_stride);
+    for (int64_t r = 0; r < rows; ++r) decode_pieces(v, w, begin + r, pieces, count, tile + r * tile_stride);
     for (int64_t g = 0; g < count; ++g) {
       const Piece& piece = pieces[g];
       const int64_t piece_pairs = (piece.length + 1) / 2;
