@@ -18,6 +18,7 @@ from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.freeze import dequantize_, protect
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
+from ..model.storage import leave_files
 from ..ops import FP8
 from .compat import cached_file
 from .quantizer import Config, Quantizer
@@ -30,6 +31,7 @@ def from_pretrained(
     path_or_id: str | Path,
     auto_class: Any = AutoModelForCausalLM,
     dequantize: bool = False,
+    in_memory: bool = False,
     **transformers_kwargs: Any,
 ) -> Any:
     """Loads an FP8 checkpoint with its weights, MoE experts included, left in float8_e4m3fn.
@@ -40,6 +42,8 @@ def from_pretrained(
         path_or_id: a checkpoint folder or a hub id.
         auto_class: which transformers class loads it: an `AutoModelFor…` or a model class.
         dequantize: return a plain model in `dtype` instead (weights bit-exact with compressed-tensors' dequantize).
+        in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
+            are copied, a file that another process truncates or overwrites changes the model or ends the process.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
             `dtype` is what FP8 weights dequantize to and what the other weights are loaded in.
 
@@ -66,6 +70,8 @@ def from_pretrained(
         raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
     _check_complete(path_or_id, info)
     protect(model)
+    if in_memory:
+        leave_files((*model.parameters(), *model.buffers()))
     if dequantize:
         dequantize_(model)
         model.hf_quantizer.remove_quantization_config(model)
@@ -126,6 +132,9 @@ def prepare(model: Any) -> Any:
             module._parameters.pop(leaf, None)
         for attribute in ("quantization_scheme", "quantization_status"):
             module.__dict__.pop(attribute, None)
+        wrapped = getattr(module.__dict__.get("forward"), "__func__", None)
+        if getattr(wrapped, "__globals__", {}).get("__name__", "").startswith("compressed_tensors."):
+            del module.forward  # it quantizes as it goes, and writes to the weight
         attach(module, "weight", info, weight_scale, input_scale)
     for key, hook in list(model._forward_pre_hooks.items()):
         if getattr(hook, "__module__", "").startswith("compressed_tensors"):

@@ -61,7 +61,7 @@ class Quantizer(HfQuantizer):
     """Tells transformers' loader which parameters are FP8, and how to fill them."""
 
     requires_calibration = True
-    is_trainable = False
+    is_trainable = True  # of adapters; the model itself refuses (`model.freeze`)
     is_compileable = True
 
     def __init__(self, quantization_config: Config, **kwargs: Any):

@@ -124,6 +124,8 @@ def _emit(graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) 
         if value(x).dim() != 2:
             out = do(aten.reshape.default, out, [*sizes(graph, x, like)[:-1], problem.weight_shape[0]])
         return out
+    if problem.kind == "gathered_mm":
+        extra = _from_the_front(do, extra, experts)
     if input_scale is not None:
         # Experts have their own scales: each row takes its expert's.
         expert = operands.expert_ids
@@ -157,6 +159,12 @@ def _quantize(do: ops.Do, x: fx.Node, activation: str, input_scale: fx.Node | No
     else:
         both = do(QUANTIZE[2], x, input_scale)
     return do(operator.getitem, both, 0), do(operator.getitem, both, 1)
+
+
+def _from_the_front(do: ops.Do, ids: fx.Node | None, experts: int) -> fx.Node:
+    """An id may count from the end, as in an index."""
+    turned = do(aten.add.Tensor, ids, experts)
+    return do(aten.where.self, do(aten.lt.Scalar, ids, 0), turned, ids)
 
 
 def _ends(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:

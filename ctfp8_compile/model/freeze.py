@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from ..errors import UsageError
 from ..ops import FP8
 from ..ops import cpu as cpu_kernels
-from .parametrization import CAST, quantized_parameters
+from .parametrization import CAST, quantized_parameters, stored_weight
 from .storage import LeaveFiles
 
 
@@ -39,9 +39,9 @@ class _KeepsFP8:
         return super().requires_grad_(False)  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Any:
-        if mode:
+        if mode and not any(p.requires_grad for p in self.parameters()):  # type: ignore[attr-defined]
             raise UsageError(_TRAIN)
-        return super().train(False)  # type: ignore[misc]
+        return super().train(mode)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = self.__new__(type(self))
@@ -58,8 +58,8 @@ class _KeepsFP8:
 
 
 _TRAIN = (
-    "FP8 weights are for inference; this model cannot be trained. Load it with "
-    "ctfp8.from_pretrained(..., dequantize=True) for a plain model that can."
+    "FP8 weights are for inference; this model cannot be trained. Train an adapter on top of it (LoRA with PEFT), or load it "
+    "with ctfp8.from_pretrained(..., dequantize=True) for a plain model."
 )
 
 
@@ -83,9 +83,9 @@ def protect(model: nn.Module) -> None:
 
 def dequantize_(model: nn.Module) -> nn.Module:
     """Replaces every FP8 parameter by its dequantized value, in place: a plain model, twice the memory."""
-    for path, module, _ in list(quantized_parameters(model)):
+    for path, module, dequantize in list(quantized_parameters(model)):
         name = path.rpartition(".")[2]
-        value = getattr(module, name).contiguous()
+        value = dequantize.value(stored_weight(module, name)).contiguous()
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         module._parameters[name] = nn.Parameter(value, requires_grad=False)
     if isinstance(model, _KeepsFP8):

@@ -5,6 +5,7 @@ The module's own code stays as it is. It asks for `self.weight` and gets the deq
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 from ..checkpoint import files as ckpt
 from ..errors import CheckpointError, UsageError
 from ..ops import FP8
+from .dequantized import WRITE, Dequantized
 from .plan import QuantizedParameter
 
 CAST = (
@@ -44,10 +46,23 @@ class Dequantize(nn.Module):
         self.register_buffer("input_scale", input_scale)
 
     def forward(self, weight: Tensor) -> Tensor:
+        value = self.value(weight)
+        if torch.compiler.is_compiling() or type(value) is not Tensor:  # a tracer's own kind of tensor
+            return value
+        return Dequantized.of(value, functools.partial(self.value, weight))
+
+    def value(self, weight: Tensor) -> Tensor:
+        """The weight as the model wants it: in `dtype`, `[..., K, N]` where it keeps it transposed."""
         out = torch.ops.ctfp8.dequantize(
             weight, self.weight_scale, self.input_scale, self.block, self.info.scheme.activation, self.info.dtype
         )
         return out.transpose(-1, -2) if self.info.layout.transposed else out
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """What assigning to the parameter (`linear.weight = …`) calls."""
+        if value.dtype == FP8:
+            raise NotImplementedError  # as it is registered: the parameter is stored already
+        raise UsageError(WRITE.format(what="the assignment"))
 
     def static_scale(self, source: str) -> Tensor:
         """The static activation scales of one checkpoint tensor, as the file stored them."""

@@ -1,7 +1,8 @@
 """CPU weights leave the checkpoint's mapped files when a model first runs, not when it is loaded.
 
 Loaded tensors are views of the mapped file: systems drop such pages at will and read them again, which some do at every
-step of a decode. A copy in the process's memory ends that. A model that is only exported, explained or saved runs without.
+step of a decode; and what another process writes there changes the model. A copy in the process's memory ends that. A model
+that is only exported, explained or saved runs without, unless it was loaded with `in_memory=True`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-#: Parameters of the models that were loaded here. Nothing else is ever moved: a tensor that a user passes in may share its
+#: Parameters and buffers of the models that were loaded here. Nothing else is moved: a tensor that a user passes in may share its
 #: memory with an array of theirs, and is to be read, and written, where it lies.
 _ours: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def leave_files(tensors: Iterable[Any]) -> None:
-    """Gives every CPU parameter of ours among them whose memory is not its own, such as a mapped file, a copy of it."""
+    """Gives every CPU tensor of ours among them whose memory is not its own, such as a mapped file, a copy of it."""
     for tensor in tensors:
         ours = isinstance(tensor, Tensor) and tensor in _ours and tensor.device.type == "cpu"
         if ours and not tensor.untyped_storage().resizable():
@@ -35,9 +36,9 @@ class LeaveFiles:
     """Forward pre-hook that does so once. While a tracer runs the model it waits; compiled graphs see to it themselves."""
 
     def __init__(self, model: nn.Module):
-        self.waiting = list(model.parameters())
-        for parameter in self.waiting:
-            _ours[parameter] = None
+        self.waiting = [*model.parameters(), *model.buffers()]
+        for tensor in self.waiting:
+            _ours[tensor] = None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and self.waiting:

@@ -261,6 +261,14 @@ def _edited(name, tmp_path, state=None, drop=(), add=None, config=None):
     return folder
 
 
+def test_in_memory_leaves_the_files_before_it_returns(tmp_path):
+    shutil.copytree(DATA / "mixtral/FP8_DYNAMIC", tmp_path / "copy")
+    model = ctfp8.from_pretrained(tmp_path / "copy", in_memory=True)
+    for file in (tmp_path / "copy").glob("*.safetensors"):
+        file.write_bytes(b"")  # truncated: to touch a page of it would end the process
+    assert torch.equal(logits(model), logits(ctfp8.from_pretrained(DATA / "mixtral/FP8_DYNAMIC")))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_leave_the_file_when_the_model_first_runs(compiled, tmp_path):
     """A mapped file that is overwritten, or whose pages are dropped, must not matter to a model that runs."""

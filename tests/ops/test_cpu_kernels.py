@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -302,6 +303,36 @@ def test_not_a_number_stays_in_its_row(m: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_activations_with_small_scales(isa: str, m: int, dtype: torch.dtype) -> None:
+    """Their products with codes are beyond float32, with the scales applied they are not."""
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    x = (torch.randn(m, 300) * 3e36).to(dtype)
+    weight, bias = codes(3, 20, 300), torch.randn(20) * 1e30
+    for block in ([1, 300], [16, 128]):
+        scale = scales(20, 300, block, 3) * 1e-4
+        out, size = exact(x, weight[0], scale[0], block, bias)
+        check(op.dequantized_linear(x, weight[0], scale[0], bias, block), out, size)
+        ids = torch.randint(-3, 3, (m,))
+        parts = [exact(x[i : i + 1], weight[j], scale[j], block) for i, j in enumerate(ids.tolist())]
+        check(op.dequantized_gathered_mm(x, weight, scale, ids, block), *(torch.cat(p) for p in zip(*parts, strict=True)))
+
+
+def test_scratch_of_a_large_call_is_given_back() -> None:
+    weight, scale = codes(8, 4096), torch.ones(8, 1)
+    x = torch.ones(16384, 4096, dtype=torch.bfloat16)  # prepared, these take 134 MB
+
+    def own() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+    op.dequantized_linear(x[:4], weight, scale, None, [1, 4096])
+    before = own()
+    op.dequantized_linear(x, weight, scale, None, [1, 4096])
+    assert own() - before < 40e6
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_threads_and_repeats_agree(isa: str) -> None:
     torch.ops.ctfp8_cpu.set_isa(isa)
     for m in (1, 7, 40):
@@ -348,9 +379,9 @@ W, S, X = codes(8, 16), torch.ones(8, 1), torch.ones(2, 16)
         (lambda: op.dequantized_linear(X, W[None], S, None, [1, 16]), "weight must have 2 dimensions"),
         (
             lambda: op.dequantized_gathered_mm(X, W[None], S[None], torch.tensor([0, 1]), [1, 16]),
-            "ids must be from 0 to 0",
+            "ids must be from -1 to 0",
         ),
-        (lambda: op.dequantized_gathered_mm(X, W[None], S[None], torch.tensor([0, -1]), [1, 16]), "row 1 has -1"),
+        (lambda: op.dequantized_gathered_mm(X, W[None], S[None], torch.tensor([0, -2]), [1, 16]), "row 1 has -2"),
         (
             lambda: op.dequantized_gathered_mm(X, W[None], S[None], torch.tensor([0]), [1, 16]),
             "expert of each of 2 rows",

@@ -1,4 +1,4 @@
-// A block of scratch memory that grows and is kept: one per thread and use.
+// A block of scratch memory that grows and, up to a size, is kept: one per thread and use.
 //
 // Not std::vector: its members, instantiated in a file compiled for one instruction set, could be linked into all others.
 #pragma once
@@ -26,7 +26,20 @@ class Buffer {
     return data_;
   }
 
+  // At its end, what only a large call needs goes back to the system.
+  struct Release {
+    Buffer& buffer;
+    ~Release() {
+      if (buffer.size_ <= kKeep) return;
+      std::free(buffer.data_);
+      buffer.data_ = nullptr;
+      buffer.size_ = 0;
+    }
+  };
+
  private:
+  static constexpr int64_t kKeep = 8 << 20;
+
   void* data_ = nullptr;
   int64_t size_ = 0;
 };

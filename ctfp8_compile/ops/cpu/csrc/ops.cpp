@@ -5,7 +5,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/Utils.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -209,6 +212,39 @@ struct Group {
   int64_t expert, begin, end;  // rows [begin, end) of the order in which activations are prepared
 };
 
+// Whether a sum of products with codes might overflow before its scale is applied: 2^27 of them, each below 448 * 2^91, do
+// not. bfloat16 and float32 order their magnitudes like integers.
+template <class T>
+bool any_above(const T* x, int64_t n, T limit, T magnitude) {
+  T most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max<T>(most, x[i] & magnitude);
+  return most > limit;
+}
+
+bool huge(const Tensor& x) {
+  constexpr uint32_t limit = (127u + 91) << 23;
+  const void* data = x.const_data_ptr();
+  if (x.element_size() == 2) return any_above<uint16_t>(static_cast<const uint16_t*>(data), x.numel(), limit >> 16, 0x7fff);
+  return any_above<uint32_t>(static_cast<const uint32_t*>(data), x.numel(), limit, 0x7fffffff);
+}
+
+// `multiply` for such activations: an expert at a time, its weight dequantized. Slow, and as rare as they are.
+void multiply_huge(const Tensor& x, const Weights& weights, const std::vector<Group>& groups,
+                   const std::vector<int64_t>& order, const float* bias, Tensor& out) {
+  const int64_t n = weights.first.rows, k = weights.first.cols;
+  const Tensor from = x.reshape({-1, k}), weight = at::empty({n, k}, at::kFloat);
+  const Tensor added = bias ? at::from_blob(const_cast<float*>(bias), {n}, at::kFloat) : at::zeros({n}, at::kFloat);
+  Tensor to = out.view({-1, n});
+  for (const Group& group : groups) {
+    const Weight w = weights.of(group.expert);
+    for (int64_t row = 0; row < n; ++row) selection().others->dequantize(w, row, weight.mutable_data_ptr<float>() + row * k);
+    Tensor places = at::arange(group.begin, group.end, at::kLong);
+    if (!order.empty()) places.copy_(at::from_blob(const_cast<int64_t*>(order.data()) + group.begin, places.sizes(), at::kLong));
+    const Tensor product = at::mm(from.index_select(0, places).to(at::kFloat), weight.t());
+    to.index_copy_(0, places, product.add_(added).to(out.scalar_type()));
+  }
+}
+
 // out[order[i]] = x[order[i]] @ weight[expert].T + bias for i in a group; `order` is the identity where it is empty.
 void multiply(const Tensor& x, const Weights& weights, const std::vector<Group>& groups, const std::vector<int64_t>& order,
               const float* bias, Tensor& out, Dtype dtype) {
@@ -216,6 +252,7 @@ void multiply(const Tensor& x, const Weights& weights, const std::vector<Group>&
   const int64_t n = weights.first.rows, item = kernels.item;
   if (groups.empty() || n == 0) return;
   const Tensor source = item == 4 ? x.to(at::kFloat) : x;
+  if (huge(source)) return multiply_huge(x, weights, groups, order, bias, out);
 
   // A block of a group's rows is prepared once, and multiplied with all rows of the weight.
   constexpr int64_t kRows = 512, kSlice = 16;
@@ -235,6 +272,7 @@ void multiply(const Tensor& x, const Weights& weights, const std::vector<Group>&
     }
   }
   static thread_local Buffer prepared_buffer;
+  const Buffer::Release release{prepared_buffer};
   char* prepared = static_cast<char*>(prepared_buffer.get(bytes));
   const char* from = static_cast<const char*>(source.const_data_ptr());
   const auto place = [&](int64_t row) { return order.empty() ? row : order[row]; };
@@ -335,14 +373,15 @@ Tensor dequantized_gathered_mm(const Tensor& x, const Tensor& weight, const Tens
   check_rows(x, w, ids, "ids", op);
   const int64_t t = x.size(0);
   TORCH_CHECK(ids.size(0) == t, op, ": ids must name the expert of each of ", t, " rows, not of ", ids.size(0));
-  const Tensor expert_of = ids.to(at::kLong).contiguous();
-  const int64_t* experts = expert_of.const_data_ptr<int64_t>();
+  const Tensor given = ids.to(at::kLong).contiguous();
 
   // Counting sort: rows of one expert become a group, so that its weight is read once.
-  std::vector<int64_t> start(w.experts + 1, 0), order(t);
+  std::vector<int64_t> start(w.experts + 1, 0), order(t), experts(t);
   for (int64_t i = 0; i < t; ++i) {
-    TORCH_CHECK(experts[i] >= 0 && experts[i] < w.experts, op, ": ids must be from 0 to ", w.experts - 1, ", but row ", i,
-                " has ", experts[i]);
+    const int64_t id = given.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK(id >= -w.experts && id < w.experts, op, ": ids must be from ", -w.experts, " to ", w.experts - 1,
+                ", but row ", i, " has ", id);
+    experts[i] = id < 0 ? id + w.experts : id;  // from the end, as in an index
     ++start[experts[i] + 1];
   }
   std::vector<Group> groups;
