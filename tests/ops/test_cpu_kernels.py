@@ -316,7 +316,9 @@ def test_large_activations_with_small_scales(isa: str, m: int, dtype: torch.dtyp
         check(op.dequantized_linear(x, weight[0], scale[0], bias, block), out, size)
         ids = torch.randint(-3, 3, (m,))
         parts = [exact(x[i : i + 1], weight[j], scale[j], block) for i, j in enumerate(ids.tolist())]
-        check(op.dequantized_gathered_mm(x, weight, scale, ids, block), *(torch.cat(p) for p in zip(*parts, strict=True)))
+        check(
+            op.dequantized_gathered_mm(x, weight, scale, ids, block), *(torch.cat(p) for p in zip(*parts, strict=True))
+        )
 
 
 def test_scratch_of_a_large_call_is_given_back() -> None:

@@ -229,8 +229,8 @@ bool huge(const Tensor& x) {
 }
 
 // `multiply` for such activations: an expert at a time, its weight dequantized. Slow, and as rare as they are.
-void multiply_huge(const Tensor& x, const Weights& weights, const std::vector<Group>& groups,
-                   const std::vector<int64_t>& order, const float* bias, Tensor& out) {
+void multiply_huge(const Tensor& x, const Weights& weights, const std::vector<Group>& groups, const std::vector<int64_t>& order,
+                   const float* bias, Tensor& out) {
   const int64_t n = weights.first.rows, k = weights.first.cols;
   const Tensor from = x.reshape({-1, k}), weight = at::empty({n, k}, at::kFloat);
   const Tensor added = bias ? at::from_blob(const_cast<float*>(bias), {n}, at::kFloat) : at::zeros({n}, at::kFloat);
@@ -379,8 +379,8 @@ Tensor dequantized_gathered_mm(const Tensor& x, const Tensor& weight, const Tens
   std::vector<int64_t> start(w.experts + 1, 0), order(t), experts(t);
   for (int64_t i = 0; i < t; ++i) {
     const int64_t id = given.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK(id >= -w.experts && id < w.experts, op, ": ids must be from ", -w.experts, " to ", w.experts - 1,
-                ", but row ", i, " has ", id);
+    TORCH_CHECK(id >= -w.experts && id < w.experts, op, ": ids must be from ", -w.experts, " to ", w.experts - 1, ", but row ", i,
+                " has ", id);
     experts[i] = id < 0 ? id + w.experts : id;  // from the end, as in an index
     ++start[experts[i] + 1];
   }
