@@ -124,22 +124,23 @@ def _emit(graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) 
         if value(x).dim() != 2:
             out = do(aten.reshape.default, out, [*sizes(graph, x, like)[:-1], problem.weight_shape[0]])
         return out
-    if problem.kind == "gathered_mm":
-        extra = _from_the_front(do, extra, experts)
+    ids = operands.expert_ids
+    if ids is not None:
+        ids = _from_the_front(do, ids, experts)
     if input_scale is not None:
         # Experts have their own scales: each row takes its expert's.
-        expert = operands.expert_ids
+        expert = ids
         if expert is None:
             expert = _expert_of_rows(do, graph, x, operands.offs, experts)
         input_scale = do(aten.unsqueeze.default, do(aten.index.Tensor, input_scale, [expert]), 1)
     q, scale_a = _quantize(do, rows, problem.activation, input_scale)
     order, offs = None, operands.offs
-    if operands.expert_ids is not None:
-        order = do(operator.getitem, do(aten.sort.default, operands.expert_ids), 1)
+    if ids is not None:
+        order = do(operator.getitem, do(aten.sort.default, ids), 1)
         q = do(aten.index.Tensor, q, [order])
         if problem.activation != "tensor_dynamic":  # one scale for all rows has no order
             scale_a = do(aten.index.Tensor, scale_a, [order])
-        offs = _ends(do, operands.expert_ids, experts)
+        offs = _ends(do, ids, experts)
     out = do(
         _ctfp8.scaled_grouped_mm.default,
         *(q, operands.weight, scale_a, operands.weight_scale, offs, list(problem.block), out_dtype),
@@ -161,7 +162,7 @@ def _quantize(do: ops.Do, x: fx.Node, activation: str, input_scale: fx.Node | No
     return do(operator.getitem, both, 0), do(operator.getitem, both, 1)
 
 
-def _from_the_front(do: ops.Do, ids: fx.Node | None, experts: int) -> fx.Node:
+def _from_the_front(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:
     """An id may count from the end, as in an index."""
     turned = do(aten.add.Tensor, ids, experts)
     return do(aten.where.self, do(aten.lt.Scalar, ids, 0), turned, ids)
