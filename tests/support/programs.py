@@ -154,9 +154,9 @@ def _matmul(c: _Draft) -> None:
         ).reshape(x.shape[0], x.shape[1], -1),
         "baddbmm": lambda get, x: torch.baddbmm(x[..., :1], x, get(name).t().expand(x.shape[0], -1, -1)),
         "mv": lambda get, x: torch.stack([torch.mv(get(name), x[0, i]) for i in range(x.shape[1])])[None] + x[..., :1],
-        "einsum": lambda get, x: torch.einsum("bsd,nd->bsn", x, get(name)),
-        "einsum, weight first": lambda get, x: torch.einsum("nd,bsd->bns", get(name), x).transpose(1, 2),
-        "einsum, rows kept": lambda get, x: torch.einsum("bsd,rnd->bsn", x, get(name).expand(2, -1, -1)) * 0.5,
+        "einsum": lambda get, x: torch.einsum("bsk,nk->bsn", x, get(name)),
+        "einsum, weight first": lambda get, x: torch.einsum("nk,bsk->bns", get(name), x).transpose(1, 2),
+        "einsum, rows kept": lambda get, x: torch.einsum("bsk,rnk->bsn", x, get(name).expand(2, -1, -1)) * 0.5,
         "tensordot": lambda get, x: torch.tensordot(x, get(name), dims=([2], [1])),
         "conv1d": lambda get, x: F.conv1d(x.transpose(1, 2), get(name).unsqueeze(-1)).transpose(1, 2),
         "scaled weight": lambda get, x: F.linear(x, get(name) * 0.5),
@@ -273,7 +273,7 @@ def _experts(c: _Draft) -> None:
             torch.bmm(x[:1].expand(TOKENS, -1, -1), get(name)[route(x)].mT).mean(0)[None] + x[..., :1]
         ),
         f"grouped {cuts}": grouped,
-        "all": lambda get, x: torch.einsum("bsd,end->bsen", x, get(name)).mean(2),
+        "all": lambda get, x: torch.einsum("bsk,enk->bsen", x, get(name)).mean(2),
         "batched": lambda get, x: torch.bmm(x[:1].expand(e, -1, -1), get(name).mT).mean(0)[None] + x[..., :1],
         "one by one": lambda get, x: sum(F.linear(x, get(name)[i]) for i in range(e)) / e,
     }
