@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -52,6 +53,16 @@ def edited(file: Path, to: Path, changes: Mapping[str, Change]) -> Path:
         for record in changes.keys() - {name.partition("/")[2] for name in old.namelist()}:
             new.writestr(f"{root}/{record}", changes[record](b""))
     return to
+
+
+def stored(records: list[tuple[str, bytes]]) -> bytes:
+    """A zip file of these records, one name twice included."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w") as archive:
+        warnings.simplefilter("ignore")
+        for name, data in records:
+            archive.writestr(name, data)
+    return buffer.getvalue()
 
 
 def records_of(file: Path) -> list[tuple[str, bytes]]:
