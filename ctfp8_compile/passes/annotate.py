@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
 
 import torch
 from torch import fx
@@ -25,8 +25,10 @@ from torch import fx
 from ..errors import ArtifactError
 from ..graph import value
 from ..lowering import KINDS
-from ..ops import FP8
-from .decision import Decision, found_by
+from ..ops import FP8, Activation
+from .decision import Decision, found_by, match
+from .fold import Folder
+from .pipeline import RULES
 from .rule import VIEW_OPS, Match, View
 
 _NODES = ("node", "x", "weight", "weight_scale", "input_scale", "bias", "offs", "expert_ids")
@@ -82,29 +84,54 @@ def _plain(item: Any) -> Any:
 
 
 def read(noted: Sequence[Note], graph: fx.Graph) -> list[Decision]:
-    """Decisions that are still to be made, from `notes`.
+    """Decisions that are still to be made, from `notes`; markers stand in the graph again where notes name a weight.
 
     Raises:
-        ArtifactError: they do not fit the graph.
+        ArtifactError: they do not fit the graph, or say other than it does.
     """
     nodes = {node.name: node for node in graph.nodes}
-    return [_read(note, nodes) for note in noted]
+    decisions = [_read(note, nodes) for note in noted]
+    folder = Folder(graph)
+    for decision in decisions:
+        assert decision.match is not None
+        if not folder.fold(decision.match):
+            raise _lie(decision.match)
+    found = {again.match.node: again for again in match(graph, RULES) if again.match is not None}
+    for decision in decisions:
+        assert decision.match is not None
+        _agree(decision.match, decision.rule, found.get(decision.match.node))
+    return decisions
+
+
+def _agree(noted: Match, rule: str, found: Decision | None) -> None:
+    """A note says what its rule finds in the graph; of a rule that is not registered here, its operands are the node's."""
+    if found is not None and found.match is not None and found.rule == rule:
+        if replace(found.match, parameter=noted.parameter) != noted:
+            raise _lie(noted)
+    elif rule in {known.name for known in RULES}:
+        raise _lie(noted)
+    elif any(n is not None and n not in noted.node.all_input_nodes for n in (noted.x, noted.bias, noted.offs, noted.expert_ids)):
+        raise _lie(noted)
+
+
+def _lie(noted: Match) -> ArtifactError:
+    return ArtifactError(f"{noted.node}: its note says other than the graph does. {_AGAIN}")
 
 
 def _read(note: Note, nodes: Mapping[str, fx.Node]) -> Decision:
     if note.kind not in KINDS:
         raise ArtifactError(f"{note.node}: its note is of an unknown kind, {note.kind!r}. {_AGAIN}")
-    if note.dtype not in _DTYPES or min(note.block) < 1:
-        raise ArtifactError(f"{note.node}: its note is of {note.dtype} in blocks of {note.block}. {_AGAIN}")
+    if note.dtype not in _DTYPES or min(note.block) < 1 or note.activation not in get_args(Activation):
+        raise ArtifactError(f"{note.node}: its note is of {note.dtype} in blocks of {note.block}, {note.activation!r}. {_AGAIN}")
     found = {name: _node(nodes, note, name) for name in _NODES}
     matrix = _node(nodes, note, "matrix") if isinstance(note.matrix, str) else note.matrix
-    match = Match(
+    one = Match(
         **found, kind=note.kind, parameter=note.parameter, block=note.block, activation=note.activation,
         dtype=_DTYPES[note.dtype], matrix=matrix, x_views=_views(note, note.x_views), out_views=_views(note, note.out_views),
     )  # fmt: skip
-    if not _fits(match):
+    if not _fits(one):
         raise ArtifactError(f"{note.node}: its note does not fit its weight. {_AGAIN}")
-    return found_by(note.rule, match)
+    return found_by(note.rule, one)
 
 
 _AGAIN = "Export the model again."

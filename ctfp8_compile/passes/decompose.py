@@ -25,13 +25,13 @@ def decompose(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             graph.erase_node(node)  # once: removing nodes while walking them is quadratic
     replaced = {}
     for marker in [node for node in graph.nodes if is_marker(node)]:
-        replaced[marker] = _arithmetic(graph, marker)
+        replaced[marker] = arithmetic(graph, marker)
         marker.replace_all_uses_with(replaced[marker], propagate_meta=False)
         graph.erase_node(marker)
     return replaced
 
 
-def _arithmetic(graph: fx.Graph, marker: fx.Node) -> fx.Node:
+def arithmetic(graph: fx.Graph, marker: fx.Node) -> fx.Node:
     """Builds the arithmetic of `ops.dequantize_reference` in front of the marker and returns its result."""
     weight, scale, _, block, _, dtype = marker.args
     with before(graph, marker):
