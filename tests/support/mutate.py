@@ -266,7 +266,8 @@ def outcome(path: str, inputs: tuple[Any, ...]) -> list[str]:
     flat = [torch.utils._pytree.tree_leaves(dict(o) if isinstance(o, dict) else o) for o in (got, want)]
     for g, w in zip(*flat, strict=True):
         if isinstance(g, torch.Tensor) and isinstance(w, torch.Tensor):
-            if g.shape != w.shape or not torch.allclose(g.float(), w.float(), atol=0.05, rtol=0.05, equal_nan=True):
+            usual = w.isfinite() & (w.abs() < 1e30)  # kernels multiply by scales in another order: others may overflow
+            if g.shape != w.shape or not torch.allclose(g[usual].float(), w[usual].float(), atol=0.05, rtol=0.05):
                 return ["wrong", "other numbers than the graph as it is in the file"]
         elif g != w:
             return ["wrong", f"{g!r} instead of {w!r}"]
