@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,7 +25,7 @@ from torch import fx
 from ..errors import ArtifactError
 from ..graph import value
 from ..lowering import KINDS
-from ..ops import FP8, Activation
+from ..ops import FP8
 from .decision import Decision, found_by, match
 from .fold import Folder
 from .pipeline import RULES
@@ -121,8 +121,8 @@ def _lie(noted: Match) -> ArtifactError:
 def _read(note: Note, nodes: Mapping[str, fx.Node]) -> Decision:
     if note.kind not in KINDS:
         raise ArtifactError(f"{note.node}: its note is of an unknown kind, {note.kind!r}. {_AGAIN}")
-    if note.dtype not in _DTYPES or min(note.block) < 1 or note.activation not in get_args(Activation):
-        raise ArtifactError(f"{note.node}: its note is of {note.dtype} in blocks of {note.block}, {note.activation!r}. {_AGAIN}")
+    if note.dtype not in _DTYPES or min(note.block) < 1:
+        raise ArtifactError(f"{note.node}: its note is of {note.dtype} in blocks of {note.block}. {_AGAIN}")
     found = {name: _node(nodes, note, name) for name in _NODES}
     matrix = _node(nodes, note, "matrix") if isinstance(note.matrix, str) else note.matrix
     one = Match(

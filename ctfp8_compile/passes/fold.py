@@ -54,7 +54,7 @@ class Folder:
 
     def _expected(self, match: Match) -> _Arithmetic:
         weight, scale = value(match.weight), value(match.weight_scale)
-        key = (tuple(weight.shape), tuple(scale.shape), match.block, match.dtype)
+        key = (weight.shape, scale.shape, scale.dtype, match.block, match.dtype)
         if key not in self._known:
             graph = fx.Graph()
             w, s = graph.placeholder("weight"), graph.placeholder("weight_scale")
