@@ -1,12 +1,13 @@
 """ATen graphs: building nodes, tracing weights back to their markers, printing."""
 
-from .nodes import before, call, fake_value, sizes, value
+from .nodes import arguments, before, call, fake_value, sizes, value
 from .text import format_graph, op_name
 from .weight import MARKER, Weight, is_marker, is_plumbing, is_view, parameter_name, trace_weight
 
 __all__ = [
     "MARKER",
     "Weight",
+    "arguments",
     "before",
     "call",
     "fake_value",

@@ -19,6 +19,11 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments; torch.fx's own type of them, a union of nineteen, says no more and asks for a cast at each use."""
+    return node.args
+
+
 def fake_value(node: fx.Node) -> Any:
     """The fake tensor of a node in any tracer's graph; dynamo keeps it under another key."""
     return node.meta["val"] if "val" in node.meta else node.meta["example_value"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import value
+from .nodes import arguments, value
 
 aten = torch.ops.aten
 
@@ -62,17 +62,17 @@ def trace_weight(node: Any) -> Weight | None:
         return Weight(node)
     if node.target not in _VIEWS:
         return None
-    inner = trace_weight(node.args[0])
+    inner = trace_weight(arguments(node)[0])
     return None if inner is None else _VIEWS[node.target](node, inner)
 
 
 def _transpose(node: fx.Node, inner: Weight) -> Weight | None:
     rank = value(node).dim()
     if node.target is aten.permute.default:
-        order = [d % rank for d in node.args[1]]
+        order = [d % rank for d in arguments(node)[1]]
     else:
         order = list(range(rank))
-        a, b = (d % rank for d in (node.args[1:3] if len(node.args) > 1 else (0, 1)))
+        a, b = (d % rank for d in (arguments(node)[1:3] if len(arguments(node)) > 1 else (0, 1)))
         order[a], order[b] = b, a
     if order == list(range(rank)):
         return inner
@@ -83,21 +83,21 @@ def _transpose(node: fx.Node, inner: Weight) -> Weight | None:
 def _reshape(node: fx.Node, inner: Weight) -> Weight | None:
     """Only what keeps the matrix: broadcasting it, or folding broadcast dimensions into one."""
     weight_rank = value(inner.marker).dim() - (inner.matrix is not None)
-    same_matrix = value(node).shape[-2:] == value(node.args[0]).shape[-2:] if value(node).dim() >= 2 else False
+    same_matrix = value(node).shape[-2:] == value(arguments(node)[0]).shape[-2:] if value(node).dim() >= 2 else False
     if not same_matrix or inner.expert_ids is not None:
         return None
-    if value(node).dim() == value(node.args[0]).dim() == weight_rank:
-        return inner if value(node).shape == value(node.args[0]).shape else None
+    if value(node).dim() == value(arguments(node)[0]).dim() == weight_rank:
+        return inner if value(node).shape == value(arguments(node)[0]).shape else None
     return replace(inner, broadcast=True) if weight_rank == 2 else None
 
 
 def _select(node: fx.Node, inner: Weight) -> Weight | None:
     plain = inner.matrix is None and inner.expert_ids is None and value(inner.marker).dim() == 3
-    return replace(inner, matrix=node.args[2]) if plain and node.args[1] == 0 else None
+    return replace(inner, matrix=arguments(node)[2]) if plain and arguments(node)[1] == 0 else None
 
 
 def _gather(node: fx.Node, inner: Weight) -> Weight | None:
-    indices = node.args[1]
+    indices = arguments(node)[1]
     plain = inner.matrix is None and inner.expert_ids is None and value(inner.marker).dim() == 3
     if not plain or len(indices) != 1 or indices[0] is None or value(indices[0]).dim() != 1:
         return None
@@ -141,5 +141,5 @@ def parameter_name(marker: fx.Node) -> str:
         if found:
             steps = [step for step in _STEPS.split(_MODEL.sub("", owner)) if step not in ("", "_modules", "__dict__")]
             return ".".join([*steps, rest.split(".")[0]])
-    source = marker.args[0]
+    source = arguments(marker)[0]
     return source.name if isinstance(source, fx.Node) else str(source)

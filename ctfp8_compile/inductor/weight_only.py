@@ -11,12 +11,14 @@ AOTAutograd does this to any `torch.library.triton_op`; our passes run after it,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..compat import dispatch_functionalize
-from ..graph import before, value
+from ..graph import arguments, before, value
 from ..ops.triton import GPUS, WEIGHT_ONLY
 
 _OPERATORS = set(WEIGHT_ONLY.values())
@@ -30,11 +32,12 @@ def inline(graph: fx.Graph) -> None:
 
 
 def _inline(graph: fx.Graph, node: fx.Node) -> None:
-    nodes = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    nodes = [arg for arg in arguments(node) if isinstance(arg, fx.Node)]
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         given = iter(tensors)
-        return node.target(*(next(given) if isinstance(arg, fx.Node) else arg for arg in node.args))
+        op: Any = node.target
+        return op(*(next(given) if isinstance(arg, fx.Node) else arg for arg in arguments(node)))
 
     fakes = [value(n) for n in nodes]
     with fakes[0].fake_mode:
@@ -48,5 +51,5 @@ def _inline(graph: fx.Graph, node: fx.Node) -> None:
                 values = fx.node.map_arg((copies[inner].args, copies[inner].kwargs), value)
                 copies[inner].meta["eager_input_vals"] = values
             elif inner.op == "output":
-                node.replace_all_uses_with(copies[inner.args[0]], propagate_meta=False)
+                node.replace_all_uses_with(copies[arguments(inner)[0]], propagate_meta=False)
     graph.erase_node(node)

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..graph import before, call, sizes, value
+from ..graph import arguments, before, call, sizes, value
 from ..target import Target
 from .kernel import YES, Kind, Operands, Problem, Scaling, Verdict, no
 
@@ -90,7 +90,7 @@ class ScaledKernel:
 
     def lower(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         """Builds the kernel's operators in front of a `ctfp8::scaled_…` node and returns their result."""
-        x, weight, scale_a, weight_scale, rest, block, out_dtype = node.args
+        x, weight, scale_a, weight_scale, rest, block, out_dtype = arguments(node)
         bias, offs = (rest, None) if node.target is _ctfp8.scaled_mm.default else (None, rest)
         scaled = Scaled(x, weight, scale_a, weight_scale, bias, offs, (block[0], block[1]), out_dtype)
         with before(graph, node):
@@ -190,16 +190,16 @@ def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
 
     with before(graph, node):
         if node.target is QUANTIZE[0]:
-            results = ops.quantize_per_token_steps(do, *node.args)
+            results = ops.quantize_per_token_steps(do, *arguments(node))
         elif node.target is QUANTIZE[1]:
-            results = ops.quantize_per_group_steps(do, node.args[0], value(node.args[0]).shape[1], node.args[1])
+            results = ops.quantize_per_group_steps(do, arguments(node)[0], value(arguments(node)[0]).shape[1], arguments(node)[1])
         else:
-            results = ops.quantize_per_tensor_steps(do, *node.args)
+            results = ops.quantize_per_tensor_steps(do, *arguments(node))
         codes, scale = results
         if not value(codes).is_contiguous():  # kernels read rows
             codes = do(aten.clone.default, codes, memory_format=torch.contiguous_format)
     for user in list(node.users):
-        user.replace_all_uses_with((codes, scale)[user.args[1]], propagate_meta=False)
+        user.replace_all_uses_with((codes, scale)[arguments(user)[1]], propagate_meta=False)
         graph.erase_node(user)
     graph.erase_node(node)
 

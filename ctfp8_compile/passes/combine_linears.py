@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import before, call, value
+from ..graph import arguments, before, call, value
 from ..ops.triton import WEIGHT_ONLY
 from .rewrite import Kernels
 from .side_by_side import SIDE_BY_SIDE
@@ -35,8 +35,8 @@ def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:
     """Combines in place what reads all parts of a `side_by_side` node with the same kernel; other parts go apart again."""
     groups: dict[Any, list[tuple[int, fx.Node]]] = defaultdict(list)
     for node in graph.nodes:
-        if (at := _PARTS.get(node.target)) and (part := _part(node.args[at[0]])) is not None:
-            rest = [arg for i, arg in enumerate(node.args) if i not in at]
+        if (at := _PARTS.get(node.target)) and (part := _part(arguments(node)[at[0]])) is not None:
+            rest = [arg for i, arg in enumerate(arguments(node)) if i not in at]
             groups[part[0], node.target, repr(rest), kernels.get(node)].append((part[1], node))
     for (weight, *_), members in groups.items():
         members.sort(key=lambda member: member[0])
@@ -49,19 +49,19 @@ def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:
 def _combine(graph: fx.Graph, members: list[tuple[int, fx.Node]], kernels: Kernels) -> None:
     nodes = {node for _, node in members}
     first = next(node for node in graph.nodes if node in nodes)
-    arguments = list(first.args)
+    whole = list(arguments(first))
     for i in _PARTS[first.target]:
-        if arguments[i] is not None:
-            part = _part(arguments[i])
+        if whole[i] is not None:
+            part = _part(whole[i])
             assert part is not None
-            arguments[i] = part[0]
+            whole[i] = part[0]
     with before(graph, first):
-        out = call(graph, first.target, *arguments, like=first)
+        out = call(graph, first.target, *whole, like=first)
         for begin, node in members:
             dim, end = value(node).dim() - 1, begin + value(node).shape[-1]
-            part = call(graph, aten.slice.Tensor, out, dim, begin, end, like=node)
-            part = call(graph, aten.clone.default, part, like=part, memory_format=torch.contiguous_format)
-            node.replace_all_uses_with(part, propagate_meta=False)
+            own = call(graph, aten.slice.Tensor, out, dim, begin, end, like=node)
+            own = call(graph, aten.clone.default, own, like=own, memory_format=torch.contiguous_format)
+            node.replace_all_uses_with(own, propagate_meta=False)
     if (kernel := kernels.get(first)) is not None:
         kernels[out] = kernel
     for node in nodes:
@@ -73,12 +73,12 @@ def _apart(graph: fx.Graph, whole: fx.Node) -> None:
     """Slices of a `side_by_side` node become its parts."""
     begin = 0
     parts = {}
-    for part in whole.args[0]:
+    for part in arguments(whole)[0]:
         parts[begin] = part
         begin += value(part).shape[0]
     for node in list(whole.users):
         if node.target is aten.slice.Tensor:
-            node.replace_all_uses_with(parts[node.args[2]], propagate_meta=False)
+            node.replace_all_uses_with(parts[arguments(node)[2]], propagate_meta=False)
             graph.erase_node(node)
     if not whole.users:
         graph.erase_node(whole)
@@ -86,6 +86,6 @@ def _apart(graph: fx.Graph, whole: fx.Node) -> None:
 
 def _part(node: Any) -> tuple[fx.Node, int] | None:
     """`(side_by_side node, first row)` of a part of it."""
-    if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and node.args[0].target is SIDE_BY_SIDE:
-        return node.args[0], node.args[2]
+    if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and arguments(node)[0].target is SIDE_BY_SIDE:
+        return arguments(node)[0], arguments(node)[2]
     return None

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..graph import before, call, is_marker, is_view, value
+from ..graph import arguments, before, call, is_marker, is_view, value
 
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
@@ -33,7 +33,7 @@ def decompose(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 def arithmetic(graph: fx.Graph, marker: fx.Node) -> fx.Node:
     """Builds the arithmetic of `ops.dequantize_reference` in front of the marker and returns its result."""
-    weight, scale, _, block, _, dtype = marker.args
+    weight, scale, _, block, _, dtype = arguments(marker)
     with before(graph, marker):
         if value(scale).dtype == torch.uint8:
             scale = ops.exponent_steps(lambda op, *args: call(graph, op, *args, like=marker), scale)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import trace_weight, value
+from ..graph import arguments, trace_weight, value
 from .rule import Match, Rule, View
 
 aten = torch.ops.aten
@@ -39,14 +39,14 @@ class GroupedExpertsRule(Rule):
         return (aten._grouped_mm.default,) if fallback is None else (aten._grouped_mm.default, fallback.default)
 
     def pattern(self, node: fx.Node) -> Match | None:
-        x, w = node.args[:2]
-        offs = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+        x, w = arguments(node)[:2]
+        offs = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("offs")
         weight = trace_weight(w)
         if weight is None or weight.expert_ids is not None or not weight.transposed or not isinstance(offs, fx.Node):
             return None
         if value(weight.marker).dim() != 3 or weight.matrix is not None or value(x).dim() != 2:
             return None
-        if len(node.args) > 3 and any(a is not None for a in node.args[3:]):
+        if len(arguments(node)) > 3 and any(a is not None for a in arguments(node)[3:]):
             return None  # a bias or another output dtype
         return Match.of(node, "grouped_mm", x, weight, offs=offs)
 
@@ -59,7 +59,7 @@ class GatheredExpertsRule(Rule):
 
     def pattern(self, node: fx.Node) -> Match | None:
         for operand, column in ((0, True), (1, False)):
-            weight, x = trace_weight(node.args[operand]), node.args[1 - operand]
+            weight, x = trace_weight(arguments(node)[operand]), arguments(node)[1 - operand]
             if weight is None or weight.expert_ids is None or weight.transposed == column:
                 continue
             one = 2 if column else 1

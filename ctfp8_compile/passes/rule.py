@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import fx
 
-from ..graph import Weight, call, value
+from ..graph import Weight, arguments, call, value
 from ..lowering.kernel import Kind
 
 aten = torch.ops.aten
@@ -98,7 +98,7 @@ class Match:
         out_views: Sequence[View] = (),
     ) -> Match:
         """From a weight operand that was traced back to its marker."""
-        stored, weight_scale, input_scale, block, activation, dtype = weight.marker.args
+        stored, weight_scale, input_scale, block, activation, dtype = arguments(weight.marker)
         return Match(
             node, kind, x, stored, weight_scale, input_scale, weight.name, (block[0], block[1]), activation, dtype,
             weight.matrix, bias, offs, expert_ids, tuple(x_views), tuple(out_views),

@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ..graph import MARKER, fake_value
+from ..graph import MARKER, arguments, fake_value
 
 aten = torch.ops.aten
 SIDE_BY_SIDE = torch.ops.ctfp8.side_by_side.default
@@ -41,13 +41,13 @@ def declare(graph: fx.Graph) -> list[list[fx.Node]]:
     by_input: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _LINEARS and (alike := _alike(node)) is not None:
-            by_input[node.args[0], alike].append(node)
+            by_input[arguments(node)[0], alike].append(node)
     first = next((node for node in graph.nodes if node.op != "placeholder"), None)
     groups: list[list[fx.Node]] = []
 
     def join(consumers: Sequence[fx.Node], index: int, apart: bool = True) -> None:
         """Argument `index` of each consumer becomes its part of all of them; or all of them."""
-        parts = [node.args[index] for node in consumers]
+        parts = [arguments(node)[index] for node in consumers]
         groups.append(parts)
         with graph.inserting_before(first):
             whole = _add(graph, SIDE_BY_SIDE, parts)
@@ -59,23 +59,23 @@ def declare(graph: fx.Graph) -> list[list[fx.Node]]:
     for linears in by_input.values():
         if len(linears) < 2:
             continue
-        markers = [node.args[1] for node in linears]
+        markers = [arguments(node)[1] for node in linears]
         join(markers, 0)
         join(markers, 1)
-        if markers[0].args[2] is not None:
+        if arguments(markers[0])[2] is not None:
             join(markers, 2, apart=False)  # they share their input, so they share its scale: the largest
-        if len(linears[0].args) > 2 and linears[0].args[2] is not None:
+        if len(arguments(linears[0])) > 2 and arguments(linears[0])[2] is not None:
             join(linears, 2)
     return groups
 
 
 def _alike(linear: fx.Node) -> Any:
     """What linears must have in common to be joined; None for one that cannot be."""
-    _, marker, *bias = linear.args
+    _, marker, *bias = arguments(linear)
     if not isinstance(marker, fx.Node) or marker.target not in _MARKERS or len(marker.users) > 1 or linear.kwargs:
         return None
-    weight, scale, input_scale, block, activation, dtype = marker.args
-    for parameter in (*marker.args[:3], *bias):
+    weight, scale, input_scale, block, activation, dtype = arguments(marker)
+    for parameter in (*arguments(marker)[:3], *bias):
         if parameter is not None and not _own(parameter):
             return None
     rows, cols = fake_value(weight).shape
@@ -108,7 +108,7 @@ def fold(program: ExportedProgram) -> None:
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     gone = set()
     for node in [n for n in program.graph.nodes if n.target is SIDE_BY_SIDE]:
-        parts = node.args[0]
+        parts = arguments(node)[0]
         assert all(len(part.users) == 1 for part in parts)
         names = [specs[part.name].target for part in parts]
         whole = torch.cat([program.state_dict.pop(name) for name in names])
