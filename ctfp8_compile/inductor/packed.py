@@ -7,6 +7,7 @@ model moved to another device), so that they do is made sure at every call, by c
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,21 +34,38 @@ class Adjacent:
             self.groups.append([(at[node], begin) for node, begin in zip(group, (0, *ends), strict=False)])
 
     def __call__(self, *args: Any) -> Any:
-        for group in self.groups:
-            begin = args[group[0][0]].data_ptr()
-            if any(args[i].data_ptr() != begin + distance for i, distance in group):
-                move_together([args[i] for i, _ in group])
+        if any(_apart(args, group) for group in self.groups):
+            with _MOVING:  # another thread may have moved them meanwhile, or be about to
+                for group in self.groups:
+                    if _apart(args, group):
+                        move_together([args[i] for i, _ in group])
         return self.compiled(*args)
+
+
+#: One for all graphs, because they may share parameters.
+_MOVING = threading.Lock()
+
+
+def _apart(args: Sequence[Any], group: Sequence[tuple[int, int]]) -> bool:
+    begin = args[group[0][0]].data_ptr()
+    return any(args[i].data_ptr() != begin + distance for i, distance in group)
 
 
 @torch.no_grad()
 def move_together(tensors: Sequence[Tensor]) -> None:
-    """Moves tensors into one allocation, one behind the other along the first dimension; they become views of it."""
+    """Moves tensors into one allocation, one behind the other along the first dimension; they become views of it.
+
+    A tensor becomes a view when its bytes are there: another thread that finds all of them side by side may read them.
+    """
     first = tensors[0]
     rows = [t.shape[0] for t in tensors]
     whole = torch.empty((sum(rows), *first.shape[1:]), dtype=first.dtype, device=first.device)
-    for tensor, part in zip(tensors, whole.split(rows), strict=True):
+    parts = whole.split(rows)
+    for tensor, part in zip(tensors, parts, strict=True):
         part.copy_(tensor)
+    if whole.device.type != "cpu":
+        getattr(torch, whole.device.type).synchronize()  # other threads have streams of their own
+    for tensor, part in zip(tensors, parts, strict=True):
         tensor.data = part
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import DATA, fp8_config, logits, quantize, relative_error
 from support.scaled import SM89
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensorMode
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.inductor import backend, packed  # noqa: F401 - Inductor's modules import each other in one order only
 from ctfp8_compile.ops import FP8
 from ctfp8_compile.model.parametrization import quantized_parameters, stored_weight
 
@@ -130,6 +135,38 @@ def test_parameters_that_were_moved_away_are_moved_together_again():
         weight.data = weight.data.clone()
     assert all(map(torch.equal, compiled(X), want))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_first_calls_of_several_threads_read_the_right_weights(monkeypatch):
+    """Four threads call at once what was never called: one moves the parameters, the others wait, and all read them whole."""
+    rows, cols, parts = 64, 256, 4
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder(f"p{i}") for i in range(parts)]
+    with FakeTensorMode():
+        for node in nodes:
+            node.meta["val"] = torch.empty(rows, cols)
+
+    def reads(*args):
+        whole = torch.as_strided(args[0], (rows * parts, cols), (cols, 1))
+        return all(bool((whole[i * rows : (i + 1) * rows] == i).all()) for i in range(parts))
+
+    moves = []
+    move = packed.move_together
+
+    def slowly(tensors):
+        moves.append("begin")
+        time.sleep(0.02)  # long enough for the others to arrive
+        move(tensors)
+        moves.append("end")
+
+    monkeypatch.setattr(packed, "move_together", slowly)
+    adjacent = packed.Adjacent(reads, graph, [nodes])
+    with ThreadPoolExecutor(4) as pool:
+        for trial in range(5):
+            tensors = [torch.full((rows, cols), float(i)) for i in range(parts)]
+            moves.clear()
+            assert all(pool.map(lambda _, tensors=tensors: adjacent(*tensors), range(4))), trial
+            assert moves == ["begin", "end"]
 
 
 def test_blocks_of_a_model_compiled_one_by_one():
