@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from dataclasses import dataclass, replace
 
@@ -10,8 +11,56 @@ import torch
 from .errors import TargetError
 
 _SPELLING = re.compile(r"(cpu|xpu|cuda)(?::sm(\d+)(\d))?(?:\+(\w+))?")
+
+
+@dataclass(frozen=True)
+class KernelLibrary:
+    """A package with kernels for CUDA, whose operators are in the namespace of its name.
+
+    Attributes:
+        module: registers the operators when it is imported.
+        distributions: packages that bring it; the first is the one to install.
+        built_for: `(distribution, its release, the release of torch it is built for)`.
+    """
+
+    name: str
+    module: str
+    distributions: tuple[str, ...]
+    built_for: tuple[tuple[str, str, str], ...]
+
+    def installed(self) -> tuple[str, str] | None:
+        """The distribution that is installed, and its version."""
+        for distribution in self.distributions:
+            try:
+                return distribution, importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return None
+
+    def mismatch(self) -> str | None:
+        """The sentence why the installed release does not go with this torch; None where it does, or where nobody knows."""
+        torch_release = ".".join(torch.__version__.split(".")[:2])
+        found = self.installed()
+        wanted = next((r for d, r, t in self.built_for if found and d == found[0] and t == torch_release), None)
+        if found is None or wanted is None or f"{found[1]}.".startswith(f"{wanted}."):
+            return None
+        distribution, version = found
+        return (
+            f"{distribution} {version} is not built for torch {torch_release}, {wanted} is: "
+            f"pip install '{distribution}=={wanted}.*'"
+        )
+
+
+#: The one table of them. PyPI's `mslk` 0.0.0 is empty; the one of torch's own index is not.
+KERNEL_LIBRARIES = {
+    "fbgemm": KernelLibrary(
+        "fbgemm", "fbgemm_gpu.experimental.gen_ai", ("fbgemm-gpu-genai",),
+        tuple(("fbgemm-gpu-genai", f"1.{minor - 5}", f"2.{minor}") for minor in (11, 12, 13, 14)),
+    ),
+    "mslk": KernelLibrary("mslk", "mslk.gemm", ("mslk-cuda", "mslk"), (("mslk-cuda", "1.1", "2.11"),)),
+}  # fmt: skip
 #: Libraries a target's kernels may be limited to; `auto` takes the first whose gate says yes.
-LIBRARIES = ("auto", "fbgemm", "mslk", "scaled_mm", "triton")
+LIBRARIES = ("auto", *KERNEL_LIBRARIES, "scaled_mm", "triton")
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,10 @@ import torch
 
 from ..compat import OpOverload
 from ..errors import ArtifactError, TargetError
+from ..target import KERNEL_LIBRARIES
 
-#: Operator namespaces of graphs we write. For those that a library registers: its module, and the package to install.
-LIBRARIES = {
-    "fbgemm": ("fbgemm_gpu.experimental.gen_ai", "fbgemm-gpu-genai"),
-    "mslk": ("mslk", "mslk"),
-}
-NAMESPACES = ("aten", "prims", "ctfp8", *LIBRARIES)
+#: Operator namespaces of graphs we write.
+NAMESPACES = ("aten", "prims", "ctfp8", *KERNEL_LIBRARIES)
 
 _OPERATOR = re.compile(rf"torch\.ops\.({'|'.join(NAMESPACES)})\.(\w+)\.(\w+)", re.ASCII)
 #: Arithmetic on symbolic sizes.
@@ -55,7 +52,7 @@ def check_operator(target: str) -> None:
         return
     namespace, name, overload = match.groups()
     operator = _registered(namespace, name, overload)
-    if operator is None and namespace in LIBRARIES:
+    if operator is None and namespace in KERNEL_LIBRARIES:
         operator = _from_library(target, namespace, name, overload)
     if operator is None:
         raise ArtifactError(
@@ -78,7 +75,7 @@ def _registered(namespace: str, name: str, overload: str) -> OpOverload | None:
 
 
 def _from_library(target: str, namespace: str, name: str, overload: str) -> OpOverload:
-    module, package = LIBRARIES[namespace]
+    module, package = KERNEL_LIBRARIES[namespace].module, KERNEL_LIBRARIES[namespace].distributions[0]
     try:
         importlib.import_module(module)
     except Exception as error:  # a library without its GPU fails in ways of its own (OSError, RuntimeError, …)

@@ -66,6 +66,9 @@ def backend(
         target = target.limited_to(ours["ctfp8.kernels"])
     wrapper = CompileWrapper(mode, theirs, None)
     config = dict(wrapper.config)
+    if marked and target.device != "cpu":
+        # rows of an activation are quantized by one kernel, however long; split, three would do it where rows are few
+        config.setdefault("split_reductions", False)
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"))
     groups = side_by_side.declare(gm.graph) if marked and ours.get("ctfp8.join", target.device != "cpu") else []
     gm.recompile()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, fx
 
 from .. import ops
 from ..graph import value
-from ..target import Target
+from ..target import KERNEL_LIBRARIES, Target
 from .kernel import Kind, Problem, Scaling, Verdict, no
 from .scaled import Scaled, ScaledKernel, multiples_of, pad_rows, row_scales, rows_of, token_scales
 from .scaled_mm import finish
@@ -29,8 +28,6 @@ from .scaled_mm import finish
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
-#: By library: the module that registers its operators, and the distribution to install.
-_LIBRARIES = {"fbgemm": ("fbgemm_gpu.experimental.gen_ai", "fbgemm-gpu-genai"), "mslk": ("mslk.gemm", "mslk")}
 _SCHEMAS = (
     "f8f8bf16_rowwise(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor? bias=None, "
     "bool use_fast_accum=True) -> Tensor",
@@ -43,14 +40,16 @@ _declared: list[torch.library.Library] = []
 @functools.cache
 def missing(library: str) -> str | None:
     """The sentence why a library's operators cannot be used, or None: they are registered, or declared, after this call."""
-    module, distribution = _LIBRARIES[library]
+    about = KERNEL_LIBRARIES[library]
     if torch.cuda.is_available():
+        if (mismatch := about.mismatch()) is not None:
+            return mismatch
         try:
-            importlib.import_module(module)
+            importlib.import_module(about.module)
             getattr(torch.ops, library).f8f8bf16_rowwise.default  # noqa: B018 - raises if it is not there
         except (ImportError, OSError, AttributeError, RuntimeError) as error:
-            why = str(error).splitlines()[0]
-            return f"{distribution} is not installed, or does not load ({why}): pip install {distribution}"
+            name, why = about.distributions[0], str(error).splitlines()[0]
+            return f"{name} is not installed, or does not load ({why}): pip install {name}"
         _complete(library)
         return None
     if library == "mslk":
@@ -107,10 +106,7 @@ def _grouped_reference(XQ: Tensor, WQ: Tensor, x_scale: Tensor, w_scale: Tensor,
 
 
 def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(_LIBRARIES[library][1])
-    except importlib.metadata.PackageNotFoundError:
-        return "declared"
+    return " ".join(KERNEL_LIBRARIES[library].installed() or ("declared",))
 
 
 def kernels(library: str) -> tuple[ScaledKernel, ...]:

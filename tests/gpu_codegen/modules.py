@@ -46,7 +46,18 @@ class Biased(nn.Module):
         return nn.functional.silu(self.gate(x)) * self.up(x)
 
 
-MODULES = {"views": Views, "biased": Biased}
+class Wide(nn.Module):
+    """More columns than one block of threads reduces at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(14336, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(x.repeat(1, 28)) * 2)
+
+
+MODULES = {"wide": Wide, "views": Views, "biased": Biased}
 
 
 def own(name: str, scheme: str) -> nn.Module:

@@ -55,8 +55,8 @@ def purpose(source: str) -> str:
     if "custom_kernel=True" in source:  # one of ours
         return "weight-only " + re.findall(r"^def (\w+)_kernel\(", source, re.M)[0]
     signature = re.search(r"'signature': (\{.*?\})", source)
-    reads_fp8 = signature is not None and re.search(r"'in_ptr\d+': '\*fp8", signature[1])
-    writes_fp8 = ".to(tl.float8e4nv)" in source
+    pointers = re.findall(r"'(\w+?)_?ptr\d+': '\*fp8", signature[1] if signature else "")
+    reads_fp8, writes_fp8 = "in" in pointers, "out" in pointers or "in_out" in pointers
     amax = "triton_helpers.max2(" in source or "triton_helpers.maximum(_" in source
     softmax = amax and "libdevice.exp(" in source and "tl.sum(" in source
     words = {
@@ -95,7 +95,8 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(op).removesuffix(".default")
-        if not name.startswith(_NOTHING) and not self.inside:
+        on_device = any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args)
+        if on_device and not name.startswith(_NOTHING) and not self.inside:
             self.launches.append(_launch(name, op, args, kwargs or {}))
         return op(*args, **(kwargs or {}))
 
