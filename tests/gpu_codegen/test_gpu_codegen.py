@@ -214,6 +214,97 @@ own:wide/FP8_DYNAMIC layer M=1
   aten._scaled_mm [1, 14336] x [14336, 256]""",
         )
 
+    def test_sm80(self):
+        text = self.compile(
+            Gpu("cuda:sm80"),
+            Case("forged:llama/FP8_BLOCK", rows=None, build="first"),
+            Case("qwen3moe/FP8_DYNAMIC", rows=3, experts="batched_mm", build="first"),
+            Case("qwen3moe/FP8", rows=16, experts="grouped_mm", build="first"),
+            Case("own:views/FP8_DYNAMIC", rows=20),
+            Case("own:biased/FP8", rows=20),
+        )
+        self.assertExpectedInline(
+            text,
+            """\
+forged:llama/FP8_BLOCK layer M=any
+  norm
+  weight-only linear [23, 512] x [1024, 512]
+  pointwise
+  pointwise
+  aten.bmm
+  softmax
+  pointwise
+  aten.bmm
+  pointwise
+  weight-only linear [23, 512] x [512, 512]
+  norm
+  weight-only linear [23, 512] x [2048, 512]
+  silu
+  weight-only linear [23, 1024] x [512, 1024]
+  pointwise
+qwen3moe/FP8_DYNAMIC layer M=3 batched_mm
+  norm
+  weight-only linear [3, 128] x [256, 128]
+  norm
+  norm
+  norm
+  aten.bmm
+  pointwise
+  pointwise
+  silu
+  pointwise
+  aten.bmm
+  pointwise
+  weight-only linear [3, 128] x [128, 128]
+  norm
+  aten.mm
+  silu
+  pointwise
+  aten.topk
+  pointwise
+  weight-only gathered [6, 128] x [4, 256, 128]
+  silu
+  weight-only gathered [6, 128] x [4, 128, 128]
+  pointwise
+qwen3moe/FP8 layer M=16 grouped_mm
+  norm
+  weight-only linear [16, 128] x [256, 128]
+  norm
+  norm
+  norm
+  aten.bmm
+  softmax
+  pointwise
+  aten.bmm
+  pointwise
+  weight-only linear [16, 128] x [128, 128]
+  norm
+  aten.mm
+  silu
+  pointwise
+  aten.topk
+  sort
+  aten.histc
+  pointwise
+  pointwise
+  weight-only grouped [32, 128] x [4, 256, 128]
+  silu
+  weight-only grouped [32, 128] x [4, 128, 128]
+  pointwise
+own:views/FP8_DYNAMIC layer M=20
+  pointwise
+  weight-only linear [20, 512] x [256, 512]
+  pointwise
+  weight-only linear [20, 512] x [256, 512]
+  pointwise
+  weight-only linear [20, 512] x [256, 512]
+  pointwise
+  weight-only linear [40, 512] x [256, 512]
+own:biased/FP8 layer M=20
+  weight-only linear [20, 512] x [512, 512]
+  silu""",
+        )
+
 
 @pytest.mark.long
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
@@ -231,7 +322,8 @@ def check(gpu: Gpu, result: Result) -> None:
     )
     if "FP8_BLOCK" not in result.case.model or (result.case.rows or 23) % 4 == 0:  # else rows are padded for TMA
         quantizations = [name for name in names if "quantize" in name.split(", ")]
-        assert len(quantizations) == len(result.matmuls), where  # what has one input is joined
+        scaled = [launch for launch in result.matmuls if not launch.weight_only]
+        assert len(quantizations) == len(scaled), where  # what has one input is joined
         assert "copy of fp8" not in names, where
     for launch in result.matmuls:
         layouts.check(launch, gpu.target.partition(":")[0])
