@@ -86,3 +86,52 @@ def test_tiles():
                     tile = resources.operators.tiles.choose(rows, 4096, cols, block_cols, matrices)
                     assert tile.cols & (tile.cols - 1) == 0
                     assert tile.cols // tile.split >= 16
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+from torch import nn
+import ctfp8_compile as ctfp8
+weight = torch.arange(64 * 32, dtype=torch.uint8).remainder(100).view(64, 32).view(torch.float8_e4m3fn)
+group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+config = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+module = nn.Sequential(nn.Linear(32, 64, bias=False)).eval()
+state = {"0.weight": weight, "0.weight_scale": torch.rand(64, 1) + 0.5}
+ctfp8.load_state_dict(module, state, config)
+x = torch.randn(3, 32)
+program = ctfp8.lower(module, (x,), target="cuda:sm80")
+assert "ctfp8.weight_only_linear" in str(program.graph), program.graph
+torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-4)
+assert "triton" not in sys.modules
+"""
+
+
+def test_triton_is_optional():
+    """A machine without it loads checkpoints, lowers them for a GPU, and runs what it lowered on the CPU."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "riton" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("installed", "sentence"),
+    [
+        ((), "Triton is not installed: pip install triton"),
+        (("triton",), "the Triton that is installed has no backend for xpu"),
+        (("triton", "triton.backends.intel"), None),
+    ],
+)
+def test_a_gpu_at_hand_is_asked(monkeypatch, installed, sentence):
+    operators = resources.operators
+    assert operators.missing("xpu") is None  # it is not here
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: "there" if name in installed else None)
+    assert operators.missing("xpu") == sentence

@@ -10,12 +10,13 @@ Triton is imported when a kernel is launched, never before.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from . import tiles
 
@@ -37,7 +38,18 @@ def missing(device: str) -> str | None:
     return None
 
 
-@triton_op("ctfp8::weight_only_linear", mutates_args=())
+def _operator(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Defines `ctfp8::` + the function's name. torch warns if Triton is missing; here that matters at a launch only."""
+    logger = logging.getLogger("torch._library.triton")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return torch.library.triton_op(f"ctfp8::{fn.__name__}", fn, mutates_args=())
+    finally:
+        logger.setLevel(level)
+
+
+@_operator
 def weight_only_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, block: Sequence[int]
 ) -> Tensor:
@@ -47,7 +59,7 @@ def weight_only_linear(
     return linear(x, weight, weight_scale, bias, block)
 
 
-@triton_op("ctfp8::weight_only_grouped_mm", mutates_args=())
+@_operator
 def weight_only_grouped_mm(
     x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, block: Sequence[int]
 ) -> Tensor:
@@ -57,7 +69,7 @@ def weight_only_grouped_mm(
     return grouped_mm(x, weight, weight_scale, offs, block)
 
 
-@triton_op("ctfp8::weight_only_gathered_mm", mutates_args=())
+@_operator
 def weight_only_gathered_mm(
     x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, block: Sequence[int]
 ) -> Tensor:
