@@ -136,14 +136,14 @@ class Kernel(Protocol):
 
 
 def choose(kernels: Sequence[Kernel], problem: Problem, target: Target) -> tuple[Kernel | None, str]:
-    """The first kernel for this problem whose gate says yes, with an empty reason; or None with why each declined."""
+    """The first kernel for this problem whose gate says yes, or None; and why each before it declined."""
     reasons: list[str] = []
     for kernel in kernels:
         if problem.kind not in kernel.kinds or problem.scaling not in kernel.scalings:
             continue
         verdict = kernel.supports(problem, target)
         if verdict:
-            return kernel, ""
+            return kernel, "; ".join(reasons)
         if verdict.why_not not in reasons:
             reasons.append(verdict.why_not)
     if not reasons and problem.scaling == "weight-only":

@@ -31,6 +31,7 @@ class Decision:
         match: what it found; None if no rule knows this use.
         problem, kernel: what was asked and the kernel that said yes; None where the weight stays dequantized.
         reason: why it does; empty where it does not.
+        declined: why kernels that come before the one chosen declined.
         before, after: the operations from the weight to its use, as traced and as rewritten.
     """
 
@@ -43,6 +44,7 @@ class Decision:
     problem: Problem | None = None
     kernel: Kernel | None = None
     reason: str = ""
+    declined: str = ""
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
@@ -50,7 +52,7 @@ class Decision:
         """As the report shows it."""
         kernel = self.kernel.name if self.kernel is not None else ""
         return Entry(self.parameter, self.rule, kernel, self.reason, self.shape, self.block, self.activation,
-                     before=self.before, after=self.after)  # fmt: skip
+                     before=self.before, after=self.after, declined=self.declined)  # fmt: skip
 
 
 def match(graph: fx.Graph, rules: Sequence[Rule]) -> list[Decision]:
@@ -97,7 +99,7 @@ def _select(decision: Decision, found: Match, target: Target, kernels: Sequence[
     x = value(found.x)
     if x.dtype != found.dtype:
         why = f"its input is {_short(x.dtype)} where the weight dequantizes to {_short(found.dtype)}"
-        return replace(decision, problem=None, kernel=None, reason=why)
+        return replace(decision, problem=None, kernel=None, reason=why, declined="")
     shape = decision.shape
     problem = Problem(
         kind=found.kind,
@@ -110,7 +112,8 @@ def _select(decision: Decision, found: Match, target: Target, kernels: Sequence[
         exponents=value(found.weight_scale).dtype == torch.uint8,
     )
     kernel, why = choose(kernels, problem, target)
-    return replace(decision, problem=problem, kernel=kernel, reason=why)
+    reason, declined = (why, "") if kernel is None else ("", why)
+    return replace(decision, problem=problem, kernel=kernel, reason=reason, declined=declined)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -31,6 +31,7 @@ class Entry:
         uses: how often the graph uses it.
         before, after: the operations on the way from the weight to its use, as traced and as rewritten; `after` is empty
             where nothing was.
+        declined: why kernels that come before this one for its target declined.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Entry:
     uses: int = 1
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    declined: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +78,10 @@ class Report:
         return "; ".join(parts)
 
     def __str__(self) -> str:
-        """The summary, then a line a weight; weights whose names differ by numbers only, and which fared alike, share one."""
+        """The summary, then a line a weight; weights whose names differ by numbers only, and which fared alike, share one.
+
+        Then why kernels that come before those chosen declined.
+        """
         alike: Counter[tuple[str, str, str]] = Counter()
         for e in (*self.rewritten, *self.kept):
             what = f"{e.rule} → {e.kernel}" if e.kernel else f"dequantized: {e.reason}"
@@ -86,6 +91,8 @@ class Report:
             f"  {count:>3} × {name:<{widths[0]}}  {shape:<{widths[1]}}  {what}"
             for (name, shape, what), count in alike.items()
         ]
+        past = Counter(e.declined for e in self.rewritten if e.declined)
+        lines += [f"  {count:>3} × not taken by a kernel that comes before: {why}" for why, count in past.items()]
         return "\n".join([self.summary(), *lines])
 
     def to_dict(self) -> dict[str, Any]:

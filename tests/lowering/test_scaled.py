@@ -283,3 +283,33 @@ def test_the_backend_takes_a_library():
         Exception, match="'cutlass' is not a kernel library; choose one of auto, fbgemm, mslk, scaled_mm"
     ):
         torch.compile(module, backend="ctfp8", options=options)(torch.randn(2, 128, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "declined"),
+    [
+        ("cuda:sm90", {"activation": "none"}, ""),
+        ("cuda:sm80", {}, "cuda:sm80 has no FP8 tensor cores (sm89 and later have)"),
+        ("xpu", {"weight_shape": (64, 100)}, "N and K must be multiples of 16, but they are 64 and 100"),
+        ("cuda:sm90+triton", {}, ""),
+    ],
+)
+def test_what_they_decline_is_weight_only(target, changes, declined):
+    """The kernel comes last, and the decision keeps why those before it said no."""
+    target = Target.parse(target)
+    kernel, why = choose(lowering.kernels_of(target), problem(**changes), target)
+    assert kernel is lowering.weight_only.KERNEL
+    assert why == declined
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "sentence"),
+    [
+        ("cuda:sm75", {}, "the weight-only kernel needs sm80 or later, not cuda:sm75"),
+        ("xpu", {"x_dtype": torch.float64},
+         "the weight-only kernel takes bfloat16, float16 and float32 activations, not torch.float64"),
+    ],
+)  # fmt: skip
+def test_what_is_not_weight_only(target, changes, sentence):
+    target = Target.parse(target)
+    assert lowering.weight_only.KERNEL.supports(problem(**changes), target).why_not == sentence
