@@ -63,7 +63,11 @@ def explain(
     """
     target = target_of(model, target)
     decisions = passes.decide(trace(model, args, kwargs, dynamic_shapes).graph, target)
-    return replace(passes.report(target, passes.preview(decisions)), experts_per_token=_experts_per_token(model))
+    return replace(
+        passes.report(target, passes.preview(decisions)),
+        experts_per_token=_experts_per_token(model),
+        model=_name(model),
+    )
 
 
 ONLY_THERE = (
@@ -114,6 +118,12 @@ def target_of(model: nn.Module, target: str | Target | None) -> Target:
         return target
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return Target.detect(device) if target is None else Target.parse(target)
+
+
+def _name(model: nn.Module) -> str:
+    """`llama (LlamaForCausalLM)`: where a checkpoint was loaded from, and the class."""
+    source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
+    return f"{source} ({type(model).__name__})" if source else type(model).__name__
 
 
 def _experts_per_token(model: nn.Module) -> int | None:

@@ -51,7 +51,7 @@ def page(report: Report) -> str:
     ]
     used = dict.fromkeys(e.kernel for e in entries)
     return _PAGE.format(
-        target=html.escape(report.target),
+        title=html.escape(f"{report.model} on {report.target}" if report.model else report.target),
         facts="".join(f"<div><b>{html.escape(n)}</b>{html.escape(what)}</div>" for n, what in facts),
         legend="".join(
             f'<span><i style="background:{colours[k]}"></i>{html.escape(k or "dequantized, then the plain operation")}</span>'
@@ -150,7 +150,7 @@ def _size(count: float) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>ctfp8: {target}</title><style>
+<title>ctfp8: {title}</title><style>
 :root {{ color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --paper: #fff; --box: #f4f6f8; }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --ink: #e6e9ec; --soft: #9aa5b1; --line: #363c44; --paper: #16191d; --box: #20252b; }}
@@ -198,7 +198,7 @@ u {{ text-decoration: none; color: var(--soft); margin: 0 .25rem; }}
   .weight {{ grid-template-columns: minmax(0, 1fr); }} .weights {{ padding-left: 0; }}
 }}
 </style></head><body>
-<h1>What ctfp8 does for {target}</h1>
+<h1>What ctfp8 does for {title}</h1>
 <div class="facts">{facts}</div>
 <header><div class="legend">{legend}</div>
 <input id="filter" type="search" placeholder="filter: a name, a kernel, a reason" aria-label="filter"></header>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections import Counter, defaultdict
@@ -60,12 +61,14 @@ class Report:
 
     Attributes:
         experts_per_token: how many experts of each layer one token reads, where the model's config says so.
+        model: what the model is called, where that is known; the picture's title.
     """
 
     target: str
     rewritten: tuple[Entry, ...]
     kept: tuple[Entry, ...]
     experts_per_token: int | None = None
+    model: str = ""
 
     def summary(self) -> str:
         """One line: how many weights run on which kernel, how many stayed dequantized, and why."""
@@ -107,6 +110,10 @@ class Report:
         """Writes a picture of the rewrite as one self-contained page, and returns its path."""
         Path(path).write_text(page(self), encoding="utf-8")
         return Path(path)
+
+    def _repr_html_(self) -> str:
+        """The picture in a notebook, in a frame of its own: neither's styles reach the other."""
+        return f'<iframe srcdoc="{html.escape(page(self))}" style="width: 100%; height: 36em; border: 0"></iframe>'
 
     @staticmethod
     def of(target: str, entries: Iterable[Entry], experts_per_token: int | None = None) -> Report:

@@ -111,3 +111,10 @@ def test_only_a_process_without_fp8_weights_is_told_that_a_graph_has_none():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.split() == ["0", "1"], run.stderr
+
+
+def test_the_trainer_refuses_quantized_models_as_the_readme_says(model, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    with pytest.raises(ValueError, match="purely quantized models"):
+        Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))

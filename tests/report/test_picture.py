@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
 
 import pytest
+import torch
 from conftest import IDS
 
 import ctfp8_compile as ctfp8
@@ -97,3 +99,12 @@ def test_a_browser_draws_it(width, tmp_path):
 
 def test_a_page_without_entries():
     assert "FP8 weights" in page(Report("cpu", (), ()))
+
+
+def test_the_picture_names_the_model_and_shows_in_a_notebook(load):
+    report = ctfp8.explain(load("llama/FP8_DYNAMIC"), (torch.arange(8)[None],), {"use_cache": False}, target="xpu")
+    assert report.model == "FP8_DYNAMIC (LlamaForCausalLM)"
+    frame = report._repr_html_()
+    assert frame.startswith('<iframe srcdoc="')
+    assert frame.count("<") == 2  # the page is text in an attribute
+    assert "What ctfp8 does for FP8_DYNAMIC (LlamaForCausalLM) on xpu" in html.unescape(frame)
