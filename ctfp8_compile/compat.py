@@ -13,10 +13,14 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 #: Name here: where torch has it, and the releases it was seen in.
 PRIVATE = {
@@ -34,11 +38,12 @@ PRIVATE = {
     "PT2ArchiveWriter": ("torch.export.pt2_archive._package.PT2ArchiveWriter", "2.11 2.13 2.14"),
     "package_pt2": ("torch.export.pt2_archive._package.package_pt2", "2.11 2.13 2.14"),
     "load_pt2": ("torch.export.pt2_archive._package.load_pt2", "2.11 2.13 2.14"),
+    "make_fx": ("torch.fx.experimental.proxy_tensor.make_fx", "2.11 2.13 2.14"),
     "free_symbols": ("torch.fx.experimental.symbolic_shapes.free_symbols", "2.11 2.13 2.14"),
     "statically_known_true": ("torch.fx.experimental.symbolic_shapes.statically_known_true", "2.11 2.13 2.14"),
     "detect_fake_mode": ("torch._guards.detect_fake_mode", "2.11 2.13 2.14"),
-    "dispatch_functionalize": ("torch._subclasses.functional_tensor.dispatch_functionalize", "2.13"),
     "enable_python_dispatcher": ("torch._dispatch.python.enable_python_dispatcher", "2.13 2.14"),
+    "dispatch_functionalize": ("torch._subclasses.functional_tensor.dispatch_functionalize", "2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
 }
 #: What the whole suite passed with; `pytest --record-tested` writes it, and the README's table.
@@ -70,6 +75,25 @@ def look_up(distribution: str, private: Mapping[str, tuple[str, str]], module: s
         ) from None
     setattr(sys.modules[module], name, value)
     return value
+
+
+def export_arguments() -> dict[str, Any]:
+    """What `torch.export.export` is told besides: before 2.13 it refuses a dynamic sequence for attention otherwise."""
+    return {"prefer_deferred_runtime_asserts_over_guards": release(version("torch")) < (2, 13)}
+
+
+def following(program: ExportedProgram) -> AbstractContextManager[Any]:
+    """While nodes are replaced, the program's signature, which names those that are outputs, follows."""
+    return program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook())
+
+
+def forget_example_inputs(program: ExportedProgram) -> None:
+    """They would be pickled into the file."""
+    program._example_inputs = None
+
+
+def set_range_constraints(program: ExportedProgram, ranges: dict[Any, Any]) -> None:
+    program._range_constraints = ranges
 
 
 def version(distribution: str) -> str:

@@ -13,7 +13,15 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from .. import passes
-from ..compat import aot_compile, free_symbols, package_pt2, version
+from ..compat import (
+    aot_compile,
+    following,
+    forget_example_inputs,
+    free_symbols,
+    package_pt2,
+    set_range_constraints,
+    version,
+)
 from ..errors import TargetError, UsageError
 from ..model.parametrization import quantized_parameters
 from ..report import Report
@@ -92,7 +100,7 @@ def export(
     if package == "aoti":
         package_pt2(str(path), aoti_files={"model": _compile(program)}, extra_files=extra)
     else:
-        program._example_inputs = None  # they would be pickled
+        forget_example_inputs(program)
         package_pt2(str(path), exported_programs={"model": program}, extra_files=extra)
     return report
 
@@ -101,7 +109,7 @@ _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
 
 
 def _decompose(program: ExportedProgram) -> dict[fx.Node, fx.Node]:
-    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+    with following(program):
         replaced = passes.decompose(program.graph)
     program.graph_module.recompile()
     return replaced
@@ -140,7 +148,7 @@ def _clean(program: ExportedProgram) -> None:
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     used = {symbol for node in program.graph.nodes for symbol in free_symbols(node.meta.get("val"))}
-    program._range_constraints = {s: ends for s, ends in program.range_constraints.items() if s in used}
+    set_range_constraints(program, {s: ends for s, ends in program.range_constraints.items() if s in used})
 
 
 def _compile(program: ExportedProgram) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .. import passes
+from ..compat import export_arguments, following
 from ..errors import UsageError
 from ..passes import side_by_side
 from ..report import Report
@@ -89,8 +90,7 @@ def trace(
                 dict(kwargs or {}),
                 dynamic_shapes=dynamic_shapes,
                 strict=False,
-                # torch 2.11 refuses a dynamic sequence for attention otherwise
-                prefer_deferred_runtime_asserts_over_guards=torch.__version__ < "2.13",
+                **export_arguments(),
             )
         except RuntimeError as error:
             if match := re.search(r"Found <class '(?:\w+\.)*(\w+)'> in output, which is not a known type", str(error)):
@@ -104,8 +104,7 @@ def rewrite(program: ExportedProgram, target: Target) -> Report:
     """Rewrites a program in place for a target; parameters that one matmul reads become one."""
     if target.device != "cpu":
         side_by_side.declare(program.graph)
-    # the signature names the nodes that are outputs: it has to follow when a rule replaces one of them
-    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+    with following(program):
         report = passes.run(program.graph, target)
     side_by_side.fold(program)
     program.graph_module.recompile()

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..compat import dispatch_functionalize
+from ..compat import dispatch_functionalize, make_fx
 from ..graph import arguments, before, value
 from ..ops.triton import GPUS, WEIGHT_ONLY
 
