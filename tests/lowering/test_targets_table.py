@@ -1,0 +1,56 @@
+"""The table in docs/targets.md is what the gates answer; `EXPECTTEST_ACCEPT=1` writes it anew."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctfp8_compile.lowering import Kernel, Problem, choose, kernels_of
+from ctfp8_compile.target import Target
+
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "targets.md"
+BEGIN, END = "<!-- what the gates choose: begin -->", "<!-- what the gates choose: end -->"
+TARGETS = ("cpu", "cuda:sm80", "cuda:sm89", "cuda:sm90", "cuda:sm100", "cuda:sm120", "xpu")
+#: What it is; kind, sizes of the weight, block, activation scheme.
+PROBLEMS = {
+    "linear, rowwise scales": ("linear", (1024, 1024), (1, 1024), "token"),
+    "linear, 128×128 blocks": ("linear", (1024, 1024), (128, 128), "group"),
+    "linear, W8A16": ("linear", (1024, 1024), (1, 1024), "none"),
+    "linear, K not a multiple of 16": ("linear", (1024, 1000), (1, 1000), "token"),
+    "experts, rowwise scales": ("grouped_mm", (8, 1024, 1024), (1, 1024), "token"),
+    "experts, 128×128 blocks": ("grouped_mm", (8, 1024, 1024), (128, 128), "group"),
+}
+
+
+def chosen(target: str, problem: Problem, without: str = "") -> str:
+    kernels: list[Kernel] = [k for k in kernels_of(Target.parse(target)) if k.library not in without.split()]
+    kernel, _ = choose(kernels, problem, Target.parse(target))
+    return "dequantized" if kernel is None else re.sub(r" \(.*\)", "", kernel.name)
+
+
+def table() -> str:
+    """For each problem, the first kernel whose gate says yes; where fbgemm's is, also the one without it."""
+    lines = [" | ".join(["", *TARGETS]), "|".join(["---"] * (len(TARGETS) + 1))]
+    for name, (kind, weight, block, activation) in PROBLEMS.items():
+        problem = Problem(kind, torch.bfloat16, (16, weight[-1]), weight, block, activation, False)
+        cells = []
+        for target in TARGETS:
+            first, without = chosen(target, problem), chosen(target, problem, "fbgemm mslk")
+            cells.append(first if first == without else f"{first}; else {without}")
+        lines.append(" | ".join([name, *cells]))
+    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: with one, libraries must be installed")
+def test_the_table_is_what_the_gates_answer(kernel_everywhere):
+    text = DOCUMENT.read_text()
+    before, _, rest = text.partition(BEGIN)
+    held, _, after = rest.partition(END)
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+        return
+    assert held.strip() == table()
