@@ -97,10 +97,11 @@ def canonical_names(names: Iterable[str], suffixes: Suffixes) -> dict[str, str]:
     Raises:
         CheckpointError: two names of a file mean the same.
     """
-    present = set(names)
+    present = list(names)
+    known = set(present)
     out: dict[str, str] = {}
     for name in present:
-        ours = _canonical(name, suffixes, present)
+        ours = _canonical(name, suffixes, known)
         if ours in out:
             raise CheckpointError(
                 f"{name} and {out[ours]} both give {ours}. The checkpoint was merged from two; save it again."
@@ -136,31 +137,33 @@ def _fp8(config: Mapping[str, Any]) -> Dialect:
     activation = _choice(config, "activation_scheme", {"dynamic": "token", "static": "tensor"}, "dynamic")
     exponents = _choice(config, "scale_fmt", {"float": False, "ue8m0": True}, "float")
     if block is None:
-        weights = _weights("tensor")
+        weights = fp8_weights("tensor")
     elif (
         not isinstance(block, (list, tuple)) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block)
     ):
         raise SchemeError(f"quantization_config: weight_block_size={block!r} is not two positive sizes.")
     else:
         rows, cols = block
-        weights = _weights("group", group_size=cols) if rows == 1 else _weights("block", block_structure=[rows, cols])
+        weights = (
+            fp8_weights("group", group_size=cols) if rows == 1 else fp8_weights("block", block_structure=[rows, cols])
+        )
         activation = activation if activation == "tensor" else "mx" if exponents and cols == 32 else "group"
     if exponents:
         weights["scale_dtype"] = "torch.uint8"
-    groups = {"group_0": _group(["Linear"], weights, activation)}
+    groups = {"group_0": group(["Linear"], weights, activation)}
     if more := _names(config, "modules_to_convert"):
-        groups["group_1"] = _group([_pattern(name) for name in more], _weights("tensor"), "none")
+        groups["group_1"] = group([_pattern(name) for name in more], fp8_weights("tensor"), "none")
     kept = _names(config, "modules_to_not_convert") or _names(config, "ignored_layers")
-    return Dialect("fp8", _config(groups, map(_pattern, kept)), _FP8_SUFFIXES)
+    return Dialect("fp8", config_of_groups(groups, map(_pattern, kept)), _FP8_SUFFIXES)
 
 
 def _fbgemm(config: Mapping[str, Any]) -> Dialect:
     bound = config.get("activation_scale_ub", 1200.0)
     if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not 0 < bound < float("inf"):
         raise SchemeError(f"quantization_config: activation_scale_ub={bound!r} is not a positive number.")
-    groups = {"group_0": _group(["Linear"], _weights("channel"), "token")}
+    groups = {"group_0": group(["Linear"], fp8_weights("channel"), "token")}
     kept = _names(config, "modules_to_not_convert")
-    return Dialect("fbgemm_fp8", _config(groups, map(_pattern, kept)), {}, float(bound))
+    return Dialect("fbgemm_fp8", config_of_groups(groups, map(_pattern, kept)), {}, float(bound))
 
 
 def _modelopt(config: Mapping[str, Any]) -> Dialect:
@@ -168,15 +171,15 @@ def _modelopt(config: Mapping[str, Any]) -> Dialect:
     if not isinstance(inner, Mapping):
         raise SchemeError("quantization_config: 'quantization' is not an object.")
     algorithms = {
-        "FP8": (_weights("tensor"), "tensor"),
-        "FP8_PER_CHANNEL_PER_TOKEN": (_weights("channel"), "token"),
-        "FP8_PB_WO": (_weights("block", block_structure=[128, 128]), "none"),
+        "FP8": (fp8_weights("tensor"), "tensor"),
+        "FP8_PER_CHANNEL_PER_TOKEN": (fp8_weights("channel"), "token"),
+        "FP8_PB_WO": (fp8_weights("block", block_structure=[128, 128]), "none"),
     }
     weights, activation = _choice(inner, "quant_algo", algorithms, None)
     kept = _names(inner, "exclude_modules") or _names(inner, "ignore")
-    groups = {"group_0": _group(["Linear"], weights, activation)}
+    groups = {"group_0": group(["Linear"], weights, activation)}
     cache = inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme")
-    return Dialect("modelopt", _config(groups, map(_wildcard, kept), cache=bool(cache)), {})
+    return Dialect("modelopt", config_of_groups(groups, map(_wildcard, kept), cache=bool(cache)), {})
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Dialect]] = {
@@ -196,7 +199,8 @@ _FP8_SUFFIXES: Suffixes = {
 }
 
 
-def _weights(strategy: str, **more: Any) -> dict[str, Any]:
+def fp8_weights(strategy: str, **more: Any) -> dict[str, Any]:
+    """FP8 weights in compressed-tensors' words."""
     return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, **more}
 
 
@@ -210,15 +214,17 @@ _INPUTS: Mapping[str, Mapping[str, Any] | None] = {
 }
 
 
-def _group(targets: list[str], weights: Mapping[str, Any], activation: str) -> dict[str, Any]:
+def group(targets: list[str], weights: Mapping[str, Any], activation: str) -> dict[str, Any]:
+    """One group of a config; `activation` is one of `scheme.ACTIVATIONS`."""
     words = _INPUTS[activation]
     inputs = None if words is None else {"num_bits": 8, "type": "float", "symmetric": True, **words}
     return {"targets": targets, "weights": dict(weights), "input_activations": inputs}
 
 
-def _config(groups: Mapping[str, Any], ignore: Iterable[str], cache: bool = False) -> dict[str, Any]:
+def config_of_groups(groups: Mapping[str, Any], ignore: Iterable[str], cache: bool = False) -> dict[str, Any]:
+    """A config in compressed-tensors' words."""
     config = {"quant_method": "compressed-tensors", "config_groups": dict(groups), "ignore": list(ignore)}
-    return config | ({"kv_cache_scheme": _weights("tensor")} if cache else {})
+    return config | ({"kv_cache_scheme": fp8_weights("tensor")} if cache else {})
 
 
 def _choice(config: Mapping[str, Any], field: str, choices: Mapping[Any, Any], default: Any) -> Any:

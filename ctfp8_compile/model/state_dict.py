@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
+from ..checkpoint.inferred import SUFFIXES, infer
 from ..checkpoint.layout import identity
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError
@@ -15,9 +16,11 @@ from .freeze import protect
 from .parametrization import attach
 from .plan import QuantizedParameter, plan, read_scales
 
+_MARKER = "scaled_fp8"  #: an empty tensor by which files with `scale_weight` say what they are
+
 
 def load_state_dict(
-    module: nn.Module, state_dict: Mapping[str, Tensor], quantization_config: Mapping[str, Any]
+    module: nn.Module, state_dict: Mapping[str, Tensor], quantization_config: Mapping[str, Any] | None
 ) -> nn.Module:
     """Loads a state dict with FP8 weights into any nn.Module, without transformers.
 
@@ -26,7 +29,8 @@ def load_state_dict(
             state dict holds in float8_e4m3fn needs `p_scale` beside it (`weight` → `weight_scale`).
         state_dict: FP8 weights, scales, and everything else the module has. FP8 weights, which nothing can write to, stay
             where they are; everything else is copied.
-        quantization_config: as in a checkpoint's `config.json`, of any dialect.
+        quantization_config: as in a checkpoint's `config.json`, of any dialect. None: the shapes of scales say how weights
+            are quantized (`weight_scale`, `scale_weight` or `weight_scale_inv`), and a warning what they said.
 
     Returns:
         `module`, in eval mode, its quantized parameters still float8_e4m3fn. They dequantize to the dtype the module's
@@ -36,8 +40,12 @@ def load_state_dict(
         CheckpointError: a parameter or scale is missing, left over, of the wrong shape or value.
         SchemeError: the config does not cover an FP8 weight, or is of no dialect we know.
     """
-    schemes = Schemes(quantization_config)
-    tensors = ckpt.InMemory(state_dict, schemes.dialect.suffixes)
+    if quantization_config is None:
+        tensors = ckpt.InMemory({k: v for k, v in state_dict.items() if k != _MARKER}, SUFFIXES)
+        schemes = Schemes(infer(tensors))
+    else:
+        schemes = Schemes(quantization_config)
+        tensors = ckpt.InMemory(state_dict, schemes.dialect.suffixes)
     own = module.state_dict()
     buffers = {name for name, _ in module.named_buffers()}
     plans: dict[str, QuantizedParameter] = {}

@@ -217,3 +217,53 @@ def _assert_same_bits(one, other):
     for key, tensor in before.items():
         assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape), key
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8)), key
+
+
+def _plain(spelling, strategy):
+    """A module of two Linears and its state dict in a spelling, and what their weights are."""
+    module = nn.Sequential(nn.Linear(256, 384, bias=False), nn.Linear(384, 64, bias=False))
+    state, truth = {}, []
+    for name in "01":
+        weight = module.get_parameter(f"{name}.weight").detach()
+        rows, cols = weight.shape
+        if strategy == "mx":
+            scale = torch.randint(116, 120, (rows, cols // 32), dtype=torch.uint8)
+            codes = (torch.randn(rows, cols) * 50).to(torch.float8_e4m3fn)
+            wide = torch.exp2(scale.double() - 127).repeat_interleave(32, 1).float()
+        else:
+            codes, scale = quantize(weight, strategy)
+            wide = scale
+            if strategy == "block":
+                wide = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
+        state[f"{name}.weight"], state[f"{name}.{spelling}"] = codes, scale
+        truth.append(codes.float() * wide)
+    return module, state, truth
+
+
+@pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight", "weight_scale_inv"])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block", "mx"])
+def test_a_plain_state_dict_says_its_scheme_by_the_shapes_of_its_scales(spelling, strategy):
+    module, state, truth = _plain(spelling, strategy)
+    if spelling == "scale_weight":
+        state["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+    with pytest.warns(UserWarning, match="2 weights, such as 0: strategy .*activation none"):
+        ctfp8.load_state_dict(module, state, None)
+    assert torch.equal(module[0].weight, truth[0])
+    assert torch.equal(module[1].weight, truth[1])
+
+
+def test_a_plain_state_dict_of_several_schemes_and_with_static_activations():
+    module, state, truth = _plain("scale_weight", "tensor")
+    _, other, _ = _plain("scale_weight", "channel")
+    state |= {key: value for key, value in other.items() if key.startswith("1")}
+    state["0.scale_input"] = torch.tensor(0.02)
+    with pytest.warns(UserWarning, match="activation tensor; 1 weights, such as 1: strategy channel"):
+        ctfp8.load_state_dict(module, state, None)
+    schemes = {name: d.info.scheme for name, _, d in quantized_parameters(module)}
+    assert (schemes["0.weight"].activation, schemes["1.weight"].strategy) == ("tensor", "channel")
+    assert torch.equal(module[0].weight, truth[0])
+    state["1.scale_weight"] = torch.rand(3, 7)
+    with pytest.raises(ctfp8.SchemeError, match="its shape does not say how"):
+        ctfp8.load_state_dict(_plain("scale_weight", "tensor")[0], state, None)
+    with pytest.raises(ctfp8.SchemeError, match="no FP8 weight with a scale"):
+        ctfp8.load_state_dict(nn.Linear(2, 2), nn.Linear(2, 2).state_dict(), None)

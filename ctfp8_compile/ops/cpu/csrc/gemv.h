@@ -119,9 +119,16 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           V::prefetch(row + r * w.row_stride + next);
-          const auto chunk = decode<V, kind>(v, p + r * w.row_stride + k, exponents[r] + k / kMxCols);
+          if constexpr (kind == Scales::bytes && requires { &V::shift_dot; }) {
+            const auto chunk = v.decode(p + r * w.row_stride + k);
 #pragma GCC unroll 16
-          for (int i = 0; i < M; ++i) sum[i][r] = V::dot(sum[i][r], chunk, V::load(xs + i * x_stride + k));
+            for (int i = 0; i < M; ++i)
+              sum[i][r] = V::shift_dot(sum[i][r], chunk, V::load(xs + i * x_stride + k), exponents[r] + k / kMxCols);
+          } else {
+            const auto chunk = decode<V, kind>(v, p + r * w.row_stride + k, exponents[r] + k / kMxCols);
+#pragma GCC unroll 16
+            for (int i = 0; i < M; ++i) sum[i][r] = V::dot(sum[i][r], chunk, V::load(xs + i * x_stride + k));
+          }
         }
       }
     }

@@ -40,6 +40,8 @@ concept Vector =
       // The values of 32 columns (the chunk has them once or twice) times 2^(e - 127) of their byte; a product that would be
       // too small may be another tiny number. `both` says whether the second byte is there.
       { V::shift(chunk, codes, bool{}) } -> std::same_as<typename V::Chunk>;
+      // A static `shift_dot(total, chunk, chunk, bytes)`, total + the products times those powers, is taken where there is one
+      // and few rows of activations.
       // A sum of nothing.
       { V::zero() } -> std::same_as<typename V::Acc>;
       // sum + the products of two chunks, lane by lane, in float32.
