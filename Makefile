@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard ctfp8_compile/ops/cpu/csrc/* tests/asan/*.cpp)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-newest test-long test-real lint format bench coverage build clean
+.PHONY: help demo test test-newest test-long test-real lint format bench coverage docs build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -50,6 +50,9 @@ bench: $(READY)  ## a linear, a MoE and whole models on this CPU; a GPU: benchma
 
 coverage: $(READY)  ## which lines the tests run, as build/coverage/index.html
 	$(PYTEST) --cov ctfp8_compile --cov-report term --cov-report html:build/coverage
+
+docs: $(READY)  ## the documentation as a site, links checked: build/site
+	$(VENV)/bin/mkdocs build
 
 build: $(READY)  ## dist/: a wheel and a source archive
 	$(PY) -m pip install --quiet --disable-pip-version-check build

@@ -102,3 +102,16 @@ def test_public_functions_have_hints_and_docstrings():
                     function
                 )
     assert (Path(ctfp8.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.long
+def test_the_site_builds_without_a_dead_link(tmp_path):
+    pytest.importorskip("mkdocs")
+    build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    run = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "dequantized_linear" in (tmp_path / "index.html").read_text()
+    api = (tmp_path / "api.html").read_text()
+    assert all(
+        f'id="ctfp8_compile.{name}"' in api for name in ("hf.hub.from_pretrained", "aot.load.load", "passes.rule.Match")
+    )
