@@ -7,15 +7,15 @@ decides which module a group covers. This file only reduces the result to the fe
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils.match import is_match, match_targets
+from compressed_tensors.utils.match import match_targets
 from pydantic import ValidationError
 
 from ..errors import SchemeError
@@ -109,8 +109,8 @@ class Schemes:
         self._schemes: dict[str, Scheme] = {}
         for name in (*self._group_of_target, *(self.config.ignore or ())):
             try:
-                re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
-            except re.error as error:
+                regex.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+            except regex.error as error:
                 raise SchemeError(f"quantization_config: {name!r} is not a regular expression ({error}).") from error
 
     def group(self, module_name: str) -> str | None:
@@ -121,12 +121,12 @@ class Schemes:
         """
         if self.ignores(module_name):
             return None
-        targets = match_targets(module_name, _LINEAR, self._group_of_target)
-        return self._group_of_target[targets[0]] if targets else None
+        matched = _matches(module_name, self._group_of_target)
+        return self._group_of_target[matched[0]] if matched else None
 
     def ignores(self, module_name: str) -> bool:
         """Whether the config's ignore list names a Linear of this name in the checkpoint."""
-        return bool(is_match(module_name, _LINEAR, self.config.ignore or ()))
+        return bool(_matches(module_name, self.config.ignore or ()))
 
     def describe(self, module_name: str) -> str:
         """The group that covers a module, in words: `group 'group_1' (4-bit int weights)`."""
@@ -152,6 +152,28 @@ class Schemes:
         return self._schemes[group]
 
 
+def _matches(module_name: str, targets: Iterable[str]) -> list[str]:
+    """The targets that match a Linear of this name, in compressed-tensors' order: names, expressions, classes.
+
+    Expressions come from a file, and may be ones that take longer than the universe; so they are matched here, in bounded time.
+    """
+    plain = match_targets(module_name, _LINEAR, [t for t in targets if not t.startswith("re:")])
+    names = [t for t in plain if t == module_name]
+    expressions = sorted(t for t in targets if t.startswith("re:") and _matches_expression(module_name, t))
+    return [*names, *expressions, *(t for t in plain if t != module_name)]
+
+
+def _matches_expression(module_name: str, target: str) -> bool:
+    try:
+        return regex.match(target.removeprefix("re:"), module_name, timeout=_SECONDS) is not None
+    except TimeoutError:
+        raise SchemeError(
+            f"quantization_config: {target!r} takes longer than {_SECONDS:g} s to match {module_name}. "
+            "Write it without repeats inside repeats."
+        ) from None
+
+
+_SECONDS = 2.0
 _LINEAR = torch.nn.Linear(1, 1, device="meta")
 
 

@@ -26,8 +26,9 @@ def _console(file: Any, stderr: bool) -> Console:
 
 
 def escape(text: object) -> str:
-    """The text, in which brackets are not rich's markup."""
-    return str(text).replace("[", "\\[")
+    """The text, in which brackets are not rich's markup, and nothing that files hold is a command to the terminal."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+    return shown.replace("[", "\\[")
 
 
 def size(count: float) -> str:

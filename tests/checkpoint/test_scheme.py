@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
 from conftest import CHECKPOINTS, DATA, fp8_config
@@ -43,6 +44,22 @@ def test_matching_order_exact_then_regex_then_class():
     assert schemes.scheme("a.down_proj").strategy == "tensor"
     assert schemes.scheme("a.up_proj").strategy == "channel"
     assert schemes.scheme("a.gate") is None
+
+
+@pytest.mark.parametrize("expression", ["re:(a+)+$", "re:(.*a){25}", "re:^(([a-z])+.)+[A-Z]([a-z])+$"])
+@pytest.mark.parametrize("where", ["ignore", "targets"])
+def test_an_expression_that_never_ends_is_refused(expression, where):
+    config = fp8_config()
+    if where == "ignore":
+        config["ignore"] = [expression]
+    else:
+        config["config_groups"]["group_0"]["targets"] = [expression]
+    begin = time.monotonic()
+    try:
+        Schemes(config).scheme("a" * 60 + "!")
+    except SchemeError as error:
+        assert "takes longer" in str(error)  # noqa: PT017 - an engine that sees through the expression is right as well
+    assert time.monotonic() - begin < 20
 
 
 def test_presets_and_w8a16():

@@ -13,6 +13,7 @@ import threading
 import pytest
 import torch
 from conftest import DATA, FP8_PARAMETERS
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import ctfp8_compile as ctfp8
@@ -43,6 +44,18 @@ def test_inspect_json_sizes_are_those_of_the_file():
     assert found["fp8_bytes"] + found["scale_bytes"] + found["other_bytes"] == file.stat().st_size - header
     assert sum(row["count"] for row in found["rows"] if row["fp8"]) == 35
     assert found["bf16_bytes"] == 2 * found["fp8_bytes"] + found["other_bytes"]
+
+
+def test_what_a_file_holds_is_no_command_to_the_terminal(tmp_path):
+    tensors = {"a\x1b]0;owned\x07.\x1b[31mweight": torch.ones(2, 2), "b\u202ecod.weight": torch.ones(2, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((DATA / "llama/FP8/config.json").read_text()) | {"architectures": ["X\x1b[2J"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = ctfp8_command("inspect", tmp_path).stdout
+    assert not {c for c in out if not c.isprintable()} - {"\n"}
+    assert "X\\x1b" in out
+    error = ctfp8_command("explain", tmp_path, code=1)
+    assert not {c for c in error.stderr if not c.isprintable()} - {"\n"}
 
 
 def test_inspect_reads_headers_only(tmp_path):

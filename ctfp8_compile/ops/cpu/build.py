@@ -11,8 +11,11 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,14 +65,13 @@ def load(build: bool = True) -> None:
         return
     name = f"ctfp8_cpu_{_digest()}"
     try:
-        folder = _build_folder(name)
-        library = folder / f"{name}.so"
-        if not library.exists():
+        library = _folder_for(name) / f"{name}.so"
+        if not _intact(library):
             if not build:
                 return
-            with _lock(folder):
-                if not library.exists():
-                    _compile(name, folder)
+            with _lock(library.parent):
+                if not _intact(library):
+                    _compile(name, library)
         torch.ops.load_library(str(library))
         torch.ops.ctfp8_cpu.isa()  # now, not at the first call, should CTFP8_CPU_ISA be wrong
     except KernelBuildError:
@@ -86,13 +88,50 @@ def _digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _build_folder(name: str) -> Path:
+def _folder_for(name: str) -> Path:
+    """The folder the library is cached in: torch's for extensions, or, where that cannot be written, one for this user."""
     from torch.utils import cpp_extension  # imports setuptools: only where it is needed
 
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = Path(root) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK) or _intact(folder / f"{name}.so"):
+            return folder
+        reason = "it is not writable"
+    except OSError as error:
+        reason = str(error.strerror)
+    private = _private_folder() / name
+    private.mkdir(exist_ok=True)
+    warnings.warn(
+        f"{folder}: {reason}, so the CPU kernels are compiled in {private}. "
+        "Name a folder that lasts in the environment variable TORCH_EXTENSIONS_DIR.",
+        stacklevel=2,
+    )
+    return private
+
+
+def _private_folder() -> Path:
+    """A temporary folder that nobody else can write to, the same for all processes of this user if that can be had."""
+    shared = Path(tempfile.gettempdir()) / f"ctfp8-{getattr(os, 'getuid', os.getpid)()}"
+    with contextlib.suppress(OSError):
+        shared.mkdir(mode=0o700, exist_ok=True)
+        found = shared.lstat()
+        own = found.st_uid == getattr(os, "getuid", lambda: found.st_uid)()
+        if own and stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077 and os.access(shared, os.W_OK):
+            return shared
+    return Path(tempfile.mkdtemp(prefix="ctfp8-"))
+
+
+def _record(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _intact(library: Path) -> bool:
+    """Whether the library is there as it was compiled: to map a truncated one would end the process."""
+    try:
+        return _record(library).read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 @contextlib.contextmanager
@@ -100,29 +139,39 @@ def _lock(folder: Path) -> Iterator[None]:
     """One process compiles at a time; the system releases the lock of a process that dies."""
     try:
         import fcntl
-    except ImportError:  # Windows: torch's own lock file in the build folder remains
+    except ImportError:  # Windows: two processes may both compile; each moves a whole library into place
         yield
         return
     with open(folder / "ctfp8.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                f"ctfp8: waiting for another process that compiles the CPU kernels in {folder} ...",
+                file=sys.stderr,
+                flush=True,
+            )
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _compile(name: str, folder: Path) -> None:
-    """Compiles in a folder of this process, then moves the library into place: no process ever sees half of it."""
+def _compile(name: str, library: Path) -> None:
+    """Compiles in a folder of its own, then moves the library into place: no process ever sees half of it."""
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         raise KernelBuildError(f"no C++ compiler: cannot find '{compiler}'; install one, or name it in CXX")
+    for left in library.parent.glob("build-*"):  # by a process that was killed: we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
     print("ctfp8: compiling the CPU kernels, once, about 30 s ...", file=sys.stderr, flush=True)
     begin = time.monotonic()
     path = os.environ.get("PATH", "")
+    # a new one each time: torch waits, for ever, for a lock file that a killed process left in a build folder
+    work = Path(tempfile.mkdtemp(prefix="build-", dir=library.parent))
     try:
         # ninja is installed beside python; a virtual environment that was not activated is not on PATH.
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), path])
-        work = folder / f"build-{os.getpid()}"
-        work.mkdir(exist_ok=True)
         cpp_extension.load(
             name,
             [str(source) for source in _SOURCES],
@@ -130,13 +179,21 @@ def _compile(name: str, folder: Path) -> None:
             build_directory=str(work),
             is_python_module=False,
         )
-        os.replace(work / f"{name}.so", folder / f"{name}.so")
-        shutil.rmtree(work)
+        _install(work / f"{name}.so", library)
     except Exception as error:
         raise KernelBuildError(f"cannot compile the CPU kernels with {compiler}: {_last_lines(error)}") from error
     finally:
         os.environ["PATH"] = path
+        shutil.rmtree(work, ignore_errors=True)
     print(f"ctfp8: done in {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
+def _install(built: Path, library: Path) -> None:
+    """Moves a library into place, then says that it is whole."""
+    record = built.with_suffix(".sha256")
+    record.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+    os.replace(built, library)
+    os.replace(record, _record(library))
 
 
 def _last_lines(error: Exception, count: int = 12) -> str:

@@ -1,0 +1,113 @@
+"""The cache of the compiled CPU kernels: killed, failed and concurrent builds, a damaged library, a folder that is not ours."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ctfp8_compile.ops import cpu as cpu_kernels
+from ctfp8_compile.ops.cpu import build
+
+# In a process of its own, whose compiler takes no time: it installs the library that was compiled for this process.
+SCRIPT = """
+import os, shutil, sys, time
+from pathlib import Path
+from ctfp8_compile.ops.cpu import build
+from torch.utils import cpp_extension
+
+def compiled(name, sources, build_directory, **kwargs):
+    if os.environ.get("FAILS"):
+        (Path(build_directory) / "half.o").write_text("half")
+        raise RuntimeError("a sentence of the compiler")
+    print("compiled", flush=True)
+    time.sleep(float(os.environ.get("TAKES", 0)))
+    shutil.copy(os.environ["LIBRARY"], Path(build_directory) / f"{name}.so")
+
+cpp_extension.load = compiled
+try:
+    build.load()
+    print("loaded", build.isa())
+except build.KernelBuildError as error:
+    print("error", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def real() -> Path:
+    cpu_kernels.load()
+    name = f"ctfp8_cpu_{build._digest()}"
+    return build._folder_for(name) / f"{name}.so"
+
+
+def start(real: Path, root: Path, **env: str) -> subprocess.Popen[str]:
+    import os
+
+    env = {**os.environ, "LIBRARY": str(real), "TORCH_EXTENSIONS_DIR": str(root), **env}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(real: Path, root: Path, **env: str) -> tuple[str, str]:
+    return start(real, root, **env).communicate(timeout=120)
+
+
+def test_a_library_is_kept_and_a_damaged_one_compiled_again(real: Path, tmp_path: Path) -> None:
+    assert "compiled" in run(real, tmp_path)[0]
+    assert "compiled" not in run(real, tmp_path)[0]
+    (library,) = tmp_path.glob("*/*.so")
+    with library.open("r+b") as file:
+        file.truncate(library.stat().st_size // 2)  # to map this would end the process
+    out, _ = run(real, tmp_path)
+    assert "compiled" in out
+    assert "loaded" in out
+    assert hashlib.sha256(library.read_bytes()).digest() == hashlib.sha256(real.read_bytes()).digest()
+
+
+def test_a_killed_build_holds_nobody_up(real: Path, tmp_path: Path) -> None:
+    killed = start(real, tmp_path, TAKES="100")
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "compiled\n"
+    killed.kill()
+    killed.communicate()
+    (left,) = tmp_path.glob("*/build-*")
+    (left / "lock").touch()  # torch's
+    (left.parent / "build-1").mkdir()
+    assert "loaded" in run(real, tmp_path)[0]
+    assert not list(tmp_path.glob("*/build-*"))
+
+
+def test_who_waits_says_so_and_compiles_nothing(real: Path, tmp_path: Path) -> None:
+    first = start(real, tmp_path, TAKES="15")
+    assert first.stdout is not None
+    assert first.stdout.readline() == "compiled\n"
+    begin = time.monotonic()
+    out, err = run(real, tmp_path)
+    assert "compiled" not in out
+    assert "loaded" in out
+    if time.monotonic() - begin < 100:
+        assert "waiting for another process" in err
+    assert "loaded" in first.communicate(timeout=60)[0]
+
+
+def test_a_failed_build_leaves_no_folder(real: Path, tmp_path: Path) -> None:
+    assert "a sentence of the compiler" in run(real, tmp_path, FAILS="1")[0]
+    assert not list(tmp_path.glob("*/build-*"))
+
+
+def test_a_folder_that_cannot_be_made_gives_way_to_a_private_one(real: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "tmp").mkdir()
+    out, err = run(real, tmp_path / "file", TMPDIR=str(tmp_path / "tmp"))
+    assert "loaded" in out
+    assert "TORCH_EXTENSIONS_DIR" in err
+    (library,) = (tmp_path / "tmp").glob("ctfp8-*/*/*.so")
+    assert not library.parents[1].stat().st_mode & 0o077
+    assert "compiled" not in run(real, tmp_path / "file", TMPDIR=str(tmp_path / "tmp"))[0]
+    library.parents[1].chmod(0o777)  # others can write there now
+    assert "compiled" in run(real, tmp_path / "file", TMPDIR=str(tmp_path / "tmp"))[0]
