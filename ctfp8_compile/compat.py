@@ -39,6 +39,7 @@ PRIVATE = {
     "package_pt2": ("torch.export.pt2_archive._package.package_pt2", "2.11 2.13 2.14"),
     "load_pt2": ("torch.export.pt2_archive._package.load_pt2", "2.11 2.13 2.14"),
     "make_fx": ("torch.fx.experimental.proxy_tensor.make_fx", "2.11 2.13 2.14"),
+    "functional_collectives": ("torch.distributed._functional_collectives", "2.11 2.13 2.14"),
     "free_symbols": ("torch.fx.experimental.symbolic_shapes.free_symbols", "2.11 2.13 2.14"),
     "statically_known_true": ("torch.fx.experimental.symbolic_shapes.statically_known_true", "2.11 2.13 2.14"),
     "detect_fake_mode": ("torch._guards.detect_fake_mode", "2.11 2.13 2.14"),

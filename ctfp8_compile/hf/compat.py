@@ -31,6 +31,17 @@ PRIVATE = {
     ),
     "cached_file": ("transformers.utils.hub.cached_file", "5.23 5.24"),
     "StaticLayer": ("transformers.cache_utils.StaticLayer", "5.23 5.24"),
+    "ALL_PARALLEL_STYLES": ("transformers.distributed.parallel_utils.ALL_PARALLEL_STYLES", "5.23 5.24"),
+    "replace_layer_number_by_wildcard": ("transformers.distributed.parallel_utils.replace_layer_number_by_wildcard", "5.23 5.24"),
+    "AllReduceParallel": ("transformers.distributed.tensor_parallel.AllReduceParallel", "5.23 5.24"),
+    "ColwiseParallel": ("transformers.distributed.tensor_parallel.ColwiseParallel", "5.23 5.24"),
+    "EmbeddingParallel": ("transformers.distributed.tensor_parallel.EmbeddingParallel", "5.23 5.24"),
+    "MoeExpertsParallel": ("transformers.distributed.tensor_parallel.MoeExpertsParallel", "5.23 5.24"),
+    "PackedColwiseParallel": ("transformers.distributed.tensor_parallel.PackedColwiseParallel", "5.23 5.24"),
+    "RowwiseParallel": ("transformers.distributed.tensor_parallel.RowwiseParallel", "5.23 5.24"),
+    "AllReduceEP": ("transformers.distributed.expert_parallel.AllReduceEP", "5.23 5.24"),
+    "EPImplementationInterface": ("transformers.distributed.expert_parallel.EPImplementationInterface", "5.23 5.24"),
+    "ensure_torch_distributed": ("transformers.distributed.utils._ensure_torch_distributed", "5.23 5.24"),
 }  # fmt: skip
 #: What a forward calls its key-value cache: `cache` from 5.24 on, where the name before it warns, to go in 5.40.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")

@@ -31,6 +31,7 @@ from .compat import (
     get_model_conversion_mapping,
     rename_source_key,
 )
+from .parallel import local_layout
 
 
 def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:
@@ -128,7 +129,8 @@ class PlaceRows(ConversionOps):
         targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
         if any(name in self.plans for name in targets.values()):
             return {
-                pattern: self._place(self.plans[name], input_dict, source_patterns) for pattern, name in targets.items()
+                pattern: self._place(self.plans[name], input_dict, source_patterns, kwargs["model"].get_parameter(name))
+                for pattern, name in targets.items()
             }
         for operation in self.operations:
             input_dict = operation.convert(
@@ -138,9 +140,13 @@ class PlaceRows(ConversionOps):
         return input_dict
 
     @staticmethod
-    def _place(info: QuantizedParameter, collected: dict[str, Any], source_patterns: list[str]) -> Tensor:
+    def _place(
+        info: QuantizedParameter, collected: dict[str, Any], source_patterns: list[str], declared: Tensor
+    ) -> Tensor:
         tensors = [t for pattern in source_patterns if pattern in collected for t in _as_list(collected[pattern])]
-        return info.layout.weight(dict(zip(info.layout.sources, tensors, strict=True)))
+        layout = local_layout(info.layout, declared)
+        read = [t for t in tensors if t is not None]  # what other ranks have is not
+        return layout.weight(dict(zip(layout.sources, read, strict=True)))
 
     @property
     def reverse_op(self) -> ConversionOps:

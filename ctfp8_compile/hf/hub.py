@@ -21,6 +21,7 @@ from ..model.plan import plan, read_scales
 from ..model.storage import leave_files
 from ..ops import FP8
 from .compat import cached_file
+from .parallel import take_config, together
 from .quantizer import Config, Quantizer
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
@@ -45,7 +46,8 @@ def from_pretrained(
         in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
-            `dtype` is what FP8 weights dequantize to and what the other weights are loaded in.
+            `dtype` is what FP8 weights dequantize to and what the other weights are loaded in. With
+            `distributed_config=DistributedConfig(tp_size=N)`, on N processes started by torchrun, each has a part.
 
     Returns:
         The transformers model, in eval mode, no parameter requiring a gradient.
@@ -57,18 +59,23 @@ def from_pretrained(
     if "quantization_config" in transformers_kwargs:
         raise SchemeError("quantization_config is read from the checkpoint; do not pass one.")
     with_info = transformers_kwargs.pop("output_loading_info", False)
-    folder = Path(path_or_id)
-    if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
-        ckpt.Checkpoint(ckpt.checkpoint_files(folder))
-    config = _private_config(path_or_id, transformers_kwargs)
-    try:
-        model, info = auto_class.from_pretrained(
-            path_or_id, config=config, output_loading_info=True,
-            **{**transformers_kwargs, "ignore_mismatched_sizes": True},  # we name them, see _check_complete
-        )  # fmt: skip
-    except SafetensorError as error:
-        raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
-    _check_complete(path_or_id, info)
+    distributed = take_config(transformers_kwargs, dequantize)
+    with together(distributed):
+        folder = Path(path_or_id)
+        if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
+            ckpt.Checkpoint(ckpt.checkpoint_files(folder))
+        config = _private_config(path_or_id, transformers_kwargs)
+    if distributed is not None:
+        transformers_kwargs["distributed_config"] = distributed
+    with together(distributed):
+        try:
+            model, info = auto_class.from_pretrained(
+                path_or_id, config=config, output_loading_info=True,
+                **{**transformers_kwargs, "ignore_mismatched_sizes": True},  # we name them, see _check_complete
+            )  # fmt: skip
+        except SafetensorError as error:
+            raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
+        _check_complete(path_or_id, info)
     protect(model)
     if in_memory:
         leave_files((*model.parameters(), *model.buffers()))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.scheme import Schemes
+from ..checkpoint.shard import Cuts
 from ..errors import SchemeError, UsageError
 from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
@@ -32,6 +33,8 @@ from .compat import (
     revert_weight_conversion,
 )
 from .conversions import PlaceRows, layouts, per_expert_conversions
+from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, is_first, localize
+from .parallel_styles import mark_local, rewrite_plan
 
 METHOD = "ctfp8"  #: the private name under which transformers finds this quantizer while it loads
 
@@ -72,6 +75,8 @@ class Quantizer(HfQuantizer):
         self.plans: dict[str, QuantizedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.cache_scales: dict[str, Tensor] = {}
+        #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
+        self.cuts: dict[str, tuple[tuple[int, ...], Cuts]] = {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -83,6 +88,9 @@ class Quantizer(HfQuantizer):
         return param.element_size()
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if is_distributed(model):
+            check_heads(model)
+            mark_local(model)
         tensors = ckpt.Checkpoint(checkpoint_files or (), self.schemes.dialect.suffixes)
         _refuse_other_formats(tensors, self.schemes)
         declared = model.state_dict()
@@ -100,6 +108,10 @@ class Quantizer(HfQuantizer):
         endings = "|".join(map(re.escape, ("weight_scale", "input_scale", *self.schemes.dialect.suffixes)))
         ours = {rf"(^|[._])({endings})$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        if is_distributed(model):
+            rewrite_plan(model, plan, {target for target, info in self.plans.items() if info.layout.transposed})
 
     def _set_cache_scales_aside(self, tensors: ckpt.Checkpoint) -> None:
         """Scales of a quantized KV cache are not used here, and written back by `save_pretrained`."""
@@ -136,9 +148,13 @@ class Quantizer(HfQuantizer):
                 f"{elsewhere[0]} is to stay on disk ({len(elsewhere)} FP8 weights in all), which is not supported: they are kept "
                 "on a device or in memory. Give device_map or max_memory room for them."
             )
+        if is_distributed(model):
+            self.cuts = localize(model)
         for target, info in self.plans.items():
             path, _, leaf = target.rpartition(".")
-            attach(model.get_submodule(path), leaf, info, *self.scales.pop(target))
+            scales = self.scales.pop(target)
+            local = cut(info, *scales, self.cuts[target][1]) if target in self.cuts else (info, *scales)
+            attach(model.get_submodule(path), leaf, *local)
         for module in model.modules():
             # models ask for this flag to work around weights they cannot read; ours read like any other
             if isinstance(module, PreTrainedModel):
@@ -154,15 +170,20 @@ class Quantizer(HfQuantizer):
         """What `save_pretrained` writes: FP8 tensors as the checkpoint had them, the rest as transformers would save it."""
         plain = {k: v for k, v in model.state_dict().items() if ".parametrizations." not in f".{k}"}
         plain = remove_tied_weights_from_state_dict(plain, model)
+        plain = {k: gather(v, *self.cuts[k]) if k in self.cuts else v for k, v in plain.items()}
+        writes = not self.cuts or is_first()
         model._weight_conversions = self.conversions
         try:
-            state = revert_weight_conversion(model, plain)
+            state = revert_weight_conversion(model, plain) if writes else {}
         finally:
             model._weight_conversions = []
         for name, owner, dequantize in quantized_parameters(model):
             weight = stored_weight(owner, name.rpartition(".")[2])
-            state |= _checkpoint_tensors(dequantize, weight)
-        return state | self.cache_scales, {}
+            if name in self.cuts:
+                weight, dequantize = gather_quantized(weight, dequantize, self.plans[name])
+            if writes:
+                state |= _checkpoint_tensors(dequantize, weight)
+        return (state | self.cache_scales if writes else {}), {}
 
 
 def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from transformers import StaticCache
 
 from ..errors import UsageError
 from .compat import StaticLayer, cache_argument
+from .parallel import key_value_heads
 
 _STATE = ("keys", "values", "cumulative_length")
 
@@ -38,7 +39,7 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> Sta
         latent = getattr(own, "qk_head_dim", None) is not None
         if latent or not getattr(layer, "supports_early_init", True):
             continue  # what latent and linear attention keep has other shapes; their layers begin at the first pass
-        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        heads = key_value_heads(model, getattr(own, "num_key_value_heads", None) or own.num_attention_heads)
         width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         empty = torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
         layer.lazy_initialization(empty, empty)

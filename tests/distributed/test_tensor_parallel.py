@@ -1,0 +1,137 @@
+"""Two ranks compute what one process computes, each with its part of the weights, and save the file they came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DATA, logits, relative_error
+from safetensors.torch import load_file, save_file
+from support.ranks import on_ranks
+from transformers.distributed import DistributedConfig
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.ops import FP8
+
+
+def run(folders: dict[str, Path], config: dict[str, Any], compiled: bool = False, out: Path | None = None) -> Any:
+    """On each rank, by name: relative logit error against one process, share of the FP8 bytes, same logits compiled."""
+    found = {}
+    for name, folder in folders.items():
+        one = ctfp8.from_pretrained(folder, dtype=torch.float32)
+        model = ctfp8.from_pretrained(folder, dtype=torch.float32, distributed_config=DistributedConfig(**config))
+        want = logits(one)
+        row = [relative_error(logits(model), want), _fp8_bytes(model) / _fp8_bytes(one)]
+        if compiled:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            forward = torch.compile(model, backend="ctfp8", fullgraph=True)
+            row += [relative_error(logits(forward), want), torch._dynamo.utils.counters["stats"]["unique_graphs"]]
+        if out is not None:  # in the dtype of the file
+            same = ctfp8.from_pretrained(folder, distributed_config=DistributedConfig(**config))
+            ctfp8.save_pretrained(same, out / name)
+        found[name] = row
+    return found
+
+
+def _fp8_bytes(model: Any) -> int:
+    return sum(p.nbytes for p in model.parameters() if p.dtype == FP8)
+
+
+def _check(ranks: list[Any], cases: dict[str, Path], size: int) -> None:
+    for found in ranks:
+        assert isinstance(found, dict), found
+        assert found.keys() == cases.keys()
+        for name, (error, share, *compiled) in found.items():
+            assert error <= 1e-6, name
+            assert share == pytest.approx(1 / size), name
+            if compiled:
+                assert compiled[0] <= 1e-6, name
+                assert compiled[1] == 1, name
+
+
+def _same_bits(before: Path, after: Path) -> None:
+    a, b = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert (tensor.dtype, tensor.shape) == (b[name].dtype, b[name].shape), name
+        assert torch.equal(tensor.view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+def test_two_ranks(tmp_path):
+    """Dense and experts, channel and block scales, static and dynamic activations."""
+    cases = {name: DATA / name for name in ("llama/FP8_BLOCK", "mixtral/FP8")}
+    _check(on_ranks(2, run, cases, {"tp_size": 2}, False, tmp_path), cases, 2)
+    for name, folder in cases.items():
+        _same_bits(folder, tmp_path / name)
+
+
+def _copy(folder: Path, **changes: Any) -> Path:
+    shutil.copytree(DATA / "llama/FP8_BLOCK", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def fail(folders: list[list[Path]], config: dict[str, Any]) -> list[str]:
+    """What this rank raises for each pair of folders, of which it has one."""
+    found = []
+    for mine in folders:
+        try:
+            ctfp8.from_pretrained(mine[int(os.environ["RANK"])], distributed_config=DistributedConfig(**config))
+            found.append("")
+        except ctfp8.Ctfp8Error as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_rank_that_fails_ends_all(tmp_path):
+    good, nan, empty = DATA / "llama/FP8_BLOCK", _copy(tmp_path / "nan"), tmp_path / "empty"
+    empty.mkdir()
+    tensors = load_file(nan / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[-1, -1] = 0x7F  # rank 1 has the last row
+    save_file(tensors, nan / "model.safetensors")
+    heads = _copy(tmp_path / "heads", num_key_value_heads=1)
+    first, second = on_ranks(2, fail, [[nan, nan], [empty, good], [heads, heads], [good, good]], {"tp_size": 2})
+    assert "up_proj.weight: holds NaN codes" in second[0]
+    assert first[0].startswith("another rank failed, and so does this one; rank 1 says: model.layers.1.mlp.up_proj")
+    assert "neither model.safetensors" in first[1]
+    assert "rank 0 says" in second[1]
+    assert first[2] == second[2]
+    assert "num_key_value_heads is 1, which tp_size=2 does not divide" in first[2]
+    assert (first[3], second[3]) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"tp_size": 2}, "tp_size=2, but 1 process run. Start the script with torchrun --nproc-per-node 2."),
+        ({"fsdp_size": 2}, "FSDP and pipeline parallelism"),
+    ],
+)
+def test_a_launch_that_does_not_fit(config, message):
+    with pytest.raises(ctfp8.UsageError, match=re.escape(message)):
+        ctfp8.from_pretrained(DATA / "llama/FP8", distributed_config=DistributedConfig(**config))
+
+
+ALL = [
+    f"{family}/{scheme}"
+    for family in ("llama", "qwen3", "mixtral", "qwen3moe")
+    for scheme in ("FP8_DYNAMIC", "FP8", "FP8_BLOCK")
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("experts", [False, True])
+def test_everything_eager_compiled_and_saved(experts, tmp_path):
+    cases = {name: DATA / name for name in ALL if not experts or "m" in name.partition("/")[0].replace("llama", "")}
+    config = {"tp_size": 2, "ep_size": 2} if experts else {"tp_size": 2}
+    _check(on_ranks(2, run, cases, config, True, tmp_path, seconds=1200), cases, 2)
+    for name, folder in cases.items():
+        _same_bits(folder, tmp_path / name)
