@@ -10,7 +10,8 @@ import contextlib
 import copy
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -142,6 +143,39 @@ def cut(
     if input_scale is not None and len(info.layout.shape) == 3:
         input_scale = input_scale[held(info.layout.shape, cuts)[0]]
     return dataclasses.replace(info, layout=part), part.cut_scale(weight_scale, info.scheme), input_scale
+
+
+def warn_of_cut_blocks(plans: Mapping[str, QuantizedParameter], cuts: Mapping[str, tuple[Any, Cuts]]) -> None:
+    """Says which weights have smaller blocks than in the file, and what keeps them."""
+    smaller = {}
+    for name, (_, how) in cuts.items():
+        if name in plans and (blocks := _smaller(plans[name], how)) is not None:
+            smaller[name] = blocks
+    if not smaller or not is_first():
+        return
+    name, (before, after) = next(iter(smaller.items()))
+    fewer = range(cuts[name][1][0].ranks - 1, 1, -1)
+    keeps = next((n for n in fewer if all(_smaller(plans[m], _over(n, cuts[m][1])) is None for m in smaller)), 1)
+    experts = all(len(plans[m].layout.shape) == 3 for m in smaller)
+    cure = "ep_size keeps them whole" if experts else f"tp_size={keeps} keeps them whole"
+    warnings.warn(
+        f"{name}: the border between two ranks cuts its blocks of {before[0]}x{before[1]}, which become "
+        f"{after[0]}x{after[1]} ({len(smaller)} weights in all). Results are the same; a kernel for whole blocks does not "
+        f"take them; {cure}.",
+        stacklevel=2,
+    )
+
+
+def _smaller(info: QuantizedParameter, cuts: Cuts) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The blocks before and after, if a cut makes them smaller."""
+    if not all(info.scheme.block):
+        return None
+    before, after = info.layout.block(info.scheme), shard(info.layout, cuts).block(info.scheme)
+    return None if before == after else (before, after)
+
+
+def _over(ranks: int, cuts: Cuts) -> Cuts:
+    return tuple(dataclasses.replace(cut, ranks=ranks, rank=0) for cut in cuts)
 
 
 def localize(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Cuts]]:

@@ -33,7 +33,7 @@ from .compat import (
     revert_weight_conversion,
 )
 from .conversions import PlaceRows, layouts, per_expert_conversions
-from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, is_first, localize
+from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, is_first, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
 METHOD = "ctfp8"  #: the private name under which transformers finds this quantizer while it loads
@@ -150,6 +150,7 @@ class Quantizer(HfQuantizer):
             )
         if is_distributed(model):
             self.cuts = localize(model)
+            warn_of_cut_blocks(self.plans, self.cuts)
         for target, info in self.plans.items():
             path, _, leaf = target.rpartition(".")
             scales = self.scales.pop(target)
