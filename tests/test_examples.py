@@ -92,6 +92,23 @@ def test_export_and_load():
     assert "Return a list of " in run.stdout
 
 
+@pytest.mark.long
+def test_tensor_parallel():
+    import ast
+    import subprocess
+
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         ROOT / "examples/tensor_parallel.py"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    sizes = ast.literal_eval(re.search(r"on each rank: (\[.+\])", run.stdout)[1])
+    assert sizes[0] == sizes[1] > 1e6
+    assert float(re.search(r"from eager ones: (\S+)", run.stdout)[1]) < 0.5
+    assert len(ast.literal_eval(re.search(r"tokens: (\[.+\])", run.stdout)[1])) > 8
+
+
 def test_add_a_rule_and_its_tutorial(capsys):
     module = example("add_a_rule")
     module.main()

@@ -75,6 +75,7 @@ def export(
         raise TargetError(f"package='aoti' compiles for the machine at hand, {here}, not for {target}.")
     program = trace(model, args, kwargs, dynamic_shapes)
     _plain_call(program)
+    _one_process(program)
     decisions: list[passes.Decision] = []
     replaced: dict[fx.Node, fx.Node] = {}
     if package is None and target.device == "cpu":
@@ -103,6 +104,15 @@ def export(
         forget_example_inputs(program)
         package_pt2(str(path), exported_programs={"model": program}, extra_files=extra)
     return report
+
+
+def _one_process(program: ExportedProgram) -> None:
+    names = (str(getattr(node.target, "namespace", "")) for node in program.graph.nodes if node.op == "call_function")
+    if any("c10d" in name for name in names):
+        raise UsageError(
+            "a model that is spread over several processes cannot be exported: its graph names their process group, which a "
+            "file cannot bring along. Export it from one process, or take each rank's graph from ctfp8.lower."
+        )
 
 
 _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
