@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA, logits, relative_error
+from conftest import DATA, SCHEMES, logits, relative_error
 from safetensors.torch import load_file, save_file
 from support.ranks import on_ranks
 from transformers.distributed import DistributedConfig
