@@ -43,8 +43,8 @@ PRIVATE = {
     "free_symbols": ("torch.fx.experimental.symbolic_shapes.free_symbols", "2.11 2.13 2.14"),
     "statically_known_true": ("torch.fx.experimental.symbolic_shapes.statically_known_true", "2.11 2.13 2.14"),
     "detect_fake_mode": ("torch._guards.detect_fake_mode", "2.11 2.13 2.14"),
-    "enable_python_dispatcher": ("torch._dispatch.python.enable_python_dispatcher", "2.13 2.14"),
-    "dispatch_functionalize": ("torch._subclasses.functional_tensor.dispatch_functionalize", "2.13 2.14"),
+    "enable_python_dispatcher": ("torch._dispatch.python.enable_python_dispatcher", "2.11 2.13 2.14"),
+    "dispatch_functionalize": ("torch._subclasses.functional_tensor.dispatch_functionalize", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
 }
 #: What the whole suite passed with; `pytest --record-tested` writes it, and the README's table.
