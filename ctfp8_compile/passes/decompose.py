@@ -49,11 +49,20 @@ def _repeat(graph: fx.Graph, scale: fx.Node, dim: int, step: int, size: int, lik
     shape = list(value(scale).shape)
     if shape[dim] == 1 or step == 1:
         return scale
-    at = len(shape) + dim
+    at, whole = len(shape) + dim, size // step
+    if whole * step == size:
+        return _repeat_whole(graph, scale, at, step, like)
+    # The last block is a part of one. It is added apart: Inductor's CPU code for an index divided by `step` is wrong (torch
+    # 2.13) in the elements that fill no vector.
+    last = call(graph, aten.slice.Tensor, scale, at, whole, whole + 1, like=like)
+    last = call(graph, aten.expand.default, last, [*shape[:at], size - whole * step, *shape[at + 1 :]], like=like)
+    first = call(graph, aten.slice.Tensor, scale, at, 0, whole, like=like)
+    return call(graph, aten.cat.default, [_repeat_whole(graph, first, at, step, like), last], at, like=like)
+
+
+def _repeat_whole(graph: fx.Graph, scale: fx.Node, at: int, step: int, like: fx.Node) -> fx.Node:
+    shape = list(value(scale).shape)
     wide = call(graph, aten.unsqueeze.default, scale, at + 1, like=like)
     wide = call(graph, aten.expand.default, wide, [*shape[: at + 1], step, *shape[at + 1 :]], like=like)
     wide = call(graph, aten.clone.default, wide, like=like)
-    flat = call(graph, aten.reshape.default, wide, [*shape[:at], shape[at] * step, *shape[at + 1 :]], like=like)
-    return flat if shape[at] * step == size else call(graph, aten.slice.Tensor, flat, at, 0, size, like=like)
-
-
+    return call(graph, aten.reshape.default, wide, [*shape[:at], shape[at] * step, *shape[at + 1 :]], like=like)
