@@ -127,6 +127,12 @@ def _emit(graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) 
     ids = operands.expert_ids
     if ids is not None:
         ids = _from_the_front(do, ids, experts)
+    order, offs = None, operands.offs
+    if ids is not None:
+        # Rows are sorted before they are quantized: Inductor fuses the gather into that one kernel.
+        by_expert = do(aten.sort.default, ids)
+        ids, order = do(operator.getitem, by_expert, 0), do(operator.getitem, by_expert, 1)
+        rows, offs = do(aten.index.Tensor, rows, [order]), _ends(do, ids, experts)
     if input_scale is not None:
         # Experts have their own scales: each row takes its expert's.
         expert = ids
@@ -134,13 +140,6 @@ def _emit(graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) 
             expert = _expert_of_rows(do, graph, x, operands.offs, experts)
         input_scale = do(aten.unsqueeze.default, do(aten.index.Tensor, input_scale, [expert]), 1)
     q, scale_a = _quantize(do, rows, problem.activation, input_scale)
-    order, offs = None, operands.offs
-    if ids is not None:
-        order = do(operator.getitem, do(aten.sort.default, ids), 1)
-        q = do(aten.index.Tensor, q, [order])
-        if problem.activation != "tensor_dynamic":  # one scale for all rows has no order
-            scale_a = do(aten.index.Tensor, scale_a, [order])
-        offs = _ends(do, ids, experts)
     out = do(
         _ctfp8.scaled_grouped_mm.default,
         *(q, operands.weight, scale_a, operands.weight_scale, offs, list(problem.block), out_dtype),
