@@ -53,7 +53,7 @@ def read_dialect(quantization_config: Mapping[str, Any]) -> Dialect:
         SchemeError: a method that is none of ours, or a field whose value is unknown.
     """
     method = quantization_config.get("quant_method", "compressed-tensors")
-    if method not in _READERS:
+    if not isinstance(method, str) or method not in _READERS:
         raise SchemeError(
             f"quantization_config says quant_method={method!r}; only {', '.join(map(repr, _READERS))} checkpoints are read "
             "here. Load it with transformers' own from_pretrained."

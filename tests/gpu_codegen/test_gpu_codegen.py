@@ -131,12 +131,10 @@ forged:qwen3_moe/FP8_DYNAMIC layer M=1 batched_mm
   silu
   pointwise
   aten.topk
-  amax
   sort
   quantize
   pointwise
   fbgemm.f8f8bf16_rowwise_grouped_stacked [2, 512] x [4, 1024, 512]
-  silu, amax
   silu, quantize
   pointwise
   fbgemm.f8f8bf16_rowwise_grouped_stacked [2, 512] x [4, 512, 512]
