@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import hashlib
 import logging
 import warnings
@@ -18,8 +17,7 @@ from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, compile_fx
 from ..errors import TargetError, UsageError
 from ..graph import MARKER, is_marker
-from ..model.parametrization import Dequantize
-from ..model.storage import leave_files
+from ..model.storage import leave_files, some_loaded
 from ..passes import side_by_side
 from ..report import Report
 from ..target import Target
@@ -54,7 +52,7 @@ def backend(
         node for node in gm.graph.nodes if node.op == "call_function" and node.target in (MARKER, MARKER.overloadpacket)
     ]
     if not marked:
-        if not any(isinstance(thing, Dequantize) for thing in gc.get_objects()):  # else a piece, after a graph break
+        if not some_loaded():  # else a piece, after a graph break
             _warn_no_fp8()
     elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise UsageError(

@@ -19,6 +19,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 _ours: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def some_loaded() -> bool:
+    """Whether this process holds a model that was loaded here."""
+    return len(_ours) > 0
+
+
 def leave_files(tensors: Iterable[Any]) -> None:
     """Gives every CPU tensor of ours among them whose memory is not its own, such as a mapped file, a copy of it."""
     for tensor in tensors:

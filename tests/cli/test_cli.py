@@ -99,7 +99,9 @@ def test_nothing_is_wrapped_and_no_bar_is_drawn_in_a_pipe():
         run = subprocess.run([*python, *command, str(SHIPPED / "moe")], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         (line,) = [line for line in run.stdout.splitlines() if "experts" in line and "down_proj" in line]
-        assert line.rstrip().endswith("down_proj.weight" if command == ["inspect"] else "not cuda:sm89")
+        assert line.rstrip().endswith(
+            "down_proj.weight" if command == ["inspect"] else "→ Triton weight-only (not yet measured on a GPU)"
+        )
         assert not run.stderr
 
 
@@ -186,7 +188,8 @@ def test_explain_for_another_machine_with_a_picture(tmp_path):
 def test_explain_json(family):
     report = json.loads(ctfp8_command("explain", DATA / family / "FP8_DYNAMIC", "--target", "xpu", "--json").stdout)
     assert len(report["rewritten"]) + len(report["kept"]) == FP8_PARAMETERS[family]
-    assert {e["kernel"] for e in report["rewritten"]} == {"aten._scaled_mm"}
+    linears = {e["kernel"] for e in report["rewritten"] if e["rule"] == "linear"}
+    assert linears == {"aten._scaled_mm"}
 
 
 @pytest.mark.parametrize("options", [[], ["--cache", "32"]])

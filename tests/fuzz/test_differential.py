@@ -77,6 +77,8 @@ def check(case: Case, folder: Path, codegen: bool = False, dynamic: bool = False
     sizes = (ROWS, OTHER_ROWS) if dynamic else (ROWS,)
     truths = {rows: case.truth(*case.inputs(rows)) for rows in sizes}
     bound = ROUNDING[case.dtype] * (1 + sum(word not in ("rms_norm", "back") for word in case.words))
+    if case.dtype == torch.float16 and case.magnitude < 0.01:
+        bound *= 4  # products of such values are subnormal, and have fewer bits
     errors = {rows: error(case.module(*case.inputs(rows)), truths[rows]) for rows in sizes}
     for rows, found in errors.items():
         if not found < bound:

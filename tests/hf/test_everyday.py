@@ -11,6 +11,7 @@ from conftest import DATA, IDS, logits
 from transformers import StaticCache
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.hf.compat import cache_argument
 
 LLAMA = DATA / "llama/FP8_DYNAMIC"
 PROMPT = IDS[:1, :10]
@@ -22,7 +23,9 @@ def model():
 
 
 def generate(model, ids, cache, **kwargs):
-    return model.generate(ids, past_key_values=cache, do_sample=False, attention_mask=torch.ones_like(ids), **kwargs)
+    return model.generate(
+        ids, **{cache_argument(model): cache}, do_sample=False, attention_mask=torch.ones_like(ids), **kwargs
+    )
 
 
 def test_a_cache_used_past_its_end_is_a_sentence(model):
@@ -33,7 +36,7 @@ def test_a_cache_used_past_its_end_is_a_sentence(model):
     with pytest.raises(ctfp8.UsageError, match=r"has room for 12 tokens; it holds 12, and 1 more were given"):
         generate(model, PROMPT, cache, max_new_tokens=8, min_new_tokens=8)
     with pytest.raises(ctfp8.UsageError, match=r"has room for 12 tokens; it holds 0, and 20 more were given"):
-        cache.reset() or model(IDS[:1], past_key_values=cache)
+        cache.reset() or model(IDS[:1], **{cache_argument(model): cache})
 
 
 def test_a_cache_used_again_without_reset_is_a_sentence_and_a_conversation_is_not(model):
@@ -63,7 +66,7 @@ def test_padded_prompts_in_one_cache(model):
     mask[1, :6] = 0
     cache = ctfp8.static_cache(model, 2, 64)
     out = [
-        model.generate(IDS, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+        model.generate(IDS, attention_mask=mask, **{cache_argument(model): cache}, max_new_tokens=3)
         for _ in range(2)
         if cache.reset() is None
     ]

@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.graph import MARKER
-from ctfp8_compile.inductor.backend import Fp8Pass, _warn_no_fp8
+from ctfp8_compile.inductor.backend import Fp8Pass
 from ctfp8_compile.model.parametrization import quantized_parameters
 from ctfp8_compile.ops import FP8
 
@@ -149,17 +148,6 @@ def test_gradients_get_a_sentence(small):
         torch.compile(small, backend="ctfp8")(torch.randn(3, 64, requires_grad=True))
     with torch.no_grad():
         torch.compile(small, backend="ctfp8")(torch.randn(3, 64, requires_grad=True))
-
-
-def test_a_graph_without_fp8_warns_once_and_runs():
-    _warn_no_fp8.cache_clear()
-    module = _Linear()
-    with pytest.warns(UserWarning, match="holds no FP8 weight.*from_pretrained"):
-        torch.compile(module, backend="ctfp8")(torch.randn(3, 64))
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        torch.compile(module, backend="ctfp8")(torch.randn(5, 64))
 
 
 def test_a_line_is_logged_at_compile(small, caplog):

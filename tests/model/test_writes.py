@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 import ctfp8_compile as ctfp8
 from ctfp8_compile.ops import FP8
 
+#: What peft asks of transformers by old names.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
 
 
