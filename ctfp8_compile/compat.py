@@ -45,8 +45,10 @@ PRIVATE = {
     "detect_fake_mode": ("torch._guards.detect_fake_mode", "2.11 2.13 2.14"),
     "enable_python_dispatcher": ("torch._dispatch.python.enable_python_dispatcher", "2.11 2.13 2.14"),
     "dispatch_functionalize": ("torch._subclasses.functional_tensor.dispatch_functionalize", "2.11 2.13 2.14"),
+    "DisableTorchFunctionSubclass": ("torch._C.DisableTorchFunctionSubclass", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
 }
+TRITON_LOGGER = "torch._library.triton"  # 2.11 2.13 2.14
 #: What the whole suite passed with; `pytest --record-tested` writes it, and the README's table.
 TESTED = Path(__file__).with_name("tested.json")
 

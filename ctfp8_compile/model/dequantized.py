@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import DisableTorchFunctionSubclass
 from ..errors import UsageError
 
 WRITE = (
@@ -55,7 +56,7 @@ class Dequantized(Tensor):
 def _plain(value: Any, found: list[Dequantized]) -> Any:
     if isinstance(value, Dequantized):
         found.append(value)
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return value.as_subclass(Tensor)
     if type(value) in (tuple, list):
         return type(value)(_plain(v, found) for v in value)
@@ -92,7 +93,7 @@ def _guard(result: Any, found: list[Dequantized]) -> Any:
 
 
 def _memory(tensor: Tensor) -> int:
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 

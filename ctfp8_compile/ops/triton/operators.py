@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
+from ...compat import TRITON_LOGGER
 from . import tiles
 
 #: Kinds of device whose Triton backend runs the kernels.
@@ -40,7 +41,7 @@ def missing(device: str) -> str | None:
 
 def _operator(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Defines `ctfp8::` + the function's name. torch warns if Triton is missing; here that matters at a launch only."""
-    logger = logging.getLogger("torch._library.triton")
+    logger = logging.getLogger(TRITON_LOGGER)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
