@@ -217,6 +217,19 @@ def test_choose_collects_the_sentences_of_all_kernels():
     assert choose((No("a"), No("b"), No("a")), problem, Target("cpu")) == (None, "a; b")
 
 
+@pytest.mark.parametrize(("cols", "block"), [(130, 128), (150, 100), (160, 128), (35, 8)])
+def test_a_partial_last_block_is_right_when_compiled(cols, block):
+    """Of a weight that no rule takes: Inductor's CPU code divides indices wrongly where a last block fills no vector."""
+    module = nn.Module()
+    module.w = nn.Parameter(torch.zeros(6, cols))
+    weight, scale = quantize(torch.randn(6, cols), "block", (128, block))
+    ctfp8.load_state_dict(module, {"w": weight, "w_scale": scale}, fp8_config("block", None, (128, block)))
+    module.forward = lambda x: x + module.w
+    x = torch.randn(6, cols)
+    exact = x.double() + weight.double() * scale.double().repeat_interleave(block, 1)[:, :cols]
+    assert relative_error(torch.compile(module, backend="ctfp8", fullgraph=True)(x), exact) < 1e-6
+
+
 class Golden(TestCase):
     def test_linear(self):
         program = ctfp8.lower(_loaded(Linears(lambda a, x: a(x))), (torch.randn(4, 32, dtype=T),))
