@@ -15,10 +15,10 @@ from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, SchemeError, UsageError
-from ..model.freeze import dequantize_, protect
+from ..model.freeze import dequantize_, freeze
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
-from ..model.storage import leave_files
+from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from .compat import cached_file
 from .parallel import take_config, together
@@ -76,9 +76,9 @@ def from_pretrained(
         except SafetensorError as error:
             raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
         _check_complete(path_or_id, info)
-    protect(model)
+    freeze(model)
     if in_memory:
-        leave_files((*model.parameters(), *model.buffers()))
+        detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
         dequantize_(model)
         model.hf_quantizer.remove_quantization_config(model)
@@ -148,7 +148,7 @@ def prepare(model: Any) -> Any:
             del model._forward_pre_hooks[key]  # it would decompress the weights on the first forward
     model.hf_quantizer = quantizer
     quantizer.take_over_saving(model)
-    protect(model)
+    freeze(model)
     return model
 
 

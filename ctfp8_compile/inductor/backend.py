@@ -17,7 +17,7 @@ from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, compile_fx
 from ..errors import TargetError, UsageError
 from ..graph import MARKER, is_marker
-from ..model.storage import leave_files, some_loaded
+from ..model.storage import detach_from_mmap, some_loaded
 from ..passes import side_by_side
 from ..report import Report
 from ..target import Target
@@ -77,17 +77,17 @@ def backend(
     if groups:
         compiled = Adjacent(compiled, gm.graph, groups)
     # outermost: what lies side by side in a file must not be taken for moved, and then leave it one by one
-    return _leaving_files_first(compiled) if marked and target.device == "cpu" else compiled
+    return _detaching_first(compiled) if marked and target.device == "cpu" else compiled
 
 
-def _leaving_files_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The weights are among the graph's arguments: at its first call they, and no input, leave the checkpoint's files."""
     called = False
 
     def call(*args: Any) -> Any:
         nonlocal called
         if not called:
-            leave_files(args)
+            detach_from_mmap(args)
             called = True
         return compiled(*args)
 

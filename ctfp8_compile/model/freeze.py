@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..ops import FP8
 from ..ops import cpu as cpu_kernels
 from .parametrization import CAST, quantized_parameters, stored_weight
-from .storage import LeaveFiles
+from .storage import DetachFromMmap
 
 
 class _KeepsFP8:
@@ -63,7 +63,7 @@ _TRAIN = (
 )
 
 
-def protect(model: nn.Module) -> None:
+def freeze(model: nn.Module) -> None:
     """Makes the root of a model refuse what would lose its FP8 weights; also sets `eval()` and no gradients.
 
     If the C++ CPU kernels were built before, eager code takes them from here on; compiling a model builds them. When the
@@ -78,7 +78,7 @@ def protect(model: nn.Module) -> None:
     if not isinstance(model, _KeepsFP8):
         namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
         model.__class__ = type(cls.__name__, (_KeepsFP8, cls), namespace)
-        model.register_forward_pre_hook(LeaveFiles(model))
+        model.register_forward_pre_hook(DetachFromMmap(model))
 
 
 def dequantize_(model: nn.Module) -> nn.Module:

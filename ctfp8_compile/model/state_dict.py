@@ -12,7 +12,7 @@ from ..checkpoint.inferred import SUFFIXES, infer
 from ..checkpoint.layout import identity
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError
-from .freeze import protect
+from .freeze import freeze
 from .parametrization import attach
 from .plan import QuantizedParameter, plan, read_scales
 
@@ -84,5 +84,5 @@ def load_state_dict(
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         if name in plans:
             attach(owner, leaf, plans[name], *scales[name])
-    protect(module)
+    freeze(module)
     return module

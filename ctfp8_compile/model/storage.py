@@ -24,7 +24,7 @@ def some_loaded() -> bool:
     return len(_ours) > 0
 
 
-def leave_files(tensors: Iterable[Any]) -> None:
+def detach_from_mmap(tensors: Iterable[Any]) -> None:
     """Gives every CPU tensor of ours among them whose memory is not its own, such as a mapped file, a copy of it."""
     for tensor in tensors:
         ours = isinstance(tensor, Tensor) and tensor in _ours and tensor.device.type == "cpu"
@@ -37,7 +37,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
 
 
-class LeaveFiles:
+class DetachFromMmap:
     """Forward pre-hook that does so once. While a tracer runs the model it waits; compiled graphs see to it themselves."""
 
     def __init__(self, model: nn.Module):
@@ -47,5 +47,5 @@ class LeaveFiles:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and self.waiting:
-            leave_files(self.waiting)
+            detach_from_mmap(self.waiting)
             self.waiting = []
