@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, compile_fx
 from ..errors import TargetError, UsageError
-from ..graph import MARKER, is_marker
+from ..graph import MARKER
 from ..model.storage import detach_from_mmap, some_loaded
 from ..passes import side_by_side
 from ..report import Report
@@ -182,4 +182,4 @@ def _warn_no_fp8() -> None:
     )
 
 
-__all__ = ["backend", "compiled_reports", "is_marker"]
+__all__ = ["backend", "compiled_reports"]

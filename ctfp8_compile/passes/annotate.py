@@ -9,7 +9,8 @@ kernel of that machine replaces each matmul that one takes, and its weight is no
     %d = to(%m, bf16)
     %y = linear(%x, %d, %b)
 
-Rules are not needed there, so loading needs neither transformers nor a checkpoint, nor the rules a user registered.
+Rules that a user registered are not needed there. The built-in ones are matched again, to hold a note against its graph
+(`fold`). Loading needs neither transformers nor a checkpoint.
 """
 
 from __future__ import annotations
