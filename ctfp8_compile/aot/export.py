@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .. import passes
 from ..compat import (
+    OpOverload,
     aot_compile,
     following,
     forget_example_inputs,
@@ -22,13 +23,14 @@ from ..compat import (
     set_range_constraints,
     version,
 )
-from ..errors import TargetError, UsageError
+from ..errors import ArtifactError, TargetError, UsageError
 from ..model.parametrization import quantized_parameters
 from ..report import Report
 from ..target import Target
 from .call import inputs_of, positional_names, ranges_of
 from .lower import ONLY_THERE, rewrite, target_of, trace
 from .manifest import NAME, Manifest
+from .operators import check_operator
 
 aten = torch.ops.aten
 
@@ -85,6 +87,8 @@ def export(
     else:
         report = rewrite(program, target)
     _clean(program)
+    if package is None:
+        _operators_that_load(program)
     manifest = Manifest(
         package=package or "program",
         target=str(target),
@@ -113,6 +117,21 @@ def _one_process(program: ExportedProgram) -> None:
             "a model that is spread over several processes cannot be exported: its graph names their process group, which a "
             "file cannot bring along. Export it from one process, or take each rank's graph from ctfp8.lower."
         )
+
+
+def _operators_that_load(program: ExportedProgram) -> None:
+    """What `load` would refuse is said now, when something can still be done about it."""
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            overload = isinstance(node.target, OpOverload)
+            name = f"torch.ops.{node.target}" if overload else f"{node.target.__module__}.{node.target.__name__}"
+            try:
+                check_operator(name)
+            except ArtifactError as error:
+                raise UsageError(
+                    f"the model's graph calls {name}, which ctfp8.load does not take from a file. Export with "
+                    "torch.export what needs it, or say it by operators of ATen."
+                ) from error
 
 
 _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..errors import UsageError
 from ..ops import FP8
 from ..ops import cpu as cpu_kernels
-from .parametrization import CAST, quantized_parameters, stored_weight
+from .parametrization import CAST, detach, quantized_parameters, stored_weight
 from .storage import DetachFromMmap
 
 
@@ -85,9 +84,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     """Replaces every FP8 parameter by its dequantized value, in place: a plain model, twice the memory."""
     for path, module, dequantize in list(quantized_parameters(model)):
         name = path.rpartition(".")[2]
-        value = dequantize.value(stored_weight(module, name)).contiguous()
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        detach(module, name, dequantize.value(stored_weight(module, name)).contiguous())
     if isinstance(model, _KeepsFP8):
         model.__class__ = type(model).__mro__[2]
     return model

@@ -128,3 +128,20 @@ def attach(
     dequantize.eval()
     parametrize.register_parametrization(module, name, dequantize, unsafe=True)
     module.parametrizations.eval()  # type: ignore[union-attr]
+    type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """What `linear.weight = nn.Parameter(…)` calls: torch would say that the attribute is there already."""
+    if name in self.parametrizations:  # type: ignore[operator]
+        raise UsageError(WRITE.format(what="the assignment"))
+    nn.Module.register_parameter(self, name, param)
+
+
+def detach(module: nn.Module, name: str, value: Tensor) -> None:
+    """Takes the parametrization off parameter `name` of a module, and puts `value` in its place."""
+    cls = type(module)  # of this module alone, but for its deep copies, which keep theirs
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, own)
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    module._parameters[name] = nn.Parameter(value, requires_grad=False)

@@ -361,6 +361,29 @@ def test_wrong_use_is_named(dense, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class _Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(32, 16, bias=False)
+
+    def forward(self, x):
+        return torch.ops.ctfp8_test.twice(self.linear(x))
+
+
+def test_an_operator_that_load_would_refuse_is_refused_at_export(tmp_path):
+    with torch.library._scoped_library("ctfp8_test", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+        module = _Foreign()
+        weight, scale = quantize(module.linear.weight.detach())
+        model = ctfp8.load_state_dict(module, {"linear.weight": weight, "linear.weight_scale": scale}, fp8_config())
+        with pytest.raises(
+            ctfp8.UsageError, match="calls torch.ops.ctfp8_test.twice.default, which ctfp8.load does not"
+        ):
+            ctfp8.export(model, (torch.randn(2, 32),), path=tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- damaged, edited and hostile files (docs/security.md) ----
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.model.freeze import dequantize_
 from ctfp8_compile.model.parametrization import quantized_parameters, stored_weight
 from ctfp8_compile.ops import FP8
 
@@ -247,6 +248,15 @@ def test_training_and_pickling_are_refused(tmp_path):
     with pytest.raises(ctfp8.UsageError, match="save_pretrained"):
         torch.save(model, tmp_path / "model.pt")
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def test_a_deep_copy_made_plain_leaves_the_model_as_it_was():
+    model = ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC")
+    before = logits(model)
+    plain = dequantize_(copy.deepcopy(model))
+    assert not [name for name, p in plain.named_parameters() if p.dtype == FP8]
+    assert torch.equal(logits(plain), before)
+    assert torch.equal(logits(model), before)
 
 
 def _edited(name, tmp_path, state=None, drop=(), add=None, config=None):

@@ -42,6 +42,10 @@ def _assign(linear):
     linear.weight = torch.zeros(16, 32)
 
 
+def _assign_parameter(linear):
+    linear.weight = nn.Parameter(torch.zeros(16, 32))
+
+
 def _item(linear):
     linear.weight[0, 1] = 3.0
 
@@ -54,6 +58,7 @@ WRITES = {
     "data +=": _add_to_data,
     "data =": _assign_data,
     "weight =": _assign,
+    "weight = Parameter": _assign_parameter,
     "weight[…] =": _item,
     "requires_grad =": _grad,
     "add_": lambda linear: linear.weight.add_(1),
