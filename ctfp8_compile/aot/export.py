@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,7 +123,7 @@ def _one_process(program: ExportedProgram) -> None:
 def _operators_that_load(program: ExportedProgram) -> None:
     """What `load` would refuse is said now, when something can still be done about it."""
     for node in program.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and node.target is not operator.getitem:  # an operator's outputs, in a file
             overload = isinstance(node.target, OpOverload)
             name = f"torch.ops.{node.target}" if overload else f"{node.target.__module__}.{node.target.__name__}"
             try:

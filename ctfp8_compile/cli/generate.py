@@ -8,7 +8,7 @@ from typing import Any
 from transformers import set_seed
 
 from ..errors import UsageError
-from .bench import Decoder
+from .decoder import Decoder
 from .terminal import err
 
 

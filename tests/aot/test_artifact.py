@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import io
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 from conftest import DATA, IDS, fp8_config, quantize
 from expecttest import TestCase
+from support.hostile import Touch, edited, edited_json, pickled
 from torch import nn
 from torch.export import Dim
 
@@ -387,33 +387,12 @@ def test_an_operator_that_load_would_refuse_is_refused_at_export(tmp_path):
 # ---- damaged, edited and hostile files (docs/security.md) ----
 
 
-def _edit(file, to, changes):
-    """A copy of an archive with `{record: bytes -> bytes}` applied; a record that is not there is added."""
-    with zipfile.ZipFile(file) as old, zipfile.ZipFile(to, "w") as new:
-        root = old.namelist()[0].split("/")[0]
-        for name in old.namelist():
-            data, record = old.read(name), name.partition("/")[2]
-            new.writestr(name, changes[record](data) if record in changes else data)
-        for record in changes.keys() - {name.partition("/")[2] for name in old.namelist()}:
-            new.writestr(f"{root}/{record}", changes[record](b""))
-    return to
-
-
-def _json(change):
-    def apply(data):
-        content = json.loads(data)
-        change(content)
-        return json.dumps(content).encode()
-
-    return apply
-
-
 def _manifest(**fields):
-    return {f"extra/{NAME}": _json(lambda content: content.update(fields))}
+    return {f"extra/{NAME}": edited_json(lambda content: content.update(fields))}
 
 
 def _graph(change):
-    return {"models/model.json": _json(lambda content: change(content["graph_module"]["graph"]))}
+    return {"models/model.json": edited_json(lambda content: change(content["graph_module"]["graph"]))}
 
 
 def _calls(target):
@@ -421,7 +400,7 @@ def _calls(target):
 
 
 def _note(**fields):
-    return {f"extra/{NAME}": _json(lambda content: content["notes"][0].update(fields))}
+    return {f"extra/{NAME}": edited_json(lambda content: content["notes"][0].update(fields))}
 
 
 @pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
@@ -475,12 +454,12 @@ EDITED = {
 @pytest.mark.parametrize(("changes", "sentence"), EDITED.values(), ids=EDITED)
 def test_an_edited_file(file, tmp_path, changes, sentence):
     with pytest.raises((ctfp8.ArtifactError, ctfp8.TargetError), match=sentence):
-        ctfp8.load(_edit(file, tmp_path / "m.pt2", changes))
+        ctfp8.load(edited(file, tmp_path / "m.pt2", changes))
 
 
 def test_a_record_that_is_there_twice(file, tmp_path):
     """Readers of zip files differ in which of the two they take: one would be looked over, the other one loaded."""
-    path = _edit(file, tmp_path / "m.pt2", {})
+    path = edited(file, tmp_path / "m.pt2", {})
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr(f"{file.stem}/archive_version", b"0")
     with pytest.raises(ctfp8.ArtifactError, match=r"archive_version.*is there twice"):
@@ -497,25 +476,9 @@ def test_files_that_are_not_artifacts(tmp_path):
 
 @pytest.mark.skipif("fbgemm_gpu" in sys.modules, reason="fbgemm-gpu-genai is installed")
 def test_a_missing_operator_library_names_its_package(file, tmp_path):
-    path = _edit(file, tmp_path / "m.pt2", _calls("torch.ops.fbgemm.f8f8bf16_rowwise_of_the_future.default"))
+    path = edited(file, tmp_path / "m.pt2", _calls("torch.ops.fbgemm.f8f8bf16_rowwise_of_the_future.default"))
     with pytest.raises(ctfp8.TargetError, match=r"f8f8bf16_rowwise_of_the_future.*fbgemm-gpu-genai"):
         ctfp8.load(path)
-
-
-class Touch:
-    """Unpickling this creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def _pickled(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return lambda data: buffer.getvalue()
 
 
 def _pickled_weight(content):
@@ -536,15 +499,15 @@ def _names(*names):
     def change(content):
         content["graph_module"]["module_call_graph"][0]["signature"]["forward_arg_names"] = names
 
-    return {"models/model.json": _json(change)}
+    return {"models/model.json": edited_json(change)}
 
 
 HOSTILE = {
-    "pickled inputs": lambda mark: {"data/sample_inputs/model.pt": _pickled(Touch(mark))},
-    "pickled weights": lambda mark: {"data/weights/model.pt": _pickled({"w": Touch(mark)})},
-    "a weight that asks for pickle": lambda mark: {"data/weights/model_weights_config.json": _json(_pickled_weight),
-                                                   "data/weights/weight_0": _pickled(Touch(mark))},
-    "a pickled object": lambda mark: {"data/constants/custom_obj_0": _pickled(Touch(mark))},
+    "pickled inputs": lambda mark: {"data/sample_inputs/model.pt": pickled(Touch(mark))},
+    "pickled weights": lambda mark: {"data/weights/model.pt": pickled({"w": Touch(mark)})},
+    "a weight that asks for pickle": lambda mark: {"data/weights/model_weights_config.json": edited_json(_pickled_weight),
+                                                   "data/weights/weight_0": pickled(Touch(mark))},
+    "a pickled object": lambda mark: {"data/constants/custom_obj_0": pickled(Touch(mark))},
     "machine code": lambda mark: {"data/aotinductor/model/m.so": lambda data: b"\x7fELF"},
     "torch.load as operator": lambda mark: _calls("torch.load"),
     "a library as operator": lambda mark: _calls("torch.ops.load_library"),
@@ -561,15 +524,17 @@ def test_a_hostile_program_is_refused_before_torch_reads_it(file, tmp_path, how,
     mark = tmp_path / "mark"
     monkeypatch.setattr(artifacts, "ExportedProgramDeserializer", lambda: pytest.fail("torch was given the graph"))
     with pytest.raises(ctfp8.ArtifactError, match="which ctfp8|could run code|not loaded"):
-        ctfp8.load(_edit(file, tmp_path / "m.pt2", HOSTILE[how](mark)))
+        ctfp8.load(edited(file, tmp_path / "m.pt2", HOSTILE[how](mark)))
     assert not mark.exists()
 
 
 def test_guards_in_a_file_are_not_run(file, tmp_path):
     """torch keeps guards as source code and runs it; we check inputs against the manifest instead."""
     mark = tmp_path / "mark"
-    guards = {"models/model.json": _json(lambda content: content.update(guards_code=[f"open({str(mark)!r}, 'w')"]))}
-    ctfp8.load(_edit(file, tmp_path / "m.pt2", guards))(IDS)
+    guards = {
+        "models/model.json": edited_json(lambda content: content.update(guards_code=[f"open({str(mark)!r}, 'w')"]))
+    }
+    ctfp8.load(edited(file, tmp_path / "m.pt2", guards))(IDS)
     assert not mark.exists()
 
 
@@ -577,7 +542,7 @@ def test_guards_in_a_file_are_not_run(file, tmp_path):
 def test_why_torchs_own_loader_is_not_enough(file, tmp_path, how):
     """What docs/security.md says of `torch.export.load`: it runs what a file tells it to."""
     mark = tmp_path / "mark"
-    path = _edit(file, tmp_path / "m.pt2", HOSTILE[how](mark))
+    path = edited(file, tmp_path / "m.pt2", HOSTILE[how](mark))
     with contextlib.suppress(Exception):  # it may fail afterwards
         torch.export.load(path).module()
     assert mark.exists()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.cli.app import app
-from ctfp8_compile.cli.bench import Decoder
+from ctfp8_compile.cli.decoder import Decoder
 
 SHIPPED = DATA.parent.parent / "examples/models"
 
