@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SchemeError
-from .files import FP8_DTYPE, Checkpoint, TensorInfo, check_config_file, checkpoint_files
+from ..errors import CheckpointError, SchemeError
+from .files import FP8_DTYPE, Checkpoint, TensorInfo, check_config_file, checkpoint_files, nbytes
 from .formats import config_of_folder
+from .packed import PackedWeight, find, seen_as_weights
 from .scheme import Schemes
-
-_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I16": 16}
 
 
 @dataclass(frozen=True)
@@ -71,21 +70,28 @@ def look(folder: Path) -> Contents:
     config = json.loads((folder / "config.json").read_text())
     schemes, instead = _schemes(folder, config)
     tensors = Checkpoint(files, {} if schemes is None else schemes.dialect.suffixes)
-    counts: Counter[tuple[str, tuple[int, ...], str, str]] = Counter()
+    packed, why_not = _packed(tensors, schemes)
+    counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0
-    for name, info in tensors.items():
-        size = _nbytes(info)
-        if info.dtype == FP8_DTYPE:
+    for name, info in seen_as_weights(tensors, packed).items():
+        size = nbytes(info)
+        what = _what(name, info, schemes, why_not)
+        if name in packed:
+            weight = packed[name]
+            info, size = weight.codes, sum(map(nbytes, weight.parts.values()))
+            other, bf16 = other + size, bf16 + 2 * math.prod(weight.info.shape)
+            what = f"another format, decompressed while loading: {weight.kind}"
+        elif info.dtype == FP8_DTYPE:
             fp8, bf16 = fp8 + size, bf16 + 2 * size
         elif name.endswith(("_scale", "_zero_point")):
             scales += size
             continue
         else:
             other, bf16 = other + size, bf16 + size
-        counts[re.sub(r"\d+", "*", info.name), info.shape, info.dtype, _what(name, info, schemes)] += 1
+        counts[re.sub(r"\d+", "*", info.name), info.shape, info.dtype, size, what] += 1
     rows = [
-        Row(name, n, shape, dtype, n * math.prod(shape) * _BITS.get(dtype, 8) // 8, dtype == FP8_DTYPE, what)
-        for (name, shape, dtype, what), n in counts.items()
+        Row(name, n, shape, dtype, n * size, dtype == FP8_DTYPE, what)
+        for (name, shape, dtype, size, what), n in counts.items()
     ]
     rows.sort(key=lambda row: (not row.fp8, row.what, -row.nbytes, row.name))
     described = Counter(row.what for row in rows if row.fp8)
@@ -114,11 +120,15 @@ def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]
         return None, f"another format: {error}"
 
 
-def _nbytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * _BITS.get(info.dtype, 8) // 8
+def _packed(tensors: Checkpoint, schemes: Schemes | None) -> tuple[dict[str, PackedWeight], str]:
+    """Weights in other formats; or none, and why they cannot be read."""
+    try:
+        return ({} if schemes is None else find(tensors, schemes, read_shapes=False)), ""
+    except (CheckpointError, SchemeError) as error:
+        return {}, str(error)
 
 
-def _what(name: str, info: TensorInfo, schemes: Schemes | None) -> str:
+def _what(name: str, info: TensorInfo, schemes: Schemes | None, why_not: str) -> str:
     module, _, leaf = name.rpartition(".")
     if schemes is None:
         return "not a matrix" if len(info.shape) < 2 else f"{info.dtype} matrices"
@@ -128,7 +138,7 @@ def _what(name: str, info: TensorInfo, schemes: Schemes | None) -> str:
         except SchemeError as error:
             return str(error)
     if leaf == "weight_packed" or info.dtype in ("I8", "U8"):
-        return f"another format: {schemes.describe(module)}"
+        return f"another format: {why_not}"
     if leaf != "weight" or len(info.shape) < 2:
         return "not a matrix"
     if schemes.ignores(module):

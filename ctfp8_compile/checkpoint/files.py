@@ -6,7 +6,9 @@ built: truncated files, missing shards, FP8 weights without a scale, scales of a
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,9 +24,12 @@ from .formats import Suffixes, canonical_names
 from .scheme import Scheme
 
 FP8_DTYPE = "F8_E4M3"
+PACKED = "packed"  #: of a weight in another format, seen as one tensor (`packed.seen_as_weights`)
 SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 #: Of scales that are powers of two: a byte e stands for 2^(e - 127), 255 for NaN.
 EXPONENT_DTYPES = {"U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
+#: Of codes in other formats than FP8.
+CODE_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -82,7 +87,17 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Reads some (small) tensors."""
-        return {name: self._open_files[self[name].file].get_tensor(self[name].name) for name in names}
+        return {name: self.read_stored(self[name]) for name in names}
+
+    def read_stored(self, info: TensorInfo) -> Tensor:
+        """Reads a tensor by what its file calls it."""
+        return self._open_files[info.file].get_tensor(info.name)
+
+    def changed(self, hidden: Collection[str], added: Mapping[str, TensorInfo]) -> Checkpoint:
+        """The same files, seen without some tensors and with others in their place."""
+        out = copy.copy(self)
+        out._tensors = {name: info for name, info in self._tensors.items() if name not in hidden} | dict(added)
+        return out
 
 
 class InMemory(Checkpoint):
@@ -96,13 +111,19 @@ class InMemory(Checkpoint):
         }
         self._spell(suffixes)
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._state[self[name].name] for name in names}
+    def read_stored(self, info: TensorInfo) -> Tensor:
+        return self._state[info.name]
 
 
 _DTYPE_NAMES = {torch.float8_e4m3fn: FP8_DTYPE, torch.float8_e5m2: "F8_E5M2"} | {
-    dtype: name for name, dtype in (SCALE_DTYPES | EXPONENT_DTYPES).items()
+    dtype: name for name, dtype in (SCALE_DTYPES | EXPONENT_DTYPES | CODE_DTYPES).items()
 }
+
+
+def nbytes(info: TensorInfo) -> int:
+    """Bytes of a tensor in its file."""
+    sizes = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+    return math.prod(info.shape) * sizes.get(info.dtype, 1)
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -154,7 +175,7 @@ def check_weight(info: TensorInfo) -> None:
     """Refuses a dtype that a floating-point parameter cannot be filled from without losing what it says."""
     if info.dtype == "F8_E5M2":
         raise CheckpointError(f"{info}: float8_e5m2 weights are not supported, only float8_e4m3fn. Quantize it again.")
-    if info.dtype not in (FP8_DTYPE, "F64", *SCALE_DTYPES):
+    if info.dtype not in (FP8_DTYPE, PACKED, "F64", *SCALE_DTYPES):
         raise CheckpointError(
             f"{info}: not a floating-point tensor, as the model declares it. Download the file again."
         )

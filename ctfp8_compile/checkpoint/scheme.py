@@ -179,13 +179,13 @@ _LINEAR = torch.nn.Linear(1, 1, device="meta")
 
 def _reduce(scheme: QuantizationScheme, bound: float | None) -> Scheme:
     weights = scheme.weights
-    if weights is None or not _is_fp8(weights):
+    if weights is None or not is_fp8(weights):
         raise SchemeError(f"its weights are not FP8 ({_describe(weights)}), but the file holds float8_e4m3fn")
     if not weights.symmetric:
         raise SchemeError("asymmetric FP8 weights (zero points) are not supported")
     if scheme.output_activations is not None:
         raise SchemeError("quantized outputs (output_activations) are not supported")
-    strategy = _value(weights.strategy)
+    strategy = word(weights.strategy)
     if strategy == "tensor":
         block = (0, 0)
     elif strategy == "channel":
@@ -205,9 +205,9 @@ def _reduce(scheme: QuantizationScheme, bound: float | None) -> Scheme:
 def _activation(args: QuantizationArgs | None) -> str:
     if args is None:
         return "none"
-    if not _is_fp8(args) or not args.symmetric:
+    if not is_fp8(args) or not args.symmetric:
         raise SchemeError(f"activations that are not symmetric FP8 ({_describe(args)}) are not supported")
-    strategy, dynamic = _value(args.strategy), args.dynamic
+    strategy, dynamic = word(args.strategy), args.dynamic
     if strategy == "tensor":
         return "tensor" if dynamic is False else "tensor_dynamic"
     if strategy == "token" and dynamic is True:
@@ -221,13 +221,15 @@ def _activation(args: QuantizationArgs | None) -> str:
     )
 
 
-def _is_fp8(args: QuantizationArgs) -> bool:
-    return _value(args.type) == "float" and args.num_bits == 8
+def is_fp8(args: QuantizationArgs) -> bool:
+    """Whether values are stored as 8-bit floats."""
+    return word(args.type) == "float" and args.num_bits == 8
 
 
 def _describe(args: QuantizationArgs | None) -> str:
-    return "none" if args is None else f"{args.num_bits}-bit {_value(args.type)}"
+    return "none" if args is None else f"{args.num_bits}-bit {word(args.type)}"
 
 
-def _value(enum_or_str: Any) -> str:
+def word(enum_or_str: Any) -> str:
+    """compressed-tensors keeps either."""
     return str(getattr(enum_or_str, "value", enum_or_str))

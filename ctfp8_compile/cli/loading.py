@@ -11,8 +11,10 @@ import transformers
 from huggingface_hub.utils import disable_progress_bars
 
 from .. import from_pretrained
+from ..checkpoint.packed import sentence
 from ..errors import CheckpointError
 from .headers import is_folder
+from .terminal import err, escape
 
 
 def load(checkpoint: str, debug: bool = False, **kwargs: Any) -> Any:
@@ -25,7 +27,11 @@ def load(checkpoint: str, debug: bool = False, **kwargs: Any) -> Any:
     is_folder(checkpoint)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
-    return from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **kwargs)
+    model = from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **kwargs)
+    packed = getattr(getattr(model, "hf_quantizer", None), "packed", {})
+    if weights := [weight for info in packed.values() for weight in info.weights.values()]:
+        err().print(escape(f"{sentence(weights, model.dtype)}."), soft_wrap=True)
+    return model
 
 
 def load_tokenizer(checkpoint: str) -> Any:

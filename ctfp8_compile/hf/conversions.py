@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..checkpoint import files as ckpt
 from ..checkpoint.layout import Layout, identity, trace
 from ..errors import CheckpointError
-from ..model.plan import QuantizedParameter
 from .compat import (
     Concatenate,
     ConversionOps,
@@ -35,7 +34,7 @@ from .parallel import local_layout
 
 
 def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """For each parameter of the model that the checkpoint holds in FP8: what its rows come from."""
+    """For each parameter of the model that the checkpoint holds in FP8, or packed: what its rows come from."""
     conversions = get_model_conversion_mapping(model)
     conversions += per_expert_conversions(model, conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -55,16 +54,19 @@ def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]
             for name, _ in sources:
                 ckpt.check_weight(tensors[name])
         pattern = sources[0][1]
-        fp8 = [tensors[name].dtype == ckpt.FP8_DTYPE for name, _ in sources]
-        if not any(fp8):
+        kinds = [
+            dtype if (dtype := tensors[name].dtype) in (ckpt.FP8_DTYPE, ckpt.PACKED) else "" for name, _ in sources
+        ]
+        if not any(kinds):
             if pattern is not None:  # transformers' own error would name nothing
                 empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
                 _convert(model, by_pattern[pattern], target, sources, tensors, empty)
             continue
-        if not all(fp8):
+        if len(set(kinds)) > 1:
+            (usual, _), *_, (odd, _) = Counter(kinds).most_common()
             raise CheckpointError(
-                f"{tensors[sources[fp8.index(False)][0]]} is not FP8, but {tensors[sources[fp8.index(True)][0]]} is, and "
-                f"both are part of {target}. Quantize all of them, or none."
+                f"{tensors[sources[kinds.index(odd)][0]]} is not stored as {tensors[sources[kinds.index(usual)][0]]} is, and "
+                f"both are part of {target}. Quantize all of them alike, or none."
             )
         if pattern is None:
             info = tensors[sources[0][0]]
@@ -111,12 +113,12 @@ class PlaceRows(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(self, plans: Mapping[str, QuantizedParameter], operations: list[ConversionOps]):
-        self.plans, self.operations = plans, operations
+    def __init__(self, layouts: Mapping[str, Layout], operations: list[ConversionOps]):
+        self.layouts, self.operations = layouts, operations
         self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaceRows:
-        return PlaceRows(self.plans, copy.deepcopy(self.operations, memo))
+        return PlaceRows(self.layouts, copy.deepcopy(self.operations, memo))
 
     def convert(
         self,
@@ -127,9 +129,11 @@ class PlaceRows(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
-        if any(name in self.plans for name in targets.values()):
+        if any(name in self.layouts for name in targets.values()):
             return {
-                pattern: self._place(self.plans[name], input_dict, source_patterns, kwargs["model"].get_parameter(name))
+                pattern: self._place(
+                    self.layouts[name], input_dict, source_patterns, kwargs["model"].get_parameter(name)
+                )
                 for pattern, name in targets.items()
             }
         for operation in self.operations:
@@ -140,11 +144,9 @@ class PlaceRows(ConversionOps):
         return input_dict
 
     @staticmethod
-    def _place(
-        info: QuantizedParameter, collected: dict[str, Any], source_patterns: list[str], declared: Tensor
-    ) -> Tensor:
+    def _place(layout: Layout, collected: dict[str, Any], source_patterns: list[str], declared: Tensor) -> Tensor:
         tensors = [t for pattern in source_patterns if pattern in collected for t in _as_list(collected[pattern])]
-        layout = local_layout(info.layout, declared)
+        layout = local_layout(layout, declared)
         read = [t for t in tensors if t is not None]  # what other ranks have is not
         return layout.weight(dict(zip(layout.sources, read, strict=True)))
 

@@ -33,6 +33,7 @@ def from_pretrained(
     auto_class: Any = AutoModelForCausalLM,
     dequantize: bool = False,
     in_memory: bool = False,
+    strict: bool = False,
     **transformers_kwargs: Any,
 ) -> Any:
     """Loads an FP8 checkpoint with its weights, MoE experts included, left in float8_e4m3fn.
@@ -45,6 +46,8 @@ def from_pretrained(
         dequantize: return a plain model in `dtype` instead (weights bit-exact with compressed-tensors' dequantize).
         in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
+        strict: refuse a file with weights in other formats than FP8 (INT8, packed INT4, NVFP4). By default they are
+            decompressed while loading, as compressed-tensors does it, and a warning says how many bytes that costs.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
             `dtype` is what FP8 weights dequantize to and what the other weights are loaded in. With
             `distributed_config=DistributedConfig(tp_size=N)`, on N processes started by torchrun, each has a part.
@@ -64,7 +67,7 @@ def from_pretrained(
         folder = Path(path_or_id)
         if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             ckpt.Checkpoint(ckpt.checkpoint_files(folder))
-        config = _private_config(path_or_id, transformers_kwargs)
+        config = _private_config(path_or_id, transformers_kwargs, strict)
     if distributed is not None:
         transformers_kwargs["distributed_config"] = distributed
     with together(distributed):
@@ -89,6 +92,7 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
     """Writes the model as the checkpoint it came from: its config, and names, shapes, dtypes and bits of its tensors.
 
     `model.save_pretrained(folder)` does the same, but for ModelOpt's `hf_quant_config.json`: it becomes part of `config.json`.
+    Of a mixed file, weights in other formats than FP8 are read again from where the model was loaded.
 
     Args:
         model: loaded by `from_pretrained` or prepared by `prepare`.
@@ -125,6 +129,12 @@ def prepare(model: Any) -> Any:
             f"transformers loads {dialect!r} checkpoints into modules of its own, or decompresses them. Load this one with "
             "ctfp8.from_pretrained, which keeps the model's modules and its FP8 weights."
         )
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight_packed") or (name.endswith(".weight") and not parameter.is_floating_point()):
+            raise UsageError(
+                f"{name} is in another format than FP8, which only loading decompresses. Load the checkpoint with "
+                "ctfp8.from_pretrained."
+            )
     weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
     _refuse_decompressed(model, quantizer.schemes, fp8)
@@ -166,7 +176,7 @@ def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]
             )
 
 
-def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> PretrainedConfig:
+def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool) -> PretrainedConfig:
     """The checkpoint's config with `quant_method` swapped for our private name; taken out of `kwargs` if given there."""
     config = kwargs.pop("config", None)
     hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
@@ -187,7 +197,7 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any]) -> Pretraine
         if not isinstance(quantization, dict):
             quantization = quantization.to_dict()
         Schemes(quantization)  # says what is wrong with it, in our words
-        holder.quantization_config = Config.of(quantization)
+        holder.quantization_config = Config.of(quantization, strict)
         found = True
     if not found:
         raise SchemeError(

@@ -7,19 +7,23 @@ read, checked and laid out before the first weight is loaded. What becomes of ro
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import files as ckpt
+from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
 from ..checkpoint.shard import Cuts
-from ..errors import SchemeError, UsageError
+from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..ops import FP8
@@ -27,6 +31,7 @@ from .compat import (
     HfQuantizer,
     QuantizationConfigMixin,
     WeightConverter,
+    WeightRenaming,
     register_quantization_config,
     register_quantizer,
     remove_tied_weights_from_state_dict,
@@ -36,6 +41,9 @@ from .conversions import PlaceRows, layouts, per_expert_conversions
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, is_first, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
+#: Codes of other formats take the weight's name, and so its way through all of the model's conversions.
+_CODES_ARE_WEIGHTS = WeightRenaming(r"\.weight_packed$", ".weight")
+
 METHOD = "ctfp8"  #: the private name under which transformers finds this quantizer while it loads
 
 
@@ -43,14 +51,15 @@ METHOD = "ctfp8"  #: the private name under which transformers finds this quanti
 class Config(QuantizationConfigMixin):
     """A checkpoint's quantization config, of any dialect, under our name. What is saved is the one that was read."""
 
-    def __init__(self, stored: Mapping[str, Any], **kwargs: Any):
+    def __init__(self, stored: Mapping[str, Any], strict: bool = False, **kwargs: Any):
         self.quant_method = METHOD
         self.stored = stored
+        self.strict = strict
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> dict[str, Any]:
+    def of(cls, stored: Mapping[str, Any], strict: bool) -> dict[str, Any]:
         """What to put in a model's config so that transformers makes one of these of it."""
-        return {"quant_method": METHOD, "stored": dict(stored)}
+        return {"quant_method": METHOD, "stored": dict(stored), "strict": strict}
 
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(dict(self.stored))
@@ -70,9 +79,12 @@ class Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Config, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.schemes = Schemes(quantization_config.stored)
+        self.strict = quantization_config.strict
         # from here on everybody sees the stock method
         quantization_config.quant_method = self.schemes.dialect.name
         self.plans: dict[str, QuantizedParameter] = {}
+        #: Of a mixed file, by name, the parameters in other formats than FP8.
+        self.packed: dict[str, PackedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.cache_scales: dict[str, Tensor] = {}
         #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
@@ -82,36 +94,63 @@ class Quantizer(HfQuantizer):
         return True
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        return None if str(param.get_dtype()) == ckpt.FP8_DTYPE else dtype
+        stored = str(param.get_dtype())
+        return None if stored == ckpt.FP8_DTYPE or not stored.startswith(("F", "BF")) else dtype
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        if param_name in self.packed:  # what it takes once decompressed
+            info = self.packed[param_name]
+            return math.prod(info.layout.shape) * info.dtype.itemsize / param.numel()
         return param.element_size()
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if is_distributed(model):
             check_heads(model)
             mark_local(model)
-        tensors = ckpt.Checkpoint(checkpoint_files or (), self.schemes.dialect.suffixes)
-        _refuse_other_formats(tensors, self.schemes)
+        files = tuple(map(Path, checkpoint_files or ()))
+        tensors = ckpt.Checkpoint(files, self.schemes.dialect.suffixes)
         declared = model.state_dict()
+        stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
+            packed = find(tensors, self.schemes)
+            tensors = seen_as_weights(tensors, packed)
             for target, layout in layouts(model, tensors, declared).items():
-                self.plans[target] = plan(tensors, self.schemes, layout, declared[target].dtype)
+                dtype = declared[target].dtype
+                if tensors[layout.sources[0]].dtype == ckpt.PACKED:
+                    info = self.packed[target] = PackedParameter.of(target, layout, dtype, packed)
+                    stored[target] = torch.empty(info.codes_layout.shape, dtype=info.codes_dtype, device="meta")
+                else:
+                    self.plans[target] = plan(tensors, self.schemes, layout, dtype)
+                    stored[target] = torch.empty(layout.shape, dtype=FP8, device="meta")
+            if packed:
+                self._accept_packed(model, packed)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
+            self.others = {target: info.read(tensors) for target, info in self.packed.items()}
             self._set_cache_scales_aside(tensors)
-        for target, info in self.plans.items():
+        self.files = files
+        for target, tensor in stored.items():
             path, _, leaf = target.rpartition(".")
-            stored = torch.empty(info.layout.shape, dtype=FP8, device="meta")
-            model.get_submodule(path)._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
-            model.all_tied_weights_keys.pop(target, None)  # the file has its own FP8 copy: not tied to a bf16 one
+            model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
         # the scales were read above; the loader finds no place for them, which is as it should be
-        endings = "|".join(map(re.escape, ("weight_scale", "input_scale", *self.schemes.dialect.suffixes)))
+        leaves = {leaf for weight in packed.values() for leaf in weight.parts} - {"weight", "weight_packed"}
+        endings = "|".join(map(re.escape, {"weight_scale", "input_scale", *self.schemes.dialect.suffixes, *leaves}))
         ours = {rf"(^|[._])({endings})$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         if is_distributed(model):
             rewrite_plan(model, plan, {target for target, info in self.plans.items() if info.layout.transposed})
+
+    def _accept_packed(self, model: Any, packed: Mapping[str, PackedWeight]) -> None:
+        """Says what weights in other formats than FP8 cost, or refuses them."""
+        what = sentence(packed.values(), model.dtype)
+        if self.strict or not self.plans:
+            why = "strict=True refuses that" if self.strict else "there is no FP8 weight beside them"
+            raise SchemeError(f"{what}; {why}. Load the checkpoint with transformers.")
+        if is_distributed(model):
+            raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
+        warnings.warn(f"{what}.", stacklevel=2)
 
     def _set_cache_scales_aside(self, tensors: ckpt.Checkpoint) -> None:
         """Scales of a quantized KV cache are not used here, and written back by `save_pretrained`."""
@@ -130,23 +169,30 @@ class Quantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
+        placed = {target: info.layout for target, info in self.plans.items()}
+        placed |= {target: info.codes_layout for target, info in self.packed.items()}
         return [
-            c.copy(
-                c._original_source_patterns,
-                c._original_target_patterns,
-                operations=[PlaceRows(self.plans, c.operations)],
-            )
-            if isinstance(c, WeightConverter)
-            else c
-            for c in conversions
+            *([_CODES_ARE_WEIGHTS] if self.packed else []),
+            *(
+                c.copy(
+                    c._original_source_patterns,
+                    c._original_target_patterns,
+                    operations=[PlaceRows(placed, c.operations)],
+                )
+                if isinstance(c, WeightConverter)
+                else c
+                for c in conversions
+            ),
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        elsewhere = [target for target in self.plans if model.get_parameter(target).device.type == "meta"]
+        elsewhere = [
+            target for target in (*self.plans, *self.packed) if model.get_parameter(target).device.type == "meta"
+        ]
         if elsewhere:
             raise UsageError(
-                f"{elsewhere[0]} is to stay on disk ({len(elsewhere)} FP8 weights in all), which is not supported: they are kept "
-                "on a device or in memory. Give device_map or max_memory room for them."
+                f"{elsewhere[0]} is to stay on disk ({len(elsewhere)} quantized weights in all), which is not supported: they "
+                "are kept on a device or in memory. Give device_map or max_memory room for them."
             )
         if is_distributed(model):
             self.cuts = localize(model)
@@ -156,6 +202,10 @@ class Quantizer(HfQuantizer):
             scales = self.scales.pop(target)
             local = cut(info, *scales, self.cuts[target][1]) if target in self.cuts else (info, *scales)
             attach(model.get_submodule(path), leaf, *local)
+        for target, packed in self.packed.items():
+            path, _, leaf = target.rpartition(".")
+            value = packed.value(model.get_parameter(target).data, self.others.pop(target))
+            model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         for module in model.modules():
             # models ask for this flag to work around weights they cannot read; ours read like any other
             if isinstance(module, PreTrainedModel):
@@ -165,11 +215,14 @@ class Quantizer(HfQuantizer):
 
     def take_over_saving(self, model: Any) -> None:
         """From now on the state dict we give `save_pretrained` is in the checkpoint's names; transformers reverts nothing."""
-        self.conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
+        conversions = getattr(model, "_weight_conversions", None)
+        self.conversions = conversions and [c for c in conversions if c is not _CODES_ARE_WEIGHTS]
+        model._weight_conversions = []
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: FP8 tensors as the checkpoint had them, the rest as transformers would save it."""
-        plain = {k: v for k, v in model.state_dict().items() if ".parametrizations." not in f".{k}"}
+        state = model.state_dict()
+        plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in self.packed}
         plain = remove_tied_weights_from_state_dict(plain, model)
         plain = {k: gather(v, *self.cuts[k]) if k in self.cuts else v for k, v in plain.items()}
         writes = not self.cuts or is_first()
@@ -184,7 +237,39 @@ class Quantizer(HfQuantizer):
                 weight, dequantize = gather_quantized(weight, dequantize, self.plans[name])
             if writes:
                 state |= _checkpoint_tensors(dequantize, weight)
+        state |= self._packed_tensors(model)
         return (state | self.cache_scales if writes else {}), {}
+
+    def _packed_tensors(self, model: Any) -> dict[str, Tensor]:
+        """What the file has in other formats than FP8, read from it again: values do not give back codes bit for bit.
+
+        Raises:
+            UsageError: the file is not there any more, or a value is not what it says.
+        """
+        if not self.packed:
+            return {}
+        try:
+            tensors = ckpt.Checkpoint(self.files)
+            out: dict[str, Tensor] = {}
+            for target, info in self.packed.items():
+                parts = {
+                    name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items()}
+                    for name, weight in info.weights.items()
+                }
+                value = info.value(info.codes(parts), parts)
+                if not torch.equal(value, model.get_parameter(target).to(value.device)):
+                    raise UsageError(
+                        f"{target} was decompressed and has changed since, so that it cannot be saved as it was read. Load the "
+                        "checkpoint with ctfp8.from_pretrained(..., dequantize=True) to change weights."
+                    )
+                for name, weight in info.weights.items():
+                    out |= {part.name: parts[name][leaf].clone() for leaf, part in weight.parts.items()}
+        except (CheckpointError, SafetensorError) as error:
+            raise UsageError(
+                f"{len(self.packed)} weights were decompressed while loading, and are saved as their file has them; it has "
+                f"changed since ({error}). Load the checkpoint again."
+            ) from error
+        return out
 
 
 def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
@@ -199,19 +284,3 @@ def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Ten
     for source, stored in info.input_scales.items():
         out[stored.name] = dequantize.static_scale(source).clone()
     return out
-
-
-def _refuse_other_formats(tensors: ckpt.Checkpoint, schemes: Schemes) -> None:
-    """INT4 and other packed formats, and INT8."""
-    found: dict[str, ckpt.TensorInfo] = {}
-    for name, info in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed" or (leaf == "weight" and info.dtype in ("I8", "U8")):
-            found[module] = info
-    if found:
-        groups = sorted({schemes.describe(module) for module in found})
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise SchemeError(
-            f"{next(iter(found.values()))}{more}: quantized in another format than FP8, {' and '.join(groups)}; only "
-            "float8_e4m3fn weights with float scales are supported. Load the checkpoint with transformers."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..checkpoint import files as ckpt
 from ..checkpoint.inferred import SUFFIXES, infer
 from ..checkpoint.layout import identity
+from ..checkpoint.packed import find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError
 from .freeze import freeze
@@ -32,6 +34,8 @@ def load_state_dict(
         quantization_config: as in a checkpoint's `config.json`, of any dialect. None: the shapes of scales say how weights
             are quantized (`weight_scale`, `scale_weight` or `weight_scale_inv`), and a warning what they said.
 
+    Weights in other formats that compressed-tensors writes are decompressed; a warning says how many bytes that costs.
+
     Returns:
         `module`, in eval mode, its quantized parameters still float8_e4m3fn. They dequantize to the dtype the module's
         parameter had.
@@ -40,12 +44,15 @@ def load_state_dict(
         CheckpointError: a parameter or scale is missing, left over, of the wrong shape or value.
         SchemeError: the config does not cover an FP8 weight, or is of no dialect we know.
     """
+    tensors: ckpt.Checkpoint
     if quantization_config is None:
         tensors = ckpt.InMemory({k: v for k, v in state_dict.items() if k != _MARKER}, SUFFIXES)
         schemes = Schemes(infer(tensors))
     else:
         schemes = Schemes(quantization_config)
         tensors = ckpt.InMemory(state_dict, schemes.dialect.suffixes)
+    packed = find(tensors, schemes)
+    tensors = seen_as_weights(tensors, packed)
     own = module.state_dict()
     buffers = {name for name, _ in module.named_buffers()}
     plans: dict[str, QuantizedParameter] = {}
@@ -71,13 +78,19 @@ def load_state_dict(
         raise CheckpointError(
             f"{extra[0]}: in the state dict, but the module has no such parameter ({len(extra)} in all)."
         )
+    if packed:
+        warnings.warn(f"{sentence(packed.values(), own[next(iter(packed))].dtype)}.", stacklevel=2)
     scales = {name: read_scales(tensors, info) for name, info in plans.items()}
     for name in own:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        value = state_dict[name].detach()
+        if name in packed:
+            parts = {leaf: tensors.read_stored(part) for leaf, part in packed[name].parts.items()}
+            value = packed[name].decompress(parts, own[name].dtype)
+        else:
+            value = state_dict[name].detach()
         if name not in plans:
-            value = value.to(own[name].dtype, copy=True)
+            value = value.to(own[name].dtype, copy=name not in packed)
         if name in buffers:
             owner._buffers[leaf] = value
             continue
