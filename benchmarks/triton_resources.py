@@ -57,18 +57,19 @@ class Built:
     Attributes:
         registers, local: of a thread; `local` are bytes it spills to memory.
         shared: bytes of a program.
-        ptx, sass: its code.
+        ptx, cubin: its code.
     """
 
     registers: int
     local: int
     shared: int
     ptx: str
-    sass: str
+    cubin: bytes
 
     def loop(self) -> list[str]:
         """The instructions of the longest loop that holds no other."""
-        found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", self.sass)]
+        sass = _cuobjdump("-sass", self.cubin)
+        found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
         ends = [(int(b[1], 16), at) for at, text in found if (b := re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text))]
         loops = [(first, last) for first, last in ends if first < last]
         inner = [
@@ -127,20 +128,20 @@ def build(launch: Launch, capability: int) -> Built:
     options = {name: launch.arguments[name] for name in ("num_warps", "num_stages")}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(made.asm["cubin"])
-        usage = _cuobjdump("-res-usage", path)
-        sass = _cuobjdump("-sass", path)
+    cubin = made.asm["cubin"]
+    usage = _cuobjdump("-res-usage", cubin)
     used = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage)
     assert used is not None, usage
-    return Built(int(used[1]), int(used[2]), made.metadata.shared, made.asm["ptx"], sass)
+    return Built(int(used[1]), int(used[2]), made.metadata.shared, made.asm["ptx"], cubin)
 
 
-def _cuobjdump(what: str, path: Path) -> str:
-    return subprocess.run(
-        [_BIN / "cuobjdump", what, path], check=True, capture_output=True, text=True, env={"PATH": str(_BIN)}
-    ).stdout
+def _cuobjdump(what: str, cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run(
+            [_BIN / "cuobjdump", what, path], check=True, capture_output=True, text=True, env={"PATH": str(_BIN)}
+        ).stdout
 
 
 def linear(
