@@ -98,7 +98,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     count = rows.shape[0]
     out = rows.new_empty((count, features))
     if not _empty(count, features):
-        tile, options = _options(count, weight, block)
+        tile, options = _options(x, count, weight, block)
         grid = (_tiles(count, tile.rows) * _tiles(features, tile.outputs),)
         wrap_triton(_kernels().linear_kernel)[grid](
             rows, _codes(weight), weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
@@ -113,7 +113,7 @@ def grouped_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, bl
     (experts, features, cols), count = weight.shape, x.shape[0]
     out = x.new_empty((count, features))
     if not _empty(count, features):
-        tile, options = _options(_share(count, experts), weight, block, experts)
+        tile, options = _options(x, _share(count, experts), weight, block, experts)
         slots = _tiles(count, tile.rows) + experts  # each expert may end in a tile that is not full
         slots = min(slots, count) if isinstance(count, int) else slots
         wrap_triton(_kernels().grouped_kernel)[(slots, _tiles(features, tile.outputs))](
@@ -129,7 +129,7 @@ def gathered_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, bl
     (_, features, cols), count = weight.shape, x.shape[0]
     out = x.new_empty((count, features))
     if not _empty(count, features):
-        tile, options = _options(1, weight, block, count if isinstance(count, int) else 1)
+        tile, options = _options(x, 1, weight, block, count if isinstance(count, int) else 1)
         window = min(_WINDOW, max(16, tiles.power_of_two(count))) if isinstance(count, int) else _WINDOW
         wrap_triton(_kernels().gathered_kernel)[(count, _tiles(features, tile.outputs))](
             x.contiguous(), _codes(weight), weight_scale.contiguous(), ids.contiguous(), out,
@@ -145,11 +145,13 @@ def _kernels() -> Any:
     return kernels
 
 
-def _options(rows: Any, weight: Tensor, block: Sequence[int], matrices: int = 1) -> tuple[tiles.Tile, dict[str, Any]]:
+def _options(
+    x: Tensor, rows: Any, weight: Tensor, block: Sequence[int], matrices: int = 1
+) -> tuple[tiles.Tile, dict[str, Any]]:
     """The tile, and what every kernel is compiled for."""
     features, cols = weight.shape[-2:]
     block_cols = block[1] if block[1] < cols else 0
-    tile = tiles.choose(rows, features, cols, block_cols, matrices)
+    tile = tiles.choose(rows, features, cols, block_cols, matrices, x.element_size())
     even = cols % tile.cols == 0 and block_cols % tile.cols == 0 and cols % (block_cols or cols) == 0
     return tile, {
         "BLOCK_ROWS": min(block[0], features),

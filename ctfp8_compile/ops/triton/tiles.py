@@ -7,7 +7,7 @@ instructions: tiles are as large as their accumulators allow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 #: As many programs keep the multiprocessors of a large GPU (an H100 has 132) busy; with fewer, tiles are made smaller.
@@ -32,12 +32,19 @@ class Tile:
     stages: int
 
 
-def choose(rows: Any, outputs: int, cols: int, block_cols: int, matrices: int = 1) -> Tile:
+def choose(rows: Any, outputs: int, cols: int, block_cols: int, matrices: int = 1, itemsize: int = 2) -> Tile:
     """The tile for `rows` rows of each of some matrices `[outputs, cols]`; rows that are not known take a middle one.
 
     Args:
         block_cols: columns that share a scale, 0 if all do; a wider tile would be cut where they end.
+        itemsize: bytes of an element of `x`.
     """
+    tile = _tile(rows, outputs, cols, block_cols, matrices)
+    # float32 tiles are twice as large; three of them do not fit the 99 KB that sm89 and sm120 have
+    return tile if itemsize <= 2 else replace(tile, stages=2)
+
+
+def _tile(rows: Any, outputs: int, cols: int, block_cols: int, matrices: int) -> Tile:
     fit = _fit(block_cols or cols)
     if not isinstance(rows, int):
         return Tile(64, 64, min(128, fit), 1, 4, 3)
