@@ -12,7 +12,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import ops  # defines the ctfp8:: operators
-from .errors import ArtifactError, CheckpointError, Ctfp8Error, InputError, SchemeError, TargetError, UsageError
+from .errors import (
+    ArtifactError,
+    CheckpointError,
+    Ctfp8Error,
+    InputError,
+    RankError,
+    SchemeError,
+    TargetError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from .aot.export import export
@@ -34,6 +43,7 @@ __all__ = [
     "Ctfp8Error",
     "Entry",
     "InputError",
+    "RankError",
     "Report",
     "SchemeError",
     "StaticCacheDecoder",

@@ -40,6 +40,8 @@ PRIVATE = {
     "load_pt2": ("torch.export.pt2_archive._package.load_pt2", "2.11 2.13 2.14"),
     "make_fx": ("torch.fx.experimental.proxy_tensor.make_fx", "2.11 2.13 2.14"),
     "functional_collectives": ("torch.distributed._functional_collectives", "2.11 2.13 2.14"),
+    "resolve_process_group": ("torch.distributed.distributed_c10d._resolve_process_group", "2.11 2.13 2.14"),
+    "_world": ("torch.distributed.distributed_c10d._world", "2.11 2.13 2.14"),
     "free_symbols": ("torch.fx.experimental.symbolic_shapes.free_symbols", "2.11 2.13 2.14"),
     "statically_known_true": ("torch.fx.experimental.symbolic_shapes.statically_known_true", "2.11 2.13 2.14"),
     "detect_fake_mode": ("torch._guards.detect_fake_mode", "2.11 2.13 2.14"),
@@ -93,6 +95,11 @@ def following(program: ExportedProgram) -> AbstractContextManager[Any]:
 def forget_example_inputs(program: ExportedProgram) -> None:
     """They would be pickled into the file."""
     program._example_inputs = None
+
+
+def process_groups() -> list[Any]:
+    """The process groups that this process is in, in the order they were made."""
+    return list(__getattr__("_world").pg_map)
 
 
 def set_range_constraints(program: ExportedProgram, ranges: dict[Any, Any]) -> None:

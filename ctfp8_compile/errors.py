@@ -29,3 +29,7 @@ class ArtifactError(Ctfp8Error, ValueError):
 
 class InputError(Ctfp8Error, TypeError):
     """A loaded artifact was called with inputs it was not exported for."""
+
+
+class RankError(Ctfp8Error, RuntimeError):
+    """Another one of several processes failed or ended, or they were started in another way than a file was made for."""

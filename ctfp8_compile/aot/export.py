@@ -26,12 +26,16 @@ from ..compat import (
 )
 from ..errors import ArtifactError, TargetError, UsageError
 from ..model.parametrization import quantized_parameters
+from ..model.ranks import agree, together
+from ..model.storage import detach_from_mmap
 from ..report import Report
 from ..target import Target
 from .call import inputs_of, positional_names, ranges_of
 from .lower import ONLY_THERE, rewrite, target_of, trace
 from .manifest import NAME, Manifest
 from .operators import check_operator
+from .parts import is_spread, with_parts
+from .ranks import ranks_of
 
 aten = torch.ops.aten
 
@@ -52,6 +56,8 @@ def export(
     its machine back (`ctfp8_compile.passes.annotate`). For cuda and xpu it may name operators of fbgemm, and of this package
     (weight-only matmuls).
 
+    Of a model that is spread over several processes each writes a file of its own, which `load` takes on that rank only.
+
     For a language model with a static cache see `StaticCacheDecoder`.
 
     Args:
@@ -69,7 +75,21 @@ def export(
         TargetError: not a target, or `package="aoti"` for another machine.
         UsageError: the call takes or returns objects that only transformers can rebuild.
     """
-    path, target = Path(path), target_of(model, target)
+    spread = is_spread(model)
+    with together(spread):
+        return _export(model, args, kwargs, Path(path), target_of(model, target), dynamic_shapes, package, spread)
+
+
+def _export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    path: Path,
+    target: Target,
+    dynamic_shapes: Any,
+    package: str | None,
+    spread: bool,
+) -> Report:
     if path.suffix != ".pt2":
         raise UsageError(f"{path}: artifacts are .pt2 files; give the path that suffix.")
     if package not in (None, "aoti"):
@@ -78,15 +98,25 @@ def export(
         raise TargetError(f"package='aoti' compiles for the machine at hand, {here}, not for {target}.")
     program = trace(model, args, kwargs, dynamic_shapes)
     _plain_call(program)
-    _one_process(program)
-    decisions: list[passes.Decision] = []
+    ranks = ranks_of(program.graph)
+    if ranks is not None and package == "aoti":
+        raise UsageError(
+            "package='aoti': machine code names the process group of the process that made it. Export a program "
+            "(package=None) for each rank."
+        )
+    if spread:
+        _own_file(path)
+        # this rank's rows are a view of a file's whole tensor, all of which would be written
+        detach_from_mmap((*model.parameters(), *model.buffers()))
     replaced: dict[fx.Node, fx.Node] = {}
-    if package is None and target.device == "cpu":
-        decisions = passes.decide(program.graph, target)
+    as_found = package is None and target.device == "cpu"  # the machine that loads it picks its own kernels
+    decisions = passes.decide(program.graph, target) if as_found or spread else []
+    if as_found:
         report = passes.report(target, passes.preview(decisions))
         replaced = _decompose(program)
     else:
         report = rewrite(program, target)
+    report = with_parts(report, model, decisions, target)
     _clean(program)
     if package is None:
         _operators_that_load(program)
@@ -100,7 +130,8 @@ def export(
         positional=positional_names(model.forward, len(args)),
         inputs=inputs_of(program),
         ranges=ranges_of(program),
-        notes=passes.notes(decisions, program.graph, replaced),
+        notes=passes.notes(decisions, program.graph, replaced) if as_found else (),
+        ranks=ranks,
     )
     extra = {NAME: manifest.to_json()}
     if package == "aoti":
@@ -111,12 +142,13 @@ def export(
     return report
 
 
-def _one_process(program: ExportedProgram) -> None:
-    names = (str(getattr(node.target, "namespace", "")) for node in program.graph.nodes if node.op == "call_function")
-    if any("c10d" in name for name in names):
+def _own_file(path: Path) -> None:
+    """Refuses two ranks that would write one file."""
+    paths = agree(say=str(path))
+    if len({*paths}) < len(paths):
         raise UsageError(
-            "a model that is spread over several processes cannot be exported: its graph names their process group, which a "
-            "file cannot bring along. Export it from one process, or take each rank's graph from ctfp8.lower."
+            f"{path}: each rank writes a file of its own; give it a name of its own, such as "
+            'f"model-{torch.distributed.get_rank()}.pt2".'
         )
 
 

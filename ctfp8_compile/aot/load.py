@@ -7,6 +7,7 @@ logits = module(ids).logits
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from .archive import AGAIN, Archive, open_archive
 from .call import inputs_of, ranges_of
 from .manifest import Manifest, read_manifest
 from .module import Artifact
+from .ranks import bind, join
 from .verify import check_records, read_program
 
 
@@ -33,7 +35,8 @@ def load(path: str | Path, device: torch.device | str | None = None, trust: bool
 
     Args:
         path: a `.pt2` file from `ctfp8.export`. It is read once, into memory, and nothing of it is run: see docs/security.md.
-        device: where it is to run, such as `cuda:1`; default: the first device of the kind it was made for.
+        device: where it is to run, such as `cuda:1`; default: the first device of the kind it was made for, or, of one rank's
+            artifact, that of torchrun's LOCAL_RANK.
         trust: also load an AOTInductor package, which is machine code that runs with your rights. Nothing checks that.
 
     Returns:
@@ -43,19 +46,26 @@ def load(path: str | Path, device: torch.device | str | None = None, trust: bool
     Raises:
         ArtifactError: the file is damaged, was edited, has another format version, is not ours, or is machine code and
             `trust` was not given.
+        RankError: it is for one of several processes, and this is not that one.
         TargetError: this machine lacks the device or the operator library the artifact was made for.
     """
     path = Path(path)
     with open_archive(path) as archive:
         manifest = read_manifest(archive)
         target = Target.parse(manifest.target)
-        device = _device(path, target, device)
+        if manifest.ranks is not None:
+            join(manifest.ranks, path)
+        device = _device(path, target, device, int(os.environ.get("LOCAL_RANK", 0)) if manifest.ranks else 0)
         check_records(archive, manifest.package)
         if manifest.package == "aoti":
             return _load_aoti(archive, manifest, device, trust)
         checked = read_program(archive, target.device)
     with _torchs_errors(path):
         program = ExportedProgramDeserializer().deserialize(checked.graph, checked.weights, checked.constants)
+        try:
+            bind(program.graph, manifest.ranks)
+        except ArtifactError as problem:
+            raise ArtifactError(f"{path}: {problem}. It was edited or damaged; not loaded.") from None
         spec = _call_of(path, manifest, program.call_spec.in_spec)
         if manifest.inputs != inputs_of(program) or dict(manifest.ranges) != ranges_of(program):
             raise ArtifactError(f"{path}: its manifest describes other inputs than its graph takes. It was edited.")
@@ -127,7 +137,7 @@ def _call_of(path: Path, manifest: Manifest, spec: pytree.TreeSpec | None) -> py
     return spec
 
 
-def _device(path: Path, target: Target, wanted: torch.device | str | None) -> torch.device:
+def _device(path: Path, target: Target, wanted: torch.device | str | None, default: int = 0) -> torch.device:
     """The device to run on, checked against what the artifact was made for and what this machine has."""
     with contextlib.suppress(RuntimeError):
         wanted = None if wanted is None else torch.device(wanted)
@@ -146,7 +156,7 @@ def _device(path: Path, target: Target, wanted: torch.device | str | None) -> to
             f"{path} was made for {target}, and {build} sees no {target.device} device here. Load it on a machine with one, "
             'or export the model again for this one: ctfp8.export(..., target="cpu").'
         )
-    device = wanted if wanted is not None and wanted.index is not None else torch.device(target.device, 0)
+    device = wanted if wanted is not None and wanted.index is not None else torch.device(target.device, default)
     found = Target.detect(device)
     if target.capability is not None and found.capability is not None:
         (major, minor), (has_major, has_minor) = target.capability, found.capability

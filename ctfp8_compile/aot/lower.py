@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..passes import side_by_side
 from ..report import Report
 from ..target import Target
+from .parts import with_parts
 
 
 def lower(
@@ -64,11 +65,8 @@ def explain(
     """
     target = target_of(model, target)
     decisions = passes.decide(trace(model, args, kwargs, dynamic_shapes).graph, target)
-    return replace(
-        passes.report(target, passes.preview(decisions)),
-        experts_per_token=_experts_per_token(model),
-        model=_name(model),
-    )
+    report = with_parts(passes.report(target, passes.preview(decisions)), model, decisions, target)
+    return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
 
 
 ONLY_THERE = (

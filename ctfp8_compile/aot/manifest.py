@@ -10,6 +10,7 @@ versions            of the packages the artifact was made with
 positional, inputs  the call: names of positional arguments, and each tensor or constant of the flattened arguments
 notes               what rules found in the graph, for the loading machine's kernels (`passes.Note`)
 ranges              of the symbols in the inputs' shapes: [least, most or null]
+ranks               null, or which rank of how many the graph is for, and who is in its process groups (`ranks.Ranks`)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..target import Target
 from . import typed
 from .archive import AGAIN, Archive
 from .call import Input
+from .ranks import Ranks
 from .typed import Misfit, short
 
 NAME = "ctfp8.json"
@@ -50,6 +52,7 @@ class Manifest:
     inputs: tuple[Input, ...]
     ranges: Mapping[str, tuple[int, int | None]]
     notes: tuple[Note, ...]
+    ranks: Ranks | None
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
@@ -99,6 +102,20 @@ def _check(manifest: Manifest) -> Manifest:
     return manifest
 
 
+def _check_ranks(ranks: Ranks) -> Ranks:
+    known = set(range(ranks.world))
+    if (
+        ranks.rank not in known
+        or not ranks.groups
+        or any(
+            ranks.rank not in members or not known.issuperset(members) or len({*members}) != len(members)
+            for members in ranks.groups.values()
+        )
+    ):
+        raise Misfit(f"it is for {short(str(ranks))} with groups that these cannot form")
+    return ranks
+
+
 def _check_input(one: Input) -> Input:
     if one.dtype is not None and not isinstance(getattr(torch, one.dtype, None), torch.dtype):
         raise Misfit(f"input {short(one.name)} is of dtype {short(one.dtype)}")
@@ -121,4 +138,10 @@ def _printable(data: Any) -> Any:
     return data
 
 
-_CHECKS: typed.Checks = {Manifest: _check, Input: _check_input, Entry: _check_entry, Note: _printable}
+_CHECKS: typed.Checks = {
+    Manifest: _check,
+    Input: _check_input,
+    Entry: _check_entry,
+    Note: _printable,
+    Ranks: _check_ranks,
+}

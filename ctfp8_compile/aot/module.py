@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import Ctfp8Error, InputError
+from ..model.ranks import ended, is_of_ranks
 from ..report import Report
 from .call import Input, dtype_name, evaluate, solve, symbols_in
 from .manifest import Manifest
@@ -51,6 +52,8 @@ class Artifact(nn.Module):
         except (Ctfp8Error, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if self.manifest.ranks is not None and is_of_ranks(error):
+                raise ended(error) from error
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"this artifact's graph does not run on these inputs: {reason}") from error
 

@@ -10,11 +10,14 @@ import torch
 from ..compat import OpOverload
 from ..errors import ArtifactError, TargetError
 from ..target import KERNEL_LIBRARIES
+from .ranks import COLLECTIVES, NAMESPACE
 
 #: Operator namespaces of graphs we write.
 NAMESPACES = ("aten", "prims", "ctfp8", *KERNEL_LIBRARIES)
 
 _OPERATOR = re.compile(rf"torch\.ops\.({'|'.join(NAMESPACES)})\.(\w+)\.(\w+)", re.ASCII)
+#: What ranks say to each other; which groups of them may is checked by `ranks.bind`.
+_COLLECTIVE = re.compile(rf"torch\.ops\.{NAMESPACE}\.({'|'.join(COLLECTIVES)}|wait_tensor)\.default")
 #: Arithmetic on symbolic sizes.
 _SCALAR = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_)"
@@ -45,6 +48,8 @@ def check_operator(target: str) -> None:
         ArtifactError: it may not, or this version of torch has no such operator.
         TargetError: a library that registers it is not installed here.
     """
+    if _COLLECTIVE.fullmatch(target):
+        return
     match = _OPERATOR.fullmatch(target)
     if match is None:
         if not _SCALAR.fullmatch(target):

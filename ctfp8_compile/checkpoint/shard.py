@@ -100,6 +100,16 @@ class Shard(Layout):
                 )
         return super().weight(sources)
 
+    def __str__(self) -> str:
+        """Which part of the parameter it is, such as `1/2 of the rows`."""
+        dims = ("rows", "columns") if len(self.shape) == 2 else ("matrices", "rows", "columns")
+        return " and ".join(f"1/{cut.ranks} of the {dims[cut.dim]}" for cut in self.cuts)
+
+    def cut_block(self, scheme: Scheme) -> tuple[int, int] | None:
+        """The block of the whole parameter, if a border between ranks cuts it; `block` says what it becomes."""
+        whole = self.whole.block(scheme)
+        return whole if all(scheme.block) and whole != self.block(scheme) else None
+
     def cut_scale(self, scale: Tensor, scheme: Scheme) -> Tensor:
         """This rank's scales, from those of the whole parameter."""
         high, wide = self.whole.block(scheme)
@@ -133,6 +143,19 @@ class Shard(Layout):
                 borders += [start, here]
                 here += stop - start
         return math.gcd(*borders)
+
+
+def cure(cut: Sequence[tuple[Shard, Scheme]]) -> str:
+    """What keeps whole the blocks of parameters that borders between ranks cut."""
+    if all(len(part.shape) == 3 for part, _ in cut):
+        return "ep_size keeps them whole"
+
+    def fits(ranks: int) -> bool:
+        over = (replace(part, cuts=tuple(replace(c, ranks=ranks, rank=0) for c in part.cuts)) for part, _ in cut)
+        return all(part.cut_block(scheme) is None for part, (_, scheme) in zip(over, cut, strict=True))
+
+    fewer = range(cut[0][0].cuts[0].ranks - 1, 1, -1)
+    return f"tp_size={next(filter(fits, fewer), 1)} keeps them whole"
 
 
 def shard(layout: Layout, cuts: Cuts) -> Shard:

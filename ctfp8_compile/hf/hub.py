@@ -18,10 +18,11 @@ from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.freeze import dequantize_, freeze
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
+from ..model.ranks import together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from .compat import cached_file
-from .parallel import take_config, together
+from .parallel import is_distributed, take_config
 from .quantizer import Config, Quantizer
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
@@ -63,14 +64,14 @@ def from_pretrained(
         raise SchemeError("quantization_config is read from the checkpoint; do not pass one.")
     with_info = transformers_kwargs.pop("output_loading_info", False)
     distributed = take_config(transformers_kwargs, dequantize)
-    with together(distributed):
+    with together(distributed is not None):
         folder = Path(path_or_id)
         if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             ckpt.Checkpoint(ckpt.checkpoint_files(folder))
         config = _private_config(path_or_id, transformers_kwargs, strict)
     if distributed is not None:
         transformers_kwargs["distributed_config"] = distributed
-    with together(distributed):
+    with together(distributed is not None):
         try:
             model, info = auto_class.from_pretrained(
                 path_or_id, config=config, output_loading_info=True,
@@ -101,10 +102,13 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
     source = getattr(model.config, "_name_or_path", "")
     if source and Path(folder).resolve() == Path(source).resolve():
         raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
-    model.save_pretrained(folder, **transformers_kwargs)
-    quantization = model.config.quantization_config
-    if isinstance(quantization, Config) and "quantization" in quantization.stored:  # read from ModelOpt's own file
-        write_side_file(Path(folder))
+    if Path(folder).is_file():
+        raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
+    with together(is_distributed(model)):
+        model.save_pretrained(folder, **transformers_kwargs)
+        quantization = model.config.quantization_config
+        if isinstance(quantization, Config) and "quantization" in quantization.stored:  # read from ModelOpt's own file
+            write_side_file(Path(folder))
 
 
 def prepare(model: Any) -> Any:

@@ -6,12 +6,11 @@ The parts become plain tensors; which part of what they are is kept, so that sav
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers.distributed import DistributedConfig
 
 from ..checkpoint.layout import Layout
-from ..checkpoint.shard import Cut, Cuts, Shard, held, local_shape, of_rank, put, shard
-from ..errors import CheckpointError, UsageError
-from ..model.parametrization import Dequantize
+from ..checkpoint.shard import Cut, Cuts, Shard, cure, held, local_shape, of_rank, put, shard
+from ..errors import UsageError
+from ..model.parametrization import Dequantize, quantized_parameters
 from ..model.plan import QuantizedParameter
+from ..model.ranks import agree, is_first
 from .compat import ensure_torch_distributed
 
 
@@ -69,26 +69,6 @@ def take_config(kwargs: dict[str, Any], dequantize: bool) -> DistributedConfig |
     return config
 
 
-@contextlib.contextmanager
-def together(config: DistributedConfig | None) -> Iterator[None]:
-    """What one rank raises inside, all raise: none waits for one that is gone."""
-    if config is None:
-        yield
-        return
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if error is None else str(error) or type(error).__name__)
-    if error is not None:
-        raise error
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            raise CheckpointError(f"another rank failed, and so does this one; rank {rank} says: {failure}")
-
-
 def check_heads(model: Any) -> None:
     """Refuses heads that cannot be divided: a part of a head is none."""
     config, size = model.config.get_text_config(decoder=True), model.config.distributed_config.tp_size
@@ -103,11 +83,6 @@ def check_heads(model: Any) -> None:
 
 def is_distributed(model: Any) -> bool:
     return getattr(model.config, "distributed_config", None) is not None
-
-
-def is_first() -> bool:
-    """Whether this is the rank that writes files."""
-    return dist.get_rank() == 0
 
 
 def key_value_heads(model: Any, heads: int) -> int:
@@ -145,37 +120,21 @@ def cut(
     return dataclasses.replace(info, layout=part), part.cut_scale(weight_scale, info.scheme), input_scale
 
 
-def warn_of_cut_blocks(plans: Mapping[str, QuantizedParameter], cuts: Mapping[str, tuple[Any, Cuts]]) -> None:
+def warn_of_cut_blocks(model: nn.Module) -> None:
     """Says which weights have smaller blocks than in the file, and what keeps them."""
-    smaller = {}
-    for name, (_, how) in cuts.items():
-        if name in plans and (blocks := _smaller(plans[name], how)) is not None:
-            smaller[name] = blocks
+    parts = {name: (d.info.layout, d.info.scheme) for name, _, d in quantized_parameters(model)}
+    smaller = {
+        n: (part, s) for n, (part, s) in parts.items() if isinstance(part, Shard) and part.cut_block(s) is not None
+    }
     if not smaller or not is_first():
         return
-    name, (before, after) = next(iter(smaller.items()))
-    fewer = range(cuts[name][1][0].ranks - 1, 1, -1)
-    keeps = next((n for n in fewer if all(_smaller(plans[m], _over(n, cuts[m][1])) is None for m in smaller)), 1)
-    experts = all(len(plans[m].layout.shape) == 3 for m in smaller)
-    cure = "ep_size keeps them whole" if experts else f"tp_size={keeps} keeps them whole"
+    name, (part, scheme) = next(iter(smaller.items()))
+    before, after = ("x".join(map(str, block)) for block in (part.whole.block(scheme), part.block(scheme)))
     warnings.warn(
-        f"{name}: the border between two ranks cuts its blocks of {before[0]}x{before[1]}, which become "
-        f"{after[0]}x{after[1]} ({len(smaller)} weights in all). Results are the same; a kernel for whole blocks does not "
-        f"take them; {cure}.",
+        f"{name}: the border between two ranks cuts its blocks of {before}, which become {after} ({len(smaller)} weights in "
+        f"all). Results are the same; a kernel for whole blocks does not take them; {cure(list(smaller.values()))}.",
         stacklevel=2,
     )
-
-
-def _smaller(info: QuantizedParameter, cuts: Cuts) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """The blocks before and after, if a cut makes them smaller."""
-    if not all(info.scheme.block):
-        return None
-    before, after = info.layout.block(info.scheme), shard(info.layout, cuts).block(info.scheme)
-    return None if before == after else (before, after)
-
-
-def _over(ranks: int, cuts: Cuts) -> Cuts:
-    return tuple(dataclasses.replace(cut, ranks=ranks, rank=0) for cut in cuts)
 
 
 def localize(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Cuts]]:
@@ -200,6 +159,7 @@ def localize(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Cuts]]:
 def gather(part: Tensor, shape: tuple[int, ...], cuts: Cuts) -> Tensor:
     """The whole tensor on the CPU of rank 0, one rank's part after the other; elsewhere nothing of it is filled in."""
     whole = torch.empty(shape, dtype=part.dtype, device="cpu" if is_first() else "meta")
+    agree()  # that it is received: who fails to send or to write says so here
     for rank, theirs in _parts(part, lambda rank: local_shape(shape, of_rank(cuts, rank))):
         put(_bits(whole), _bits(theirs), of_rank(cuts, rank))
     return whole
@@ -213,6 +173,7 @@ def gather_quantized(weight: Tensor, dequantize: Dequantize, whole: QuantizedPar
     high, wide = whole.layout.block(whole.scheme)
     *experts, rows, columns = whole.layout.shape
     scale = torch.empty((*experts, -(-rows // high), -(-columns // wide)), dtype=dequantize.weight_scale.dtype)
+    agree()
 
     def scale_shape(rank: int) -> tuple[int, ...]:
         *own, n, k = shards[rank].shape

@@ -183,7 +183,7 @@ def _group(mesh: Any) -> Any:
 
 
 def _all_reduce(x: Tensor, mesh: Any) -> Tensor:
-    return collectives.all_reduce(x, "sum", _group(mesh))
+    return _arrived(collectives.all_reduce(x, "sum", _group(mesh)))
 
 
 def _all_gather(x: Tensor, size: int, mesh: Any) -> Tensor:
@@ -191,8 +191,13 @@ def _all_gather(x: Tensor, size: int, mesh: Any) -> Tensor:
     piece = -(-size // mesh.size())
     if x.shape[-1] != piece:
         x = nn.functional.pad(x, (0, piece - x.shape[-1]))
-    whole: Tensor = _gather(x.movedim(-1, 0).contiguous(), 0, _group(mesh))
+    whole = _arrived(_gather(x.movedim(-1, 0).contiguous(), 0, _group(mesh)))
     return whole[:size].movedim(0, -1)
+
+
+def _arrived(result: Tensor) -> Tensor:
+    """Outside of a tracer a collective gives a tensor that waits at its first use: here it is used at once."""
+    return result.wait() if isinstance(result, collectives.AsyncCollectiveTensor) else result
 
 
 #: torch 2.13 renamed it.

@@ -26,6 +26,7 @@ from ..checkpoint.shard import Cuts
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
+from ..model.ranks import is_first
 from ..ops import FP8
 from .compat import (
     HfQuantizer,
@@ -38,7 +39,7 @@ from .compat import (
     revert_weight_conversion,
 )
 from .conversions import PlaceRows, layouts, per_expert_conversions
-from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, is_first, localize, warn_of_cut_blocks
+from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
 #: Codes of other formats take the weight's name, and so its way through all of the model's conversions.
@@ -196,7 +197,6 @@ class Quantizer(HfQuantizer):
             )
         if is_distributed(model):
             self.cuts = localize(model)
-            warn_of_cut_blocks(self.plans, self.cuts)
         for target, info in self.plans.items():
             path, _, leaf = target.rpartition(".")
             scales = self.scales.pop(target)
@@ -206,6 +206,7 @@ class Quantizer(HfQuantizer):
             path, _, leaf = target.rpartition(".")
             value = packed.value(model.get_parameter(target).data, self.others.pop(target))
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        warn_of_cut_blocks(model)
         for module in model.modules():
             # models ask for this flag to work around weights they cannot read; ours read like any other
             if isinstance(module, PreTrainedModel):

@@ -33,6 +33,7 @@ class Entry:
         before, after: the operations on the way from the weight to its use, as traced and as rewritten; `after` is empty
             where nothing was.
         declined: why kernels that come before this one for its target declined.
+        part: where a model is spread over processes, which part of the weight this one has, and what a cut block costs.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Entry:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     declined: str = ""
+    part: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +90,7 @@ class Report:
         alike: Counter[tuple[str, str, str]] = Counter()
         for e in (*self.rewritten, *self.kept):
             what = f"{e.rule} → {e.kernel}" if e.kernel else f"dequantized: {e.reason}"
+            what += f" [{e.part}]" * bool(e.part)
             alike[_NUMBER.sub("*", e.name), "×".join(map(str, e.shape)), what] += 1
         widths = [max((len(line[i]) for line in alike), default=0) for i in (0, 1)]
         lines = [
