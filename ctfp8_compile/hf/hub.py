@@ -28,6 +28,9 @@ from .quantizer import Config, Quantizer
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                   "trust_remote_code", "code_revision")  # fmt: skip
 
+#: Arguments of the loader that configs have as attributes, too.
+_OF_THE_LOADER = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", *_HUB_ARGUMENTS)
+
 
 def from_pretrained(
     path_or_id: str | Path,
@@ -188,6 +191,10 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool
         if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
             ckpt.check_config_file(Path(path_or_id))
         config = AutoConfig.from_pretrained(path_or_id, **hub)
+        for name in [
+            k for k in kwargs if k not in _OF_THE_LOADER and hasattr(config, k)
+        ]:  # use_cache=False, num_labels=3
+            setattr(config, name, kwargs.pop(name))
     config = copy.deepcopy(config)
     holders = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
     found = False

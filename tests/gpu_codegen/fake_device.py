@@ -118,7 +118,7 @@ def _device_module(module: Any, properties: Any) -> None:
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": properties,
         "get_device_name": properties.name, "is_bf16_supported": True, "is_initialized": True, "_lazy_init": None,
         "synchronize": None, "set_device": None, "current_stream": _Context(), "set_rng_state": None,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_current_stream_capturing": False,
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(module, name, lambda *args, _answer=answer, **kwargs: _answer)

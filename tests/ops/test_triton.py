@@ -118,7 +118,8 @@ def test_triton_is_optional():
     """A machine without it loads checkpoints, lowers them for a GPU, and runs what it lowered on the CPU."""
     done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "riton" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if "riton" in line]
+    assert not [line for line in said if "flop counting" not in line]  # torch 2.14 says that much itself
 
 
 @pytest.mark.parametrize(

