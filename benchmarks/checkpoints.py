@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -54,10 +57,12 @@ def write_llama(folder: Path, layers: int) -> int:
 
 def write_moe(
     folder: Path, gigabytes: float = 1.0, *, layers: int | None = None, hidden: int = 1024, intermediate: int = 512,
-    experts: int = 32, heads: int = 8, top_k: int = 4,
+    experts: int = 32, heads: int = 8, top_k: int = 4, dialect: str = "FP8_DYNAMIC",
 ) -> int:  # fmt: skip
-    """A Qwen3-MoE FP8_DYNAMIC checkpoint of about that size, one Linear per expert; returns the bytes of the file."""
+    """A Qwen3-MoE checkpoint of about that size, one Linear per expert; returns the bytes of the file.
 
+    `dialect`: one of `DIALECTS`.
+    """
     per_layer = experts * 3 * hidden * intermediate + 4 * hidden * hidden
     layers = layers or max(1, round(gigabytes * 1e9 / per_layer))
     config = Qwen3MoeConfig(
@@ -71,7 +76,14 @@ def write_moe(
     def fp8(name: str, rows: int, cols: int) -> None:
         codes = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, generator=generator)
         state[f"{name}.weight"] = codes.view(torch.float8_e4m3fn)
-        state[f"{name}.weight_scale"] = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16)
+        if dialect == "fp8":
+            blocks = math.ceil(rows / 128), math.ceil(cols / 128)
+            state[f"{name}.weight_scale_inv"] = torch.rand(blocks, generator=generator) * 1e-4 + 1e-5
+        elif dialect == "MXFP8":
+            shape = rows, cols // 32
+            state[f"{name}.weight_scale"] = torch.randint(112, 115, shape, dtype=torch.uint8, generator=generator)
+        else:
+            state[f"{name}.weight_scale"] = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16)
 
     for i in range(layers):
         layer = f"model.layers.{i}"
@@ -90,17 +102,32 @@ def write_moe(
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = torch.randn(1024, hidden, generator=generator).bfloat16()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    scheme = {
-        "format": "float-quantized", "targets": ["Linear"],
-        "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
-        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
-    }  # fmt: skip
-    quantization = {
-        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+    (folder / "config.json").write_text(
+        json.dumps(config.to_dict() | {"quantization_config": DIALECTS[dialect](layers)}, default=str)
+    )
+    return (folder / "model.safetensors").stat().st_size
+
+
+def _compressed_tensors(form: str, weights: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    fp8 = {"num_bits": 8, "type": "float", "symmetric": True}
+    scheme = {"format": form, "targets": ["Linear"], "weights": fp8 | weights, "input_activations": fp8 | inputs}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
         "config_groups": {"group_0": scheme}, "ignore": ["lm_head", "re:.*mlp.gate$"], "kv_cache_scheme": None,
         "global_compression_ratio": None, "sparsity_config": {}, "transform_config": {}, "version": "0.19.0",
     }  # fmt: skip
-    (folder / "config.json").write_text(
-        json.dumps(config.to_dict() | {"quantization_config": quantization}, default=str)
-    )
-    return (folder / "model.safetensors").stat().st_size
+
+
+_MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+
+#: What `write_moe` can write: the quantization config, given the number of layers.
+DIALECTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "FP8_DYNAMIC": lambda layers: _compressed_tensors(
+        "float-quantized", {"strategy": "channel"}, {"strategy": "token", "dynamic": True}
+    ),
+    "MXFP8": lambda layers: _compressed_tensors("mxfp8-quantized", _MX, {**_MX, "dynamic": True}),
+    "fp8": lambda layers: {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(layers))],
+    },
+}  # fmt: skip

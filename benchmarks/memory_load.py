@@ -1,8 +1,8 @@
 """Peak anonymous memory of loading a ~1 GB FP8 MoE and running one forward pass, against transformers' own path.
 
-    python benchmarks/memory_load.py [--gigabytes 1.0]
+    python benchmarks/memory_load.py [--gigabytes 1.0] [--dialect fp8]
 
-Writes a random Qwen3-MoE FP8_DYNAMIC checkpoint (one Linear per expert, as llm-compressor does) to a temporary folder,
+Writes a random Qwen3-MoE checkpoint (one Linear per expert, as llm-compressor and DeepSeek do) to a temporary folder,
 then loads it in one fresh process per way and samples `RssAnon` every 2 ms. Anonymous memory is what counts: mapped file
 pages can be dropped by the kernel at any time. The baseline after imports is subtracted.
 """
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from checkpoints import write_moe
+from checkpoints import DIALECTS, write_moe
 from rich.console import Console
 from rich.table import Table
 
@@ -66,6 +66,7 @@ def measure(way: str, folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--dialect", choices=DIALECTS, default="FP8_DYNAMIC")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -77,14 +78,14 @@ def main() -> None:
         table.add_column(column)
     with tempfile.TemporaryDirectory() as folder:
         with console.status("writing the checkpoint …"):
-            size = write_moe(Path(folder), args.gigabytes)
+            size = write_moe(Path(folder), args.gigabytes, dialect=args.dialect)
         for way in WAYS:
             with console.status(f"{way} …"):
                 command = [sys.executable, __file__, "--measure", way, folder]
                 out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             result = json.loads(out.splitlines()[-1])
             table.add_row(way, f"{result['load'] / size:.2f}×", f"{result['peak'] / size:.2f}×")
-    console.print(f"file: {size / 1e9:.2f} GB")
+    console.print(f"{args.dialect} file: {size / 1e9:.2f} GB")
     console.print(table)
 
 

@@ -92,7 +92,9 @@ def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> li
     interleave: list[ConversionOps] = (
         [] if getattr(experts, "is_concatenated", True) else [Interleave(dim=1, inverse=True)]
     )
-    transpose: list[ConversionOps] = [Transpose(1, 2)] if getattr(experts, "is_transposed", False) else []
+    # what the first makes, the second reads; Llama 4 and gpt-oss keep both as inputs × outputs
+    transposed = experts.gate_up_proj.shape[-1] != experts.down_proj.shape[-2]
+    transpose: list[ConversionOps] = [Transpose(1, 2)] if transposed else []
     merge: list[ConversionOps] = [MergeModulelist(dim=0), Concatenate(dim=1), *interleave]
     gate, up, down = (r"experts.*.gate_proj", r"experts.*.up_proj", r"experts.*.down_proj")
     out = [

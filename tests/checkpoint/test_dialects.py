@@ -9,6 +9,7 @@ import torch
 from conftest import CHECKPOINTS, DATA, FP8_PARAMETERS, IDS, logits, quantize, relative_error
 from safetensors.torch import load_file
 from support.dialects import DIALECTS, respell
+from support.fresh import run_fresh
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -18,8 +19,10 @@ from ctfp8_compile.checkpoint.contents import look
 from ctfp8_compile.checkpoint.files import encode_scale
 from ctfp8_compile.checkpoint.scheme import Schemes
 from ctfp8_compile.model.parametrization import quantized_parameters
+from ctfp8_compile.ops import FP8
 
-CASES = [(name, dialect) for name in CHECKPOINTS for dialect in DIALECTS[name.split("/")[1]]]
+NAMES = [*CHECKPOINTS, "llama/MXFP8", "qwen3moe/MXFP8"]
+CASES = [(name, dialect) for name in NAMES for dialect in DIALECTS[name.split("/")[1]]]
 
 
 @pytest.mark.parametrize(("name", "dialect"), CASES)
@@ -71,10 +74,12 @@ def test_every_way_in_and_out(dialect, load, tmp_path):
         ours, theirs = (ctfp8.explain(m, *args, target=target) for m in (model, twin))
         assert [(e.name, e.kernel) for e in ours.rewritten] == [(e.name, e.kernel) for e in theirs.rewritten]
         assert [(e.name, e.reason) for e in ours.kept] == [(e.name, e.reason) for e in theirs.kept]
-    ctfp8.export(model, *args, path=tmp_path / "m.pt2")
-    with torch.no_grad():
-        out = ctfp8.load(tmp_path / "m.pt2")(IDS, use_cache=False)
-    assert relative_error(out.logits if hasattr(out, "logits") else out[0], logits(twin)) < 0.02
+    if dialect == "fp8":
+        for name, each in (("ours", model), ("theirs", twin)):
+            ctfp8.export(each, *args, path=tmp_path / f"{name}.pt2")
+        got, want = run_fresh([tmp_path / "ours.pt2", tmp_path / "theirs.pt2"], IDS, tmp_path)
+        assert torch.equal(got, want)
+        assert relative_error(got, logits(twin)) < 0.02
     found = look(folder)
     assert found.dialect == dialect.partition("-")[0]
     assert str(twin.model.layers[0].mlp.up_proj.parametrizations.weight[0].info.scheme).split(",")[0] in found.schemes
@@ -82,6 +87,64 @@ def test_every_way_in_and_out(dialect, load, tmp_path):
     assert torch.equal(logits(plain), logits(twin))
     plain.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_artifacts_in_a_fresh_process_and_plain_models(name, load, tmp_path):
+    """Of every dialect, bit for bit those of the file it was renamed from."""
+    args, dialects = ((IDS,), {"use_cache": False}), DIALECTS[name.split("/")[1]]
+    ctfp8.export(load(name), *args, path=tmp_path / "original.pt2")
+    for dialect in dialects:
+        folder = respell(DATA / name, tmp_path / "in" / dialect, dialect)
+        ctfp8.export(ctfp8.from_pretrained(folder), *args, path=tmp_path / f"{dialect}.pt2")
+        assert torch.equal(logits(ctfp8.from_pretrained(folder, dequantize=True)), logits(load(name))), dialect
+    original, *renamed = run_fresh([tmp_path / f"{which}.pt2" for which in ("original", *dialects)], IDS, tmp_path)
+    assert relative_error(original, logits(load(name))) < 0.02
+    for dialect, got in zip(dialects, renamed, strict=True):
+        assert torch.equal(got, original), dialect
+
+
+@pytest.mark.parametrize("dialect", ["fp8-autofp8", "modelopt"])
+def test_scales_of_a_quantized_cache_are_set_aside_and_kept(dialect, load, tmp_path):
+    names = {"fp8-autofp8": ["kv_scale", "k_proj.output_scale"], "modelopt": ["k_proj.k_scale", "v_proj.v_scale"]}
+    own = {f"model.layers.{i}.self_attn.{n}": torch.tensor(0.1 + i) for i in range(2) for n in names[dialect]}
+
+    def calibrate(state, config):
+        state.update(own)
+        config.update({"kv_cache_quant_algo": "FP8"} if dialect == "modelopt" else {})
+
+    folder = respell(DATA / "llama/FP8", tmp_path / "in", dialect, calibrate)
+    with pytest.warns(UserWarning, match="quantized KV cache .4 scales"):
+        model = ctfp8.from_pretrained(folder)
+    assert torch.equal(logits(model), logits(load("llama/FP8")))
+    ctfp8.save_pretrained(model, tmp_path / "out")
+    _assert_same_bits(folder, tmp_path / "out")
+
+
+def test_wildcards_that_match_nothing_exclude_nothing(load, tmp_path):
+    """The headers say what is FP8: a list that forgets `lm_head` changes nothing."""
+    folder = respell(DATA / "llama/FP8", tmp_path / "in", "modelopt", lambda s, c: c.update(ignore=["*absent*"]))
+    assert torch.equal(logits(ctfp8.from_pretrained(folder)), logits(load("llama/FP8")))
+
+
+@pytest.mark.parametrize(
+    ("block", "fmt"), [((64, 64), "float"), ((1, 64), "float"), ((1, 32), "ue8m0"), ((128, 128), "ue8m0")]
+)
+def test_activations_are_quantized_in_groups_of_128_beside_128_x_128_blocks_and_nowhere_else(block, fmt):
+    """Stock quantizes them in groups as wide as the block; kernels for others than 128 there are none."""
+    rows, cols = 256, 512
+    scale = torch.exp2(torch.randint(-9, -5, (-(-rows // block[0]), cols // block[1])).float())
+    codes = (torch.randn(rows, cols) * 50).to(FP8)
+    stored = scale if fmt == "float" else encode_scale(scale, torch.uint8)
+    config = {"quant_method": "fp8", "weight_block_size": list(block), "scale_fmt": fmt, "activation_scheme": "dynamic"}
+    module = nn.Sequential(nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16))
+    ctfp8.load_state_dict(module, {"0.weight": codes, "0.weight_scale_inv": stored}, config)
+    want = codes.float() * scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    assert torch.equal(module[0].weight, want.bfloat16())
+    program = ctfp8.lower(module, (torch.randn(32, cols, dtype=torch.bfloat16),), target="cuda:sm90")
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "call_function"]
+    assert any(isinstance(v, torch.Tensor) and v.dtype == FP8 for v in values) == (block == (128, 128))
 
 
 def test_any_module_takes_a_state_dict_of_any_dialect():
@@ -159,6 +222,18 @@ def _twice(state, config):
         ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", lambda t: t.view(torch.uint8)), "only where the config"),
         ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", lambda t: t * float("nan")), "scale nan"),
         ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight", lambda t: t.float().bfloat16()), "weight is BF16, not FP8"),
+        ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight", lambda t: t.view(torch.int8)), f"{Q}.weight .*in another format than FP8"),
+        ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", lambda t: -t), "scales must be finite and positive"),
+        ("llama/FP8_BLOCK", "fp8", lambda s, c: s.pop(f"{Q}.weight_scale_inv"), f"{Q}.weight .*FP8 weight without a scale"),
+        ("llama/FP8_BLOCK", "fp8", lambda s, c: s.pop(f"{Q}.weight"), f"{Q}.weight"),
+        ("llama/FP8_BLOCK", "fp8", lambda s, c: s[f"{Q}.weight"].view(torch.uint8)[2, 2].fill_(0x7F), "holds NaN codes"),
+        ("llama/FP8_BLOCK", "fp8", _set(weight_block_size=[128, 0]), r"weight_block_size=\[128, 0\] is not two positive sizes"),
+        ("llama/FP8_BLOCK", "fp8", _set(weight_block_size="128x128"), "weight_block_size='128x128' is not two"),
+        ("llama/MXFP8", "fp8-mx", lambda s, c: s[f"{Q}.weight_scale_inv"][3].fill_(255), "weight_scale_inv .*scale nan"),
+        ("llama/MXFP8", "fp8-mx", _drop("scale_fmt"), "bytes .U8, F8_E8M0.*only where the config says so"),
+        ("llama/MXFP8", "fp8-mx", _set(weight_block_size=[32, 1]), "weight_scale_inv .*expected shape"),
+        ("llama/MXFP8", "fp8-mx", _drop("weight_block_size"), "weight_scale_inv .*with tensor"),
+        ("llama/MXFP8", "fp8-mx", lambda s, c: s[f"{Q}.weight_scale_inv"].copy_(254 - s[f"{Q}.weight_scale_inv"]), "reciprocals"),
         ("llama/FP8", "fp8-static", lambda s, c: s.pop(f"{Q}.activation_scale"), f"{Q}.input_scale is missing"),
         ("llama/FP8", "fp8-static", _set(activation_scheme="dynamic"), f"{Q}.activation_scale .*uses no input_scale|activation_scale"),
         ("llama/FP8", "fp8-static", _set(weight_block_size=[128, 128]), r"weight_scale_inv .* expected shape \[1, 2\]"),
@@ -166,6 +241,15 @@ def _twice(state, config):
         ("llama/FP8", "modelopt", _set(quant_algo="NVFP4"), "quant_algo='NVFP4' is not supported; known are 'FP8'"),
         ("llama/FP8", "modelopt", _set(ignore=["*q_proj"]), f"{Q}.weight .* no group that covers it"),
         ("llama/FP8", "modelopt-side-file", _set(quant_algo=None), "quant_algo=None"),
+        ("llama/FP8", "modelopt-side-file", _set(exclude_modules="lm_head"), "exclude_modules is not a list of module names"),
+        ("llama/FP8", "modelopt", _tensor(f"{Q}.weight_scale", lambda t: t.repeat(128, 1)), "weight_scale .*expected shape"),
+        ("llama/FP8", "modelopt", _tensor(f"{Q}.weight_scale", lambda t: 1 / t), "look like the reciprocals"),
+        ("llama/FP8", "modelopt", lambda s, c: s.pop(f"{Q}.input_scale"), "input_scale is missing"),
+        ("llama/FP8_BLOCK", "modelopt-block", _tensor(f"{Q}.weight_scale", lambda t: t[:, :, :, 0]), "expected shape"),
+        ("llama/FP8_DYNAMIC", "modelopt-channel", _tensor(f"{Q}.weight_scale", lambda t: t[:1]), "expected shape"),
+        ("llama/FP8_DYNAMIC", "fbgemm_fp8", _set(activation_scale_ub="1200"), "activation_scale_ub='1200'"),
+        ("llama/FP8_DYNAMIC", "fbgemm_fp8", _set(activation_scale_ub=float("nan")), "activation_scale_ub=nan"),
+        ("llama/FP8_DYNAMIC", "fbgemm_fp8", _tensor(f"{Q}.weight_scale", lambda t: t * float("inf")), "scale inf"),
         ("llama/FP8_DYNAMIC", "fbgemm_fp8", _set(activation_scale_ub=-1), "activation_scale_ub=-1"),
         ("llama/FP8_DYNAMIC", "fbgemm_fp8", _tensor(f"{Q}.weight_scale", lambda t: t[:1]), "expected shape"),
     ],
@@ -178,7 +262,11 @@ def test_what_is_wrong_with_a_file_is_said(name, dialect, change, sentence, tmp_
 
 def test_a_side_file_that_is_not_modelopts(tmp_path):
     folder = respell(DATA / "llama/FP8", tmp_path / "in", "modelopt-side-file")
-    for content, sentence in (("{", "not valid JSON"), ("[]", "no object 'quantization'")):
+    whole = (folder / "hf_quant_config.json").read_text()
+    for content, sentence in (
+        ("{", "not valid JSON"), ("[]", "no object 'quantization'"), (whole[: len(whole) // 2], "not valid JSON"),
+        ("", "not valid JSON"), ('{"quantization": []}', "no object 'quantization'"),
+    ):  # fmt: skip
         (folder / "hf_quant_config.json").write_text(content)
         with pytest.raises(ctfp8.SchemeError, match=sentence):
             ctfp8.from_pretrained(folder)

@@ -9,18 +9,26 @@ import pytest
 import torch
 from conftest import FAMILY_REWRITES
 from safetensors.torch import load_file
-from support.forge import FAMILIES, forge
+from support.forge import DIALECTS, FAMILIES, forge
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.model.parametrization import quantized_parameters
 from ctfp8_compile.ops import FP8
 
+QUICK = {("qwen3_moe", True), ("llama4", True)}
 #: odd sizes: partial last blocks in both dimensions, and gate and up halves that do not align to a block once merged
 CASES = [
     (family, scheme, odd)
     for family in FAMILIES
     for scheme in FAMILIES[family].schemes
     for odd in ((True, False) if scheme == "FP8_BLOCK" else (True,))
+]
+#: The same in `fp8` checkpoints' words and in MXFP8: each family's experts and names, few of them in the quick suite.
+DIALECT_CASES = [
+    pytest.param(family, scheme, odd, marks=[] if (family, odd) in QUICK else [pytest.mark.long])
+    for family in FAMILIES
+    for scheme in DIALECTS
+    for odd in (True, False)
 ]
 #: transformers cannot trace these with images: their vision tower splits a tensor by its own values
 UNTRACEABLE = {"qwen2_vl", "qwen3_vl_moe"}
@@ -32,7 +40,7 @@ def _output(model, inputs):
     return out.logits if hasattr(out, "logits") else out[0]
 
 
-@pytest.mark.parametrize(("family", "scheme", "odd"), CASES)
+@pytest.mark.parametrize(("family", "scheme", "odd"), [*CASES, *DIALECT_CASES])
 def test_loads_bit_exactly_and_saves_the_same_bits(family, scheme, odd, tmp_path):
     forged = forge(family, scheme, tmp_path / "in", odd=odd)
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)

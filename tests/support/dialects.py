@@ -23,6 +23,7 @@ DIALECTS: dict[str, tuple[str, ...]] = {
     "FP8_BLOCK": ("fp8", "fp8-bf16", "fp8-stacked", "fp8-qscale", "modelopt-block"),
     "FP8": ("fp8-static", "fp8-autofp8", "fp8-dynamic-tensor", "modelopt", "modelopt-side-file"),
     "FP8_DYNAMIC": ("fbgemm_fp8", "modelopt-channel"),
+    "MXFP8": ("fp8-mx", "fp8-mx-e8m0"),
 }
 
 
@@ -66,6 +67,8 @@ def _modelopt(plain: list[str], algorithm: str) -> dict[str, Any]:
 _CONFIGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
     "fp8": lambda plain: _fp8(plain, fmt="e4m3", weight_block_size=[128, 128]),
     "fp8-bf16": lambda plain: _fp8([], ignored_layers=plain, weight_block_size=[128, 128]),
+    "fp8-mx": lambda plain: _fp8(plain, weight_block_size=[1, 32], scale_fmt="ue8m0"),
+    "fp8-mx-e8m0": lambda plain: _fp8(plain, weight_block_size=[1, 32], scale_fmt="ue8m0"),
     "fp8-stacked": lambda plain: _fp8(plain, weight_block_size=[128, 128], scale_fmt="float"),
     "fp8-qscale": lambda plain: _fp8(plain, weight_block_size=[128, 128]),
     "fp8-static": lambda plain: _fp8(plain, activation_scheme="static", weight_block_size=None),
@@ -84,13 +87,13 @@ _CONFIGS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def _renamed(state: State, dtype: torch.dtype = torch.float32, **suffixes: str) -> State:
+def _renamed(state: State, dtype: torch.dtype | None = torch.float32, **suffixes: str) -> State:
     """`weight_scale="weight_scale_inv"`: those tensors under another name, in `dtype`."""
     out = {}
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".")
         if leaf in ("weight_scale", "input_scale"):
-            name, tensor = f"{stem}.{suffixes.get(leaf, leaf)}", tensor.to(dtype)
+            name, tensor = f"{stem}.{suffixes.get(leaf, leaf)}", tensor if dtype is None else tensor.to(dtype)
         out[name] = tensor
     return out
 
@@ -126,6 +129,11 @@ def _stacked(state: State) -> State:
 
 _TENSORS: dict[str, Callable[[State], State]] = {
     "fp8": lambda s: _renamed(s, weight_scale="weight_scale_inv"),
+    "fp8-mx": lambda s: _renamed(s, None, weight_scale="weight_scale_inv"),
+    "fp8-mx-e8m0": lambda s: {
+        n: t.view(torch.float8_e8m0fnu) if n.endswith("_scale_inv") else t
+        for n, t in _renamed(s, None, weight_scale="weight_scale_inv").items()
+    },
     "fp8-bf16": lambda s: _renamed(s, torch.bfloat16, weight_scale="weight_scale_inv"),
     "fp8-stacked": _stacked,
     "fp8-qscale": lambda s: _renamed(s, weight_scale="qscale_weight"),

@@ -23,6 +23,9 @@ if transformers.__version__ == "5.24.0":
     MoeCausalLMOutputWithPast.image_outputs = None
 
 SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16")
+#: Tried for each family beside the schemes that llm-compressor writes to `float-quantized` files: MXFP8, and 128×128 blocks in
+#: the words of `fp8` files (DeepSeek, Qwen).
+DIALECTS = ("fp8", "MXFP8")
 VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 4, 2, 4
 IMAGE_TOKEN, VISION_START, VISION_END, VIDEO_TOKEN = 250, 251, 252, 253
 
@@ -38,6 +41,8 @@ class Sizes:
 
 #: Every weight ends in a partial block in both directions, and gate/up halves do not end on a block.
 ODD = Sizes(hidden=144, intermediate=208, expert=176)
+#: MXFP8 has no partial groups of 32.
+MXFP8_ODD = Sizes(hidden=160, intermediate=224, expert=96)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant
 from compressed_tensors.utils import match_named_modules
 from safetensors import safe_open
-from support.families import FAMILIES, SCHEMES, Experts, Family, Sizes
+from support.dialects import respell
+from support.families import DIALECTS, FAMILIES, MXFP8_ODD, SCHEMES, Experts, Family, Sizes
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
-__all__ = ["FAMILIES", "SCHEMES", "Family", "Forged", "Sizes", "forge"]
+__all__ = ["DIALECTS", "FAMILIES", "SCHEMES", "Family", "Forged", "Sizes", "forge"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,14 @@ def forge(
     of 16 but not of 128, `sizes` any others. `shards` is how many files the weights go to, about.
     """
     spec = FAMILIES[family]
-    if scheme not in spec.schemes:
+    if scheme == "fp8":
+        made = forge(family, "FP8_BLOCK", Path(folder) / "made", seed=seed, dtype=dtype, scale_dtype=torch.float32,
+                     odd=odd, sizes=sizes)  # fmt: skip
+        return replace(made, folder=respell(made.folder, Path(folder) / "fp8", "fp8"))
+    if scheme not in (*spec.schemes, "MXFP8"):
         raise ValueError(f"llm-compressor cannot write {family} as {scheme}")
-    config = spec.config(sizes or (spec.odd if odd else Sizes()))
+    usual = MXFP8_ODD if scheme == "MXFP8" else spec.odd
+    config = spec.config(sizes or (usual if odd else Sizes()))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reference = spec.auto_class.from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -85,6 +91,8 @@ def forge(
     linearised, homes = _linearise(reference, spec.experts)
     quantization = scheme_of(scheme, spec.experts)
     quantized = dict(match_named_modules(linearised, quantization.targets, spec.ignore))
+    if group := quantization.weights.group_size:  # compressed-tensors has no partial groups
+        quantized = {name: linear for name, linear in quantized.items() if linear.in_features % group == 0}
     for name, linear in quantized.items():
         _quantize(linear, quantization, scale_dtype, input_key=f"{seed} {_input_of(name)}")
     compressor = ModelCompressor.from_pretrained_model(_with_conversions(linearised))
@@ -219,7 +227,8 @@ def _quantize(linear: nn.Linear, scheme: QuantizationScheme, scale_dtype: torch.
     """Attach the scheme and its scales; the compressor does the rest."""
     linear.quantization_scheme = scheme
     linear.quantization_status = QuantizationStatus.FROZEN
-    scale = weight_scale(linear.weight.data, scheme.weights, scale_dtype)
+    args = scheme.weights
+    scale = weight_scale(linear.weight.data, args, torch.float32 if args.scale_dtype == torch.uint8 else scale_dtype)
     linear.weight_scale = nn.Parameter(scale, requires_grad=False)
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
         # Roomy, as if calibrated on more than the inputs here: nothing saturates, and e4m3 loses nothing by it.
@@ -233,6 +242,8 @@ def weight_scale(weight: Tensor, args: QuantizationArgs, scale_dtype: torch.dtyp
         groups = weight.reshape(1, -1)
     elif args.strategy == QuantizationStrategy.CHANNEL:
         groups = weight.unsqueeze(1)
+    elif args.strategy == QuantizationStrategy.GROUP:
+        groups = weight.unflatten(1, (-1, args.group_size))
     else:
         rows, columns = args.block_structure
         padded = maybe_pad_tensor_for_block_quant(weight, (rows, columns))
@@ -252,7 +263,10 @@ def _input_of(name: str) -> str:
 def _dequantized(linear: nn.Linear) -> Tensor:
     # In float32 the product of an e4m3 and a scale is exact for bfloat16 scales, so that this equals dequantizing in
     # the scale's own dtype; a float32 model gets more than that would give.
-    return dequantize(linear.weight.data, linear.weight_scale.float(), args=linear.quantization_scheme.weights)
+    scale = linear.weight_scale.data
+    if scale.dtype == torch.uint8:
+        scale = torch.exp2(scale.float() - 127)
+    return dequantize(linear.weight.data, scale.float(), args=linear.quantization_scheme.weights)
 
 
 # --- the file ----------------------------------------------------------------------------------------------------
