@@ -2,44 +2,47 @@
 
     python benchmarks/families_table.py [--only FAMILY ...]
 
-Checkpoints come from `tests/forge.py`: a model of random weights, each Linear quantized by compressed-tensors, in the
+Checkpoints come from `tests/support/forge.py`: a model of random weights, each Linear quantized by compressed-tensors, in the
 names llm-compressor writes, and with the dequantized weights in transformers' own model as the truth. `exact` means that
 the logits (for stock transformers: the weights) are equal bit for bit. FP8_BLOCK is
-tried with sizes that are multiples of the 128 × 128 block and with sizes that are not.
+tried with sizes that are multiples of the 128 × 128 block and with sizes that are not; so are the same blocks in the words of
+`fp8` files, and MXFP8 (multiples of 32, of 128 or not). Of an `fp8` file stock transformers' weights are those it gives with
+`FineGrainedFP8Config(dequantize=True)`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 from rich.progress import track
+from transformers import FineGrainedFP8Config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import relative_error  # noqa: E402
-from support.forge import FAMILIES, Forged, forge  # noqa: E402
+from support.forge import DIALECTS, FAMILIES, Forged, forge  # noqa: E402
 
 import ctfp8_compile as ctfp8  # noqa: E402
 
 BEGIN, END = "<!-- table: python benchmarks/families_table.py -->", "<!-- end of table -->"
-COLUMNS = ("family", "transformers class", "experts in the file", "ctfp8", "stock transformers")
+COLUMNS = ("family", "transformers class", "experts in the file", "ctfp8", "ctfp8, `fp8` file", "ctfp8, MXFP8",
+           "stock transformers", "stock, `fp8` file", "stock, MXFP8")  # fmt: skip
 
 
-def cases(family: str) -> list[tuple[str, bool]]:
+def cases(family: str, schemes: Sequence[str]) -> list[tuple[str, bool]]:
     """Scheme, and whether sizes are odd."""
-    return [
-        (scheme, odd)
-        for scheme in FAMILIES[family].schemes
-        for odd in ((False, True) if scheme == "FP8_BLOCK" else (True,))
-    ]
+    both = ("FP8_BLOCK", *DIALECTS)
+    return [(scheme, odd) for scheme in schemes for odd in ((False, True) if scheme in both else (True,))]
 
 
 def experts(family: str) -> str:
@@ -66,7 +69,11 @@ def stock(forged: Forged) -> str:
     """
     try:
         with torch.no_grad():
-            model = forged.auto_class.from_pretrained(forged.folder, dtype="auto").eval()
+            fp8 = (
+                json.loads((forged.folder / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+            )
+            how = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if fp8 else {}
+            model = forged.auto_class.from_pretrained(forged.folder, dtype="auto", **how).eval()
             logits = model(**forged.inputs).logits
             expected = forged.reference(**forged.inputs).logits
     except Exception as error:
@@ -89,16 +96,22 @@ def summary(outcomes: dict[str, str]) -> str:
 
 
 def row(family: str) -> str:
-    results: tuple[dict[str, str], dict[str, str]] = {}, {}
-    for scheme, odd in cases(family):
-        with tempfile.TemporaryDirectory() as folder:
-            forged = forge(family, scheme, Path(folder), odd=odd)
-            case = scheme + (" (odd sizes)" if odd and scheme == "FP8_BLOCK" else "")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                results[0][case], results[1][case] = ours(forged), stock(forged)
-            name = type(forged.reference).__name__
-    return "| " + " | ".join([family, f"`{name}`", experts(family), *map(summary, results)]) + " |"
+    by_us, by_stock = [], []
+    for schemes in (FAMILIES[family].schemes, *((dialect,) for dialect in DIALECTS)):
+        results: tuple[dict[str, str], dict[str, str]] = {}, {}
+        for scheme, odd in cases(family, schemes):
+            with tempfile.TemporaryDirectory() as folder:
+                forged = forge(family, scheme, Path(folder), odd=odd)
+                case = scheme + (" (odd sizes)" if odd and scheme == "FP8_BLOCK" else "")
+                if scheme in DIALECTS:
+                    case = "odd sizes" if odd else "whole blocks"
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    results[0][case], results[1][case] = ours(forged), stock(forged)
+                name = type(forged.reference).__name__
+        by_us.append(summary(results[0]))
+        by_stock.append(summary(results[1]))
+    return "| " + " | ".join([family, f"`{name}`", experts(family), *by_us, *by_stock]) + " |"
 
 
 def main() -> None:

@@ -73,6 +73,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._spell(suffixes)
 
     def _spell(self, suffixes: Suffixes) -> None:
+        self._suffixes = suffixes
         if suffixes:
             self._tensors = {ours: self._tensors[name] for ours, name in canonical_names(self, suffixes).items()}
 
@@ -92,6 +93,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def read_stored(self, info: TensorInfo) -> Tensor:
         """Reads a tensor by what its file calls it."""
         return self._open_files[info.file].get_tensor(info.name)
+
+    def spellings(self, name: str) -> list[str]:
+        """Our name of a tensor, and what files of this dialect usually call it."""
+        there = (name.removesuffix(ours) + theirs for theirs, ours in self._suffixes.items() if name.endswith(ours))
+        return list(dict.fromkeys([name, next(there, name)]))
 
     def changed(self, hidden: Collection[str], added: Mapping[str, TensorInfo]) -> Checkpoint:
         """The same files, seen without some tensors and with others in their place."""
@@ -207,7 +213,8 @@ def check_scale(checkpoint: Checkpoint, weight: TensorInfo, scheme: Scheme) -> N
     name = scale_name(weight.name)
     if name not in checkpoint:
         raise CheckpointError(
-            f"{weight}: FP8 weight without a scale; {name} is not in the checkpoint. Quantize it again."
+            f"{weight}: FP8 weight without a scale; {' or '.join(checkpoint.spellings(name))} is not in the checkpoint. "
+            "Quantize it again."
         )
     scale = checkpoint[name]
     if scale.dtype not in (SCALE_DTYPES | EXPONENT_DTYPES if scheme.exponents else SCALE_DTYPES):
@@ -298,6 +305,15 @@ def check_scale_values(info: TensorInfo, scale: Tensor) -> None:
         raise CheckpointError(
             f"{info}: scales from {smallest:g} on, so weights of up to {448 * smallest:g}: these look like the reciprocals "
             "of scales. A weight is its code times its scale; write 1 / scale instead."
+        )
+
+
+def check_powers(info: TensorInfo, scale: Tensor) -> None:
+    """Refuses scales that are to be kept as bytes and are no powers of two."""
+    if not torch.equal(decode_scale(encode_scale(scale, torch.uint8)), decode_scale(scale)):
+        raise CheckpointError(
+            f"{info}: scales that are no powers of two, but quantization_config says that they are (scale_dtype torch.uint8, "
+            "scale_fmt ue8m0). Correct it."
         )
 
 

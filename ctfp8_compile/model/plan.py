@@ -83,12 +83,14 @@ def read_scales(tensors: ckpt.Checkpoint, info: QuantizedParameter) -> tuple[Ten
     """Reads, checks and lays out the scales of one parameter: `(weight_scale, input_scale)`; the latter is float32.
 
     Raises:
-        CheckpointError: a scale is NaN, infinite, zero or negative.
+        CheckpointError: a scale is NaN, infinite, zero or negative, or no power of two where the config says that all are.
     """
     names = [ckpt.scale_name(s) for s in info.scales] + [ckpt.input_scale_name(s) for s in info.input_scales]
-    values = tensors.read(names)
+    values, weights = tensors.read(names), names[: len(info.scales)]
     for name, value in values.items():
         ckpt.check_scale_values(tensors[name], value)
+        if name in weights and info.scheme.scale_dtype == torch.uint8:
+            ckpt.check_powers(tensors[name], value)
     weight_scale = info.layout.scale({s: values[ckpt.scale_name(s)] for s in info.scales}, info.scheme)
     if not info.input_scales:
         return weight_scale, None

@@ -230,6 +230,7 @@ def _twice(state, config):
         ("llama/FP8_BLOCK", "fp8", _set(weight_block_size=[128, 0]), r"weight_block_size=\[128, 0\] is not two positive sizes"),
         ("llama/FP8_BLOCK", "fp8", _set(weight_block_size="128x128"), "weight_block_size='128x128' is not two"),
         ("llama/MXFP8", "fp8-mx", lambda s, c: s[f"{Q}.weight_scale_inv"][3].fill_(255), "weight_scale_inv .*scale nan"),
+        ("llama/MXFP8", "fp8-mx", _tensor(f"{Q}.weight_scale_inv", lambda t: torch.rand(t.shape)), "no powers of two, but"),
         ("llama/MXFP8", "fp8-mx", _drop("scale_fmt"), "bytes .U8, F8_E8M0.*only where the config says so"),
         ("llama/MXFP8", "fp8-mx", _set(weight_block_size=[32, 1]), "weight_scale_inv .*expected shape"),
         ("llama/MXFP8", "fp8-mx", _drop("weight_block_size"), "weight_scale_inv .*with tensor"),

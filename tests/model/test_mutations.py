@@ -12,7 +12,7 @@ import json
 import re
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.forge import SCHEMES, Sizes, forge
+from support.forge import DIALECTS, SCHEMES, Sizes, forge
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,8 +38,9 @@ IDS = torch.arange(3, 19)[None]
 def _source(family: str, scheme: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and config of a checkpoint whose weights end in partial blocks."""
     with tempfile.TemporaryDirectory() as folder:
-        forge(family, scheme, Path(folder), sizes=Sizes(hidden=144, intermediate=136, expert=80))
-        return load_file(Path(folder) / FILE), json.loads((Path(folder) / "config.json").read_text())
+        sizes = Sizes(hidden=160, intermediate=224, expert=96) if scheme == "MXFP8" else Sizes(144, 136, 80)
+        made = forge(family, scheme, Path(folder), sizes=sizes).folder
+        return load_file(made / FILE), json.loads((made / "config.json").read_text())
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _is_fp8(name: str, tensor: Tensor) -> bool:
 
 
 def _is_scale(name: str, tensor: Tensor) -> bool:
-    return name.endswith("_scale")
+    return name.endswith(("_scale", "_scale_inv"))
 
 
 def drop(d: Draft) -> list[str]:
@@ -181,6 +182,8 @@ def reshape_scale(d: Draft) -> list[str]:
 def bad_scale(d: Draft) -> list[str]:
     name = d.pick(_is_scale)
     value = d.one_of(float("nan"), float("inf"), float("-inf"), 0.0, -0.5)
+    if d.tensors[name].dtype == torch.uint8:
+        value = 255
     flat = d.tensors[name].clone().reshape(-1)
     flat[d.draw(st.integers(0, flat.numel() - 1))] = value
     d.tensors[name] = flat.view(d.tensors[name].shape)
@@ -339,10 +342,35 @@ def edit_model(d: Draft) -> list[str]:
     return [*d.tensors, "model.layers.", "lm_head"]
 
 
+def edit_fp8(d: Draft) -> list[str]:
+    """Fields of an `fp8` checkpoint's config."""
+    key, values = d.one_of(
+        (
+            "weight_block_size",
+            [[64, 64], [128, 64], [1, 128], [0, 128], [128], "128x128", None, [144, 144], [True, 128]],
+        ),
+        ("activation_scheme", ["static", "dynamic", "unknown", None]),
+        ("scale_fmt", ["ue8m0", "float", "unknown", None]),
+        ("fmt", ["e4m3", "e5m2", None, 3]),
+        ("modules_to_not_convert", [[], None, "lm_head", ["model.layers.0"], [3], ["("], ["mlp"]]),
+        ("modules_to_convert", [[], ["lm_head"], ["model.layers.0.mlp"], 3]),
+        ("ignored_layers", [["model.layers.0.mlp"], {}, 3]),
+        ("expert_dtype", ["fp8", "fp4", None]),
+        ("quant_method", ["modelopt", "fbgemm_fp8", "gptq", None, 3]),
+    )
+    d.quantization[key] = d.one_of(*values)
+    return [CONFIG, *d.tensors]
+
+
 CHANGES = (
     drop, drop_several, rename, swap, add, duplicate, retype, reinterpret, reshape, reshape_scale, bad_scale, other_scale,
     nan_code, other_code, truncate, extend, flip_header, edit_index, edit_scheme, edit_activations, edit_coverage,
     edit_config, other_config, junk_in_config, edit_model,
+)  # fmt: skip
+#: Of tensors alone, which every dialect has; and of its own config.
+DIALECT_CHANGES = (
+    drop, drop_several, rename, swap, add, retype, reinterpret, reshape, reshape_scale, bad_scale, other_scale, nan_code,
+    other_code, edit_fp8,
 )  # fmt: skip
 #: Changes that no file may survive.
 FATAL = {bad_scale, nan_code, truncate, extend}
@@ -350,12 +378,22 @@ FATAL = {bad_scale, nan_code, truncate, extend}
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_error_or_right_logits(change: Callable[[Draft], list[str]]) -> None:
+    _check(change, SCHEMES)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("change", DIALECT_CHANGES, ids=lambda change: change.__name__)
+def test_error_or_right_logits_of_other_dialects(change: Callable[[Draft], list[str]]) -> None:
+    _check(change, ("fp8",) if change is edit_fp8 else DIALECTS)
+
+
+def _check(change: Callable[[Draft], list[str]], schemes: Sequence[str]) -> None:
     tried = []
 
     @settings(
         max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(st.sampled_from(["llama", "qwen3_moe"]), st.sampled_from(SCHEMES), st.data())
+    @given(st.sampled_from(["llama", "qwen3_moe"]), st.sampled_from(schemes), st.data())
     def check(family: str, scheme: str, data: st.DataObject) -> None:
         tensors, config = _source(family, scheme)
         with tempfile.TemporaryDirectory() as folder:
@@ -384,7 +422,7 @@ def test_error_or_right_logits(change: Callable[[Draft], list[str]]) -> None:
 def test_unchanged_checkpoints_load() -> None:
     """Else every error above could be for another reason."""
     for family in ("llama", "qwen3_moe"):
-        for scheme in SCHEMES:
+        for scheme in (*SCHEMES, *DIALECTS):
             tensors, config = _source(family, scheme)
             with tempfile.TemporaryDirectory() as folder:
                 Draft(Path(folder), dict(tensors), config, None).write()
@@ -406,7 +444,13 @@ def _names(message: str, names: list[str]) -> bool:
 def _reference(folder: Path) -> Tensor:
     """Logits of what the folder's files say. Raises where they say nothing."""
     raw = json.loads((folder / "config.json").read_text())
-    group = next(iter(raw.pop(CONFIG)["config_groups"].values()))
+    quantization = raw.pop(CONFIG)
+    if quantization["quant_method"] == "fp8":
+        block = quantization["weight_block_size"]
+        weights = {"strategy": "tensor"} if block is None else {"strategy": "block", "block_structure": block}
+        suffix = "_scale_inv"
+    else:
+        weights, suffix = next(iter(quantization["config_groups"].values()))["weights"], "_scale"
     file: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file |= load_file(path)
@@ -415,8 +459,8 @@ def _reference(folder: Path) -> Tensor:
         if name not in file:  # transformers takes names with and without the prefix of the base model
             name = "model." + name
         if file[name].dtype == FP8:
-            return _dequantized(file[name], file[name + "_scale"], group["weights"])
-        assert name + "_scale" not in file
+            return _dequantized(file[name], file[name + suffix], weights)
+        assert name + suffix not in file
         assert file[name].is_floating_point()
         return file[name]
 
@@ -432,9 +476,10 @@ def _reference(folder: Path) -> Tensor:
 
 def _dequantized(weight: Tensor, scale: Tensor, args: dict[str, Any]) -> Tensor:
     assert bool((scale.float() > 0).all() and scale.float().isfinite().all() and weight.float().isfinite().all())
-    scale = scale.float()
-    if args["strategy"] == "block":
-        rows, columns = (torch.arange(n) // b for n, b in zip(weight.shape, args["block_structure"], strict=True))
+    scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    if args["strategy"] in ("block", "group"):
+        block = args["block_structure"] if args["strategy"] == "block" else (1, args["group_size"])
+        rows, columns = (torch.arange(n) // b for n, b in zip(weight.shape, block, strict=True))
         scale = scale[rows][:, columns]
     elif args["strategy"] == "channel":
         scale = scale.reshape(-1, 1)
