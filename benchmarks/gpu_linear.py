@@ -1,38 +1,42 @@
 """Linears on a GPU, quantization of the activation included, against bf16 and other ways to run the same FP8 weight.
 
-    python benchmarks/gpu_linear.py [--device cuda] [--shapes 8B 70B 30B-A3B]
+    python benchmarks/gpu_linear.py [--device cuda] [--shapes 8B 70B 30B-A3B] [--minutes 4]
 
-Milliseconds of torch's bf16 linear, and how many times as fast each other way is:
+For each shape and number of rows, compiled anew for that number: microseconds, the bandwidth at which the weight is read (GB/s)
+and the arithmetic (TFLOP/s) of
 
-- ctfp8: `torch.compile(backend="ctfp8")`;
+- bf16: torch's linear;
+- ctfp8: `torch.compile(backend="ctfp8")`; and of per-tensor scales, `ctfp8, tensor`;
+- fbgemm, `_scaled_mm`: their matmuls alone, of activations that are quantized already;
 - transformers: its `CompressedTensorsFP8Linear`, compiled by Inductor;
 - torchao: `Float8DynamicActivationFloat8WeightConfig(PerRow())`, compiled by Inductor, where it is installed.
 
-Each result is compared with the dequantized weight's before it is timed.
+Calls go round more weights than a cache holds. Each result is compared with the dequantized weight's before it is timed. What
+does not run is named below the table, and the others go on. Then, by the profiler's names, what ctfp8 launches.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gpu_timing import header, kernels, parser, ready, row, seconds
+from gpu_timing import copies, header, kernels, launched, parser, ready, row, seconds
 from torch import Tensor, nn
-from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.ops import quantize_per_token_steps
+from ctfp8_compile.ops.fp8 import apply
 
 #: N × K of a model's linears; q, k, v and gate, up as one.
 SHAPES = {
     "8B": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
     "70B": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
     "30B-A3B": [(5120, 2048), (2048, 4096)],
-    "dry": [(256, 128), (128, 256)],
+    "dry": [(256, 128)],
 }
-ROWS = (1, 16, 64, 256, 1024, 4096, 16384)
+ROWS = (1, 16, 64, 256, 1024, 4096)
 CONFIG = {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
@@ -44,6 +48,18 @@ CONFIG = {
         }
     },
 }
+STATIC = {
+    **CONFIG,
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+        }
+    },
+}
+#: One call of a way: an activation, and the number of the weight.
+Call = Callable[[Tensor, int], Any]
 
 
 class Layer(nn.Module):
@@ -57,70 +73,164 @@ class Layer(nn.Module):
         return self.linear(x)
 
 
-def ways(n: int, k: int, device: str) -> tuple[Tensor, dict[str, Callable[[Tensor], Any]]]:
-    """The dequantized weight, and by name what multiplies with it."""
-    dense = torch.randn(n, k, device=device) * 0.05
-    scale = dense.abs().amax(1, keepdim=True) / 448
-    weight = (dense / scale).to(torch.float8_e4m3fn)
-    dense = (weight.float() * scale).bfloat16()
-    ours = ctfp8.load_state_dict(
-        Layer(n, k, device), {"linear.weight": weight, "linear.weight_scale": scale}, CONFIG
-    ).to(device)
-    found: dict[str, Callable[[Tensor], Any]] = {
-        "bf16": lambda x: nn.functional.linear(x, dense),
-        "ctfp8": torch.compile(ours, backend="ctfp8", fullgraph=True, dynamic=True),
-    }
-    theirs = CompressedTensorsFP8Linear(k, n).to(device)
-    theirs.weight = nn.Parameter(weight, requires_grad=False)
-    theirs.weight_scale = nn.Parameter(scale.reshape(1, n), requires_grad=False)
-    found["transformers"] = torch.compile(theirs, dynamic=True)  # not one graph with torch 2.11
-    with contextlib.suppress(ImportError):
+class Weights:
+    """Several weights of one shape, in FP8 with a scale per row, dequantized, and with one scale for all."""
+
+    def __init__(self, n: int, k: int, device: str):
+        self.n, self.k, self.device = n, k, device
+        self.count = copies(n * k, device)
+        self.codes, self.scales, self.dense = [], [], []
+        for _ in range(self.count):
+            dense = torch.randn(n, k, device=device) * 0.05
+            scale = dense.abs().amax(1, keepdim=True) / 448
+            self.codes.append((dense / scale).to(torch.float8_e4m3fn))
+            self.scales.append(scale)
+            self.dense.append((self.codes[-1].float() * scale).bfloat16())
+
+    def layers(self, static: bool = False) -> list[nn.Module]:
+        """A module for each; with `static`, all codes have the first one's scale."""
+        found = []
+        for codes, scale in zip(self.codes, self.scales, strict=True):
+            state = {"linear.weight": codes, "linear.weight_scale": scale[:1, 0] if static else scale}
+            if static:
+                state["linear.input_scale"] = torch.tensor([4 / 448], device=self.device)
+            layer = ctfp8.load_state_dict(Layer(self.n, self.k, self.device), state, STATIC if static else CONFIG)
+            found.append(layer.to(self.device))
+        return found
+
+
+def of_layers(compiled: Callable[[nn.Module, Tensor], Any], layers: Sequence[nn.Module]) -> Call:
+    return lambda x, i: compiled(layers[i % len(layers)], x)
+
+
+def _apply_layer(layer: nn.Module, x: Tensor) -> Any:
+    return layer(x)
+
+
+def ways(weights: Weights) -> dict[str, Callable[[], Call]]:
+    """By name, how to make what multiplies; making one may fail where what it needs is not there."""
+
+    def compiled(layers: Sequence[nn.Module], **options: Any) -> Call:
+        return of_layers(torch.compile(_apply_layer, dynamic=False, **options), layers)
+
+    def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+        if not known or known[0] is not x:
+            known[:] = [x, quantize_per_token_steps(apply, x)]
+        return known[1]
+
+    known: list[Any] = []
+
+    def fbgemm() -> Call:
+        import fbgemm_gpu.experimental.gen_ai  # noqa: F401 - registers them
+
+        op = torch.ops.fbgemm.f8f8bf16_rowwise
+        flat = [scale.reshape(-1) for scale in weights.scales]
+        return lambda x, i: op(quantized(x)[0], weights.codes[i], quantized(x)[1].reshape(-1), flat[i])
+
+    def scaled_mm() -> Call:
+        flat = [scale.reshape(1, -1) for scale in weights.scales]
+        fast = weights.device == "cuda"
+
+        def call(x: Tensor, i: int) -> Tensor:
+            codes, scale = quantized(x)
+            return torch._scaled_mm(
+                codes, weights.codes[i].t(), scale, flat[i], out_dtype=torch.bfloat16, use_fast_accum=fast
+            )
+
+        return call
+
+    def transformers() -> Call:
+        from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
+
+        layers = []
+        for codes, scale in zip(weights.codes, weights.scales, strict=True):
+            layers.append(CompressedTensorsFP8Linear(weights.k, weights.n).to(weights.device))
+            layers[-1].weight = nn.Parameter(codes, requires_grad=False)
+            layers[-1].weight_scale = nn.Parameter(scale.reshape(1, -1), requires_grad=False)
+        return compiled(layers)  # not one graph with torch 2.11
+
+    def torchao() -> Call:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
-        layer = Layer(n, k, device)
-        layer.linear.weight = nn.Parameter(dense, requires_grad=False)
-        quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        found["torchao"] = torch.compile(layer, fullgraph=True, dynamic=True)
-    return dense, found
+        layers = []
+        for dense in weights.dense:
+            layers.append(Layer(weights.n, weights.k, weights.device))
+            layers[-1].linear.weight = nn.Parameter(dense, requires_grad=False)
+            quantize_(layers[-1], Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        return compiled(layers, fullgraph=True)
+
+    return {
+        "bf16": lambda: lambda x, i: nn.functional.linear(x, weights.dense[i]),
+        "ctfp8": lambda: compiled(weights.layers(), backend="ctfp8", fullgraph=True),
+        "ctfp8, tensor": lambda: compiled(weights.layers(static=True), backend="ctfp8", fullgraph=True),
+        "fbgemm alone": fbgemm,
+        "_scaled_mm alone": scaled_mm,
+        "transformers": transformers,
+        "torchao": torchao,
+    }
+
+
+#: Whose values are other ones: its codes have another scale.
+OTHER_VALUES = ("ctfp8, tensor",)
+MUST_RUN = ("bf16", "ctfp8")
 
 
 @torch.no_grad()
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["8B", "70B"])
+    options.add_argument("--minutes", type=float, default=60.0, help="begin no shape after this long")
     args = options.parse_args()
     print(f"{ready(args.device)}\n", flush=True)
-    dry = args.device == "cpu"
-    printed, failed = False, dict[str, str]()
-    for name in ["dry"] if dry else args.shapes:
-        for n, k in SHAPES[name]:
+    dry, end = args.device == "cpu", time.monotonic() + args.minutes * 60
+    failed: dict[str, str] = {}
+    names: list[str] = []
+    printed = False
+    for model, (n, k) in [(name, shape) for name in (["dry"] if dry else args.shapes) for shape in SHAPES[name]]:
+        if time.monotonic() > end:
+            print(f"\n{model} {n} × {k} and what follows: the time was up")
+            break
+        weights = Weights(n, k, args.device)
+        makers = ways(weights)
+        if not printed:
+            print(header(["model", "N × K", "M", "way", "µs", "× bf16", "weight GB/s", "TFLOP/s"]), flush=True)
+            printed = True
+        for m in ROWS[:2] if dry else ROWS:
             torch._dynamo.reset()
-            dense, found = ways(n, k, args.device)
-            if not printed:
-                print(header(["model", "N × K", "M", "bf16 ms", *list(found)[1:]]), flush=True)
-                printed = True
-            for m in ROWS[:3] if dry else ROWS:
-                x = torch.randn(m, k, device=args.device, dtype=torch.bfloat16)
-                want = nn.functional.linear(x, dense).float()
-                times = {}
-                for way, call in found.items():
-                    try:
-                        out = call(x)
-                    except Exception as reason:
-                        if way in ("bf16", "ctfp8"):
-                            raise
-                        failed[way] = str(reason).splitlines()[0][:120]
-                        times[way] = math.nan
-                        continue
+            x = torch.randn(m, k, device=args.device, dtype=torch.bfloat16)
+            want = nn.functional.linear(x, weights.dense[0]).float()
+            bf16 = 0.0
+            for way, make in makers.items():
+                try:
+                    call = make()
+                    out = call(x, 0)
                     error = ((out.float() - want).norm() / want.norm()).item()
-                    assert error < 0.06, f"{way}: wrong by {error:.2f} at M = {m}"
-                    times[way] = seconds(lambda call=call, x=x: call(x), args.device)
-                bf16 = times.pop("bf16")
-                cells = ["–" if math.isnan(t) else f"{bf16 / t:.2f}×" for t in times.values()]
-                print(row([name, f"{n} × {k}", m, f"{bf16 * 1e3:.3f}", *cells]), flush=True)
+                    assert way in OTHER_VALUES or error < 0.06, f"{way}: wrong by {error:.2f} at M = {m}"
+                    time_of_one = seconds(
+                        [lambda call=call, x=x, i=i: call(x, i) for i in range(weights.count)], args.device
+                    )
+                except Exception as reason:
+                    if way in MUST_RUN:
+                        raise
+                    failed[way] = f"{type(reason).__name__}: {(str(reason) or ' ').splitlines()[0][:160]}"
+                    continue
+                bf16 = bf16 or time_of_one
+                read = n * k * (2 if way == "bf16" else 1) / time_of_one / 1e9
+                flops = 2 * m * n * k / time_of_one / 1e12
+                cells = [f"{time_of_one * 1e6:.1f}", f"{bf16 / time_of_one:.2f}", f"{read:.0f}", f"{flops:.1f}"]
+                print(row([model, f"{n} × {k}", m, way, *cells]), flush=True)
+                if way == "ctfp8":
+                    names.append(
+                        f"{model} {n} × {k}, M = {m}: {'; '.join(launched(lambda c=call, x=x: c(x, 0), args.device))}"
+                    )
+        del weights, makers
     for way, reason in failed.items():
         print(f"\n{way} did not run: {reason}")
-    print(f"\n{kernels(found['ctfp8']._orig_mod, x, device=args.device)}")
+    print("\nWhat ctfp8 launches, with microseconds (the profiler's):\n")
+    print("\n".join(f"- {line}" for line in names))
+    n, k = SHAPES["dry"][0]
+    one = Weights(n, k, args.device).layers()[0]
+    print(f"\n{kernels(one, torch.zeros(16, k, device=args.device, dtype=torch.bfloat16), device=args.device)}")
 
 
 if __name__ == "__main__":

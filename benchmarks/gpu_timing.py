@@ -1,8 +1,9 @@
-"""What the GPU benchmarks share: the device, timings by CUDA graphs with a cold cache, and the table."""
+"""What the GPU benchmarks share: the command line, a clock with cold caches, kernels by name, and the table."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -10,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-#: Written before every timed call: more than the second-level cache of any GPU.
-FLUSH_BYTES = 256 << 20
-REPEATS = 10
+#: Calls in turn read as many bytes as this, each other ones: more than the second-level cache of any GPU.
+ROTATE_BYTES = 256 << 20
+CALLS = 16  # at least, in one timing
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -35,35 +36,43 @@ def ready(device: str) -> str:
     return f"{getattr(torch, device).get_device_name()}; torch {torch.__version__}"
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """The time of a call with cold caches, without launch overhead where the device has CUDA graphs."""
+def copies(nbytes: int, device: str) -> int:
+    """How many of something that a call reads are needed for each call to find none of it in a cache."""
+    return 2 if device == "cpu" else min(64, -(-ROTATE_BYTES // nbytes) + 1)
+
+
+def seconds(calls: Sequence[Callable[[], object]], device: str) -> float:
+    """The time of one of several calls alike, each on other memory, in turn; without launch overhead where the device has
+    CUDA graphs."""
+    turn = list(itertools.islice(itertools.cycle(calls), max(CALLS, len(calls)) if device != "cpu" else len(calls)))
     with torch.no_grad():
-        for _ in range(3):
+        for call in turn[:3]:
             call()
-        if device != "cuda":
-            return statistics.median(_wall(call, device) for _ in range(REPEATS))
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-        both, alone = _graph(lambda: (flush.zero_(), call())), _graph(flush.zero_)
-        return max(statistics.median(_replay(both) - _replay(alone) for _ in range(7)), 1e-9)
+        if device == "cuda":
+            graph = _graph(turn)
+            return statistics.median(_replay(graph) for _ in range(7)) / len(turn)
+        return statistics.median(_wall(turn, device) for _ in range(3 if device == "cpu" else 7)) / len(turn)
 
 
-def _wall(call: Callable[[], object], device: str) -> float:
+def _wall(turn: Sequence[Callable[[], object]], device: str) -> float:
     begin = time.perf_counter()
-    call()
+    for call in turn:
+        call()
     if device != "cpu":
         getattr(torch, device).synchronize()
     return time.perf_counter() - begin
 
 
-def _graph(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def _graph(turn: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()
+        for call in turn:
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(REPEATS):
+        for call in turn:
             call()
     graph.replay()
     return graph
@@ -75,7 +84,19 @@ def _replay(graph: torch.cuda.CUDAGraph) -> float:
     graph.replay()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / REPEATS
+    return begin.elapsed_time(end) / 1e3
+
+
+def launched(call: Callable[[], object], device: str) -> list[str]:
+    """The kernels of a call, by the profiler's names, with microseconds; on a CPU, in a dry run, its operators."""
+    kinds = torch.profiler.ProfilerActivity
+    activity = {"cuda": kinds.CUDA, "xpu": kinds.XPU, "cpu": kinds.CPU}[device]
+    with torch.no_grad(), torch.profiler.profile(activities=[activity]) as profile:
+        call()
+        if device != "cpu":
+            getattr(torch, device).synchronize()
+    events = [e for e in profile.events() if device == "cpu" or str(e.device_type).endswith(device.upper())]
+    return [f"{e.name[:60]} {(e.device_time if device != 'cpu' else e.cpu_time):.1f}" for e in events][:12]
 
 
 def kernels(module: torch.nn.Module, *args: object, device: str, **kwargs: object) -> str:

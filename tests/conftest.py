@@ -68,6 +68,8 @@ def fp8_config(
     weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy}
     if strategy == "block":
         weights["block_structure"] = list(block)
+    if strategy == "mx":
+        weights |= {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
     inputs: dict[str, Any] | None = None
     if activation == "token":
         inputs = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -75,10 +77,12 @@ def fp8_config(
         inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
     elif activation == "group":
         inputs = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+    elif activation == "mx":
+        inputs = {**weights, "dynamic": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
         "quant_method": "compressed-tensors",
-        "format": "float-quantized",
+        "format": "mxfp8-quantized" if strategy == "mx" else "float-quantized",
         "config_groups": {"group_0": group},
         **extra,
     }
@@ -87,7 +91,9 @@ def fp8_config(
 def quantize(
     weight: torch.Tensor, strategy: str = "channel", block: tuple[int, int] = (128, 128)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(float8 weight, float32 scale)` by compressed-tensors' own arithmetic."""
+    """`(float8 weight, float32 scale)` by compressed-tensors' own arithmetic; of MXFP8 by ours, which is tested against theirs."""
+    if strategy == "mx":
+        return torch.ops.ctfp8.quantize_mx(weight)
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
     from compressed_tensors.quantization.utils import calculate_qparams

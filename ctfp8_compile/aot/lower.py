@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from .. import passes
 from ..compat import export_arguments, following
 from ..errors import UsageError
-from ..passes import side_by_side
+from ..passes import scales, side_by_side
 from ..report import Report
 from ..target import Target
 from .parts import with_parts
@@ -64,7 +64,9 @@ def explain(
         `.to_dict()`, `.to_html(path)`.
     """
     target = target_of(model, target)
-    decisions = passes.decide(trace(model, args, kwargs, dynamic_shapes).graph, target)
+    program = trace(model, args, kwargs, dynamic_shapes)
+    _declare(program, target)  # joined, weights may be for another kernel
+    decisions = passes.decide(program.graph, target)
     report = with_parts(passes.report(target, passes.preview(decisions)), model, decisions, target)
     return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
 
@@ -100,13 +102,18 @@ def trace(
 
 def rewrite(program: ExportedProgram, target: Target) -> Report:
     """Rewrites a program in place for a target; parameters that one matmul reads become one."""
-    if target.device != "cpu":
-        side_by_side.declare(program.graph)
+    _declare(program, target)
     with following(program):
         report = passes.run(program.graph, target)
-    side_by_side.fold(program)
+    scales.fold(program)
     program.graph_module.recompile()
     return report
+
+
+def _declare(program: ExportedProgram, target: Target) -> None:
+    if target.device != "cpu":
+        side_by_side.declare(program.graph)
+        scales.declare(program.graph, target)
 
 
 def target_of(model: nn.Module, target: str | Target | None) -> Target:

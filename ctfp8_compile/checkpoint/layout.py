@@ -66,10 +66,10 @@ class Layout:
     def block(self, scheme: Scheme) -> tuple[int, int]:
         """Rows and columns of the stored parameter that share a scale."""
         columns = scheme.block[1] or self.shape[-1]
-        if scheme.block[0] <= 1 or any(p.step != 1 for p in self.placements):
+        if scheme.block[0] == 1 or any(p.step != 1 for p in self.placements):
             return (1, columns)
         starts = (p.start % self.shape[-2] for p in self.placements)
-        return (math.gcd(scheme.block[0], *starts), columns)
+        return (math.gcd(scheme.block[0] or self.shape[-2], *starts), columns)
 
     def weight(self, sources: Mapping[str, Tensor]) -> Tensor:
         """The stored parameter from checkpoint tensors; no copy where it is one of them unchanged."""

@@ -16,12 +16,13 @@ from torch import Tensor, fx
 from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, compile_fx
 from ..errors import TargetError, UsageError
-from ..graph import MARKER
+from ..graph import MARKER, fake_value
 from ..model.storage import detach_from_mmap, some_loaded
-from ..passes import side_by_side
+from ..passes import scales, side_by_side
 from ..report import Report
 from ..target import Target
 from . import weight_only
+from .laid_out import WithLaidOut
 from .packed import Adjacent
 
 log = logging.getLogger("ctfp8_compile")
@@ -68,12 +69,23 @@ def backend(
         # rows of an activation are quantized by one kernel, however long; split, three would do it where rows are few
         config.setdefault("split_reductions", False)
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"))
-    groups = side_by_side.declare(gm.graph) if marked and ours.get("ctfp8.join", target.device != "cpu") else []
+    if marked and ours.get("ctfp8.join", target.device != "cpu"):
+        side_by_side.declare(gm.graph)
+    if marked and target.device != "cpu":
+        scales.declare(gm.graph, target)
+    laid_out = scales.take_out(gm.graph)
+    inputs = list(example_inputs)
+    for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if any(node is one.sources[0] for one in laid_out):
+            inputs[place] = fake_value(node)
+    groups = side_by_side.groups(gm.graph)
     gm.recompile()
     before = len(_reports)
-    compiled = compile_fx(gm, list(example_inputs), config_patches=config)
+    compiled = compile_fx(gm, inputs, config_patches=config)
     if marked and len(_reports) == before:
         log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", len(marked), target)
+    if laid_out:
+        compiled = WithLaidOut(compiled, gm.graph, laid_out)
     if groups:
         compiled = Adjacent(compiled, gm.graph, groups)
     # outermost: what lies side by side in a file must not be taken for moved, and then leave it one by one

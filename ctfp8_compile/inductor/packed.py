@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from ..graph import fake_value
 from ..passes.side_by_side import SIDE_BY_SIDE
 
 aten = torch.ops.aten
+
+
+#: In builds with CUDA: whether the addresses of some tensors of a list are these, in one loop of C.
+_ADDRESSES_ARE = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+_MOST = 4096  # sets of parameters that one graph remembers
 
 
 class Adjacent:
@@ -32,18 +38,41 @@ class Adjacent:
         for group in groups:
             ends = itertools.accumulate(fake_value(node).nbytes for node in group)
             self.groups.append([(at[node], begin) for node, begin in zip(group, (0, *ends), strict=False)])
+        self.at = [i for group in self.groups for i, _ in group]
+        self.pick = itemgetter(*self.at)
+        #: Addresses that were found side by side: of the last call, and of calls before it.
+        self.last: tuple[int, ...] = ()
+        self.known: set[tuple[int, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
-        if any(_apart(args, group) for group in self.groups):
-            with _MOVING:  # another thread may have moved them meanwhile, or be about to
-                for group in self.groups:
-                    if _apart(args, group):
-                        move_together([args[i] for i, _ in group])
+        if not self.as_before(args):
+            self._make_sure(args)
         return self.compiled(*args)
+
+    def as_before(self, args: tuple[Any, ...]) -> bool:
+        """Whether all parameters are where they were at the last call."""
+        if _ADDRESSES_ARE is not None:
+            return bool(self.last) and bool(_ADDRESSES_ARE(list(args), list(self.last), self.at))
+        return tuple(map(_address, self.pick(args))) == self.last
+
+    def _make_sure(self, args: tuple[Any, ...]) -> None:
+        addresses = tuple(map(_address, self.pick(args)))
+        if addresses not in self.known:
+            if any(_apart(args, group) for group in self.groups):
+                with _MOVING:  # another thread may have moved them meanwhile, or be about to
+                    for group in self.groups:
+                        if _apart(args, group):
+                            move_together([args[i] for i, _ in group])
+            addresses = tuple(map(_address, self.pick(args)))
+            if len(self.known) >= _MOST:
+                self.known.clear()
+            self.known.add(addresses)
+        self.last = addresses
 
 
 #: One for all graphs, because they may share parameters.
 _MOVING = threading.Lock()
+_address = Tensor.data_ptr
 
 
 def _apart(args: Sequence[Any], group: Sequence[tuple[int, int]]) -> bool:

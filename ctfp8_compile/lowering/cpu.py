@@ -16,7 +16,7 @@ from .. import ops
 from ..graph import call
 from ..target import Target
 from ..ops import cpu as cpu_kernels
-from .kernel import KINDS, SCALINGS, Operands, Problem, Verdict, no
+from .kernel import KINDS, SCALINGS, Operands, Problem, ScaleLayout, Verdict, no
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -39,6 +39,7 @@ class FusedDequantizeMatmul:
     kinds = KINDS
     scalings = SCALINGS
     lowers = ()
+    scale_layout: ScaleLayout = ""
 
     @property
     def name(self) -> str:

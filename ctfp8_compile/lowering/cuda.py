@@ -2,7 +2,7 @@
 
 | capability | linear | experts |
 |---|---|---|
-| sm90, sm100 | fbgemm (MSLK where that is installed), rowwise or groupwise; else `_scaled_mm`, 128x128 blocks on sm90 | the same, stacked; on sm90 else `_scaled_grouped_mm` |
+| sm90, sm100 | `_scaled_mm` for one scale each; fbgemm (MSLK where that is installed), rowwise or groupwise; else `_scaled_mm`, 128x128 blocks on sm90 | fbgemm's; on sm90 else `_scaled_grouped_mm` |
 | sm89, sm120 | `_scaled_mm` | weight-only |
 | sm80 | weight-only | weight-only |
 | earlier | dequantized | dequantized |
@@ -15,12 +15,16 @@ from __future__ import annotations
 from . import fbgemm, scaled_mm, weight_only
 from .kernel import Kernel
 
+_ONE_SCALE, _ROWWISE = scaled_mm.linear(fast_accum=True)
+
 #: Best first.
 KERNELS: tuple[Kernel, ...] = (
+    _ONE_SCALE,
     *fbgemm.kernels("fbgemm"),
     *fbgemm.kernels("mslk"),
-    scaled_mm.linear(fast_accum=True),
+    _ROWWISE,
     scaled_mm.BLOCKWISE,
+    scaled_mm.MX,
     scaled_mm.GROUPED,
     weight_only.KERNEL,
 )

@@ -4,6 +4,11 @@
     f8f8bf16_groupwise(XQ [M, K], WQ [N, K], x_scale [K/128, M], w_scale [K/128, N/128]) -> bfloat16 [M, N]
     f8f8bf16_rowwise_grouped_stacked(XQ [M, K], WQ [G, N, K], x_scale [M], w_scale [G, N], M_sizes [G] int64)
         -> bfloat16 [M, N]
+    f8f8bf16_groupwise_grouped(XQ [M, K], WQ [G, N, K], x_scale, w_scale [G, K/128, N/128], M_sizes [G] int64)
+        -> bfloat16 [M, N]
+
+Of the last one, `x_scale` holds for each group, one behind the other, `[K/128, rows of the group]` (fbgemm's
+`f8f8bf16_groupwise_grouped_common.cuh`: the group's first row times K/128 is where it begins).
 
 The libraries load only where there is a GPU. On other machines their schemas are declared here, with a reference
 implementation in plain ATen, so that graphs can be made for a GPU, read, and checked.
@@ -21,8 +26,18 @@ from torch import Tensor, fx
 from .. import ops
 from ..graph import value
 from ..target import KERNEL_LIBRARIES, Target
-from .kernel import Kind, Problem, Scaling, Verdict, no
-from .scaled import Scaled, ScaledKernel, multiples_of, pad_rows, row_scales, rows_of, token_scales
+from .kernel import Kind, Problem, ScaleLayout, Scaling, Verdict, no
+from .scaled import (
+    Scaled,
+    ScaledKernel,
+    expert_of_rows,
+    multiples_of,
+    pad_rows,
+    row_scales,
+    rows_of,
+    token_scales,
+    transposed_scales,
+)
 from .scaled_mm import finish
 
 aten = torch.ops.aten
@@ -33,6 +48,7 @@ _SCHEMAS = (
     "bool use_fast_accum=True) -> Tensor",
     "f8f8bf16_groupwise(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale) -> Tensor",
     "f8f8bf16_rowwise_grouped_stacked(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor M_sizes) -> Tensor",
+    "f8f8bf16_groupwise_grouped(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor M_sizes) -> Tensor",
 )
 _declared: list[torch.library.Library] = []
 
@@ -65,7 +81,9 @@ def _declare(library: str) -> None:
     except (AttributeError, RuntimeError):
         pass
     fragment = torch.library.Library(library, "FRAGMENT")
-    references: tuple[Any, ...] = (_rowwise_reference, _groupwise_reference, _grouped_reference)
+    references: tuple[Any, ...] = (
+        _rowwise_reference, _groupwise_reference, _grouped_reference, _groupwise_grouped_reference,
+    )  # fmt: skip
     for schema, reference in zip(_SCHEMAS, references, strict=True):
         fragment.define(schema)
         name = schema.partition("(")[0]
@@ -105,6 +123,16 @@ def _grouped_reference(XQ: Tensor, WQ: Tensor, x_scale: Tensor, w_scale: Tensor,
     )
 
 
+def _groupwise_grouped_reference(XQ: Tensor, WQ: Tensor, x_scale: Tensor, w_scale: Tensor, M_sizes: Tensor) -> Tensor:
+    groups, rows = XQ.shape[1] // 128, M_sizes.tolist()
+    parts = x_scale.reshape(-1)[: groups * sum(rows)].split([groups * n for n in rows])
+    scale_a = x_scale.new_ones((XQ.shape[0], groups))
+    scale_a[: sum(rows)] = torch.cat([part.view(groups, n).t() for part, n in zip(parts, rows, strict=True)])
+    return torch.ops.ctfp8.scaled_grouped_mm(
+        XQ, WQ, scale_a, w_scale.mT, M_sizes.cumsum(0), [128, 128], torch.bfloat16
+    )
+
+
 def _version(library: str) -> str:
     return " ".join(KERNEL_LIBRARIES[library].installed() or ("declared",))
 
@@ -135,10 +163,7 @@ def kernels(library: str) -> tuple[ScaledKernel, ...]:
         x, scale_a, rows = s.x, s.scale_a, value(s.x).shape[0]
         if not isinstance(rows, int) or rows > 16:  # then it reads scales by TMA, which wants rows of 16 bytes
             x, scale_a = pad_rows(do, x, 4), pad_rows(do, scale_a, 4)
-        scales = (
-            do(aten.clone.default, do(aten.permute.default, scale, [1, 0]), memory_format=torch.contiguous_format)
-            for scale in (scale_a, s.weight_scale)
-        )
+        scales = transposed_scales(do, scale_a), transposed_scales(do, s.weight_scale)
         out = do(op("f8f8bf16_groupwise"), x, s.weight, *scales)
         if x is not s.x:
             out = do(aten.slice.Tensor, out, 0, 0, rows_of(do, s.x))
@@ -146,16 +171,56 @@ def kernels(library: str) -> tuple[ScaledKernel, ...]:
 
     def build_grouped(do: ops.Do, s: Scaled) -> fx.Node:
         experts, rows, _ = value(s.weight).shape
-        before = do(aten.constant_pad_nd.default, do(aten.slice.Tensor, s.offs, 0, 0, experts - 1), [1, 0])
-        counts = do(_convert, do(aten.sub.Tensor, s.offs, before), torch.int64)
         scales = token_scales(do, s, [-1]), row_scales(do, s, [experts, rows])
+        counts = _groups(do, s)[1]
         return finish(do, s, do(op("f8f8bf16_rowwise_grouped_stacked"), s.x, s.weight, *scales, counts))
+
+    def build_groupwise_grouped(do: ops.Do, s: Scaled) -> fx.Node:
+        begins, counts = _groups(do, s)
+        scales = _by_group(do, s, begins, counts), transposed_scales(do, s.weight_scale)
+        return finish(do, s, do(op("f8f8bf16_groupwise_grouped"), s.x, s.weight, *scales, counts))
 
     version = functools.partial(_version, library)
     experts: tuple[Kind, ...] = ("grouped_mm", "gathered_mm")
-    rowwise: tuple[Scaling, ...] = ("rowwise",)
+    rowwise: tuple[Scaling, ...] = ("tensorwise", "rowwise")
+
+    def kernel(name: str, kinds: tuple[Kind, ...], scalings: tuple[Scaling, ...], build: Any) -> ScaledKernel:
+        layout: ScaleLayout = "by row" if "rowwise" in name else "transposed"
+        return ScaledKernel(f"{library} {name}", library, kinds, scalings, gate, build, version, layout)
+
     return (
-        ScaledKernel(f"{library} f8f8bf16_rowwise", library, ("linear",), rowwise, gate, build_rowwise, version),
-        ScaledKernel(f"{library} f8f8bf16_groupwise", library, ("linear",), ("blockwise",), gate, build_groupwise, version),
-        ScaledKernel(f"{library} f8f8bf16_rowwise_grouped_stacked", library, experts, rowwise, gate, build_grouped, version),
+        kernel("f8f8bf16_rowwise", ("linear",), rowwise, build_rowwise),
+        kernel("f8f8bf16_groupwise", ("linear",), ("blockwise",), build_groupwise),
+        kernel("f8f8bf16_rowwise_grouped_stacked", experts, rowwise, build_grouped),
+        kernel("f8f8bf16_groupwise_grouped", experts, ("blockwise",), build_groupwise_grouped),
     )
+
+
+def _groups(do: ops.Do, s: Scaled) -> tuple[fx.Node, fx.Node]:
+    """The first row of each expert, and how many it has, int64."""
+    before = do(aten.slice.Tensor, s.offs, 0, 0, value(s.weight).shape[0] - 1)
+    before = do(aten.constant_pad_nd.default, before, [1, 0])
+    return before, do(_convert, do(aten.sub.Tensor, s.offs, before), torch.int64)
+
+
+def _by_group(do: ops.Do, s: Scaled, begins: fx.Node, counts: fx.Node) -> fx.Node:
+    """`scale_a` `[M, K/128]` with the scales of each group transposed in place.
+
+    Place p of the result is of the group that row `p // (K/128)` is of; within the group, it is the scale of row `at % count`
+    and columns `at // count`.
+    """
+    groups, device = value(s.scale_a).shape[1], value(s.x).device
+    expert = expert_of_rows(do, s.x, s.offs)
+    begin, count = (do(aten.unsqueeze.default, do(aten.index.Tensor, t, [expert]), 1) for t in (begins, counts))
+    count = do(aten.clamp_min.default, count, 1)
+    row = do(aten.unsqueeze.default, do(aten.arange.start_step, 0, rows_of(do, s.x), dtype=torch.int64, device=device), 1)
+    place = do(aten.arange.start_step, 0, groups, dtype=torch.int64, device=device)
+    at = do(aten.add.Tensor, do(aten.mul.Tensor, do(aten.sub.Tensor, row, begin), groups), place)
+    column = do(aten.div.Tensor_mode, at, count, rounding_mode="trunc")
+    source = do(aten.add.Tensor, begin, do(aten.sub.Tensor, at, do(aten.mul.Tensor, column, count)))
+    last = do(aten.slice.Tensor, s.offs, 0, value(s.offs).shape[0] - 1, value(s.offs).shape[0])
+    past = do(aten.ge.Tensor, row, last)  # rows of no group stay where they are; nothing reads them
+    return do(
+        aten.index.Tensor, s.scale_a,
+        [do(aten.where.self, past, row, source), do(aten.where.self, past, place, column)],
+    )  # fmt: skip

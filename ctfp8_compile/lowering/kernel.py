@@ -16,10 +16,11 @@ from ..target import Target
 
 #: A linear; experts whose rows are sorted by expert; experts of which each row has one of its own.
 Kind = Literal["linear", "grouped_mm", "gathered_mm"]
-#: Scales of weight and activation: per output feature (a scale per tensor was spread over them at load) and token;
-#: 128x128 blocks and groups of 128; any other groups; bytes that are powers of two, for groups of 32 (MXFP8); activations
-#: that are not quantized.
-Scaling = Literal["rowwise", "blockwise", "groupwise", "mx", "weight-only"]
+#: Scales of weight and activation: one each; per output feature and token (or for several); 128x128 blocks and groups of 128;
+#: any other groups; bytes that are powers of two, for groups of 32 (MXFP8); activations that are not quantized.
+Scaling = Literal["tensorwise", "rowwise", "blockwise", "groupwise", "mx", "weight-only"]
+#: How a kernel reads weight scales: as they are loaded; one per row; transposed; in the order of Blackwell's tensor cores.
+ScaleLayout = Literal["", "by row", "transposed", "swizzled"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
@@ -74,7 +75,10 @@ class Problem:
             return "weight-only"
         if self.activation == "group":
             return "blockwise" if self.block == (128, 128) else "groupwise"
-        return "groupwise" if self.block[1] < self.weight_shape[-1] else "rowwise"
+        rows, cols = self.weight_shape[-2:]
+        if self.block[1] < cols:
+            return "groupwise"
+        return "tensorwise" if self.block[0] >= rows and self.activation.startswith("tensor") else "rowwise"
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,10 @@ class Kernel(Protocol):
     @property
     def scalings(self) -> tuple[Scaling, ...]:
         """The `SCALINGS` it is for."""
+
+    @property
+    def scale_layout(self) -> ScaleLayout:
+        """How it reads weight scales; it takes them as they are loaded all the same, and brings them into it at each call."""
 
     def supports(self, problem: Problem, target: Target) -> Verdict:
         """Whether this kernel takes a problem it is for on the target."""

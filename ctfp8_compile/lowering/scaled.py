@@ -22,7 +22,7 @@ from torch import fx
 from .. import ops
 from ..graph import arguments, before, call, sizes, value
 from ..target import Target
-from .kernel import YES, Kind, Operands, Problem, Scaling, Verdict, no
+from .kernel import YES, Kind, Operands, Problem, ScaleLayout, Scaling, Verdict, no
 
 aten = torch.ops.aten
 _ctfp8 = torch.ops.ctfp8
@@ -32,6 +32,7 @@ QUANTIZE = (
     _ctfp8.quantize_per_token.default,
     _ctfp8.quantize_per_group.default,
     _ctfp8.quantize_per_tensor.default,
+    _ctfp8.quantize_mx.default,
 )
 
 
@@ -67,6 +68,7 @@ class ScaledKernel:
         gate: whether it takes such a problem on a target.
         build: `(do, Scaled) -> node`: its operators, where `do(op, *args)` adds a node.
         version: identifies the library on this machine, for Inductor's cache key.
+        scale_layout: how it reads weight scales (`kernel.ScaleLayout`).
     """
 
     name: str
@@ -76,6 +78,7 @@ class ScaledKernel:
     gate: Callable[[Problem, Target], Verdict]
     build: Callable[[ops.Do, Scaled], fx.Node]
     version: Callable[[], str] = lambda: torch.__version__
+    scale_layout: ScaleLayout = ""
     lowers: ClassVar[tuple[Any, ...]] = (_ctfp8.scaled_mm.default, _ctfp8.scaled_grouped_mm.default)
 
     def supports(self, problem: Problem, target: Target) -> Verdict:
@@ -107,9 +110,9 @@ def _emit(graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) 
     x, out_dtype = operands.x, problem.x_dtype
     cols, experts = problem.weight_shape[-1], problem.weight_shape[0]
     input_scale = operands.input_scale
-    if input_scale is not None:
+    if input_scale is not None and value(input_scale).shape[-1] != 1:
         # Merged matrices (gate and up) keep one scale each; they share one input, quantized with the largest.
-        input_scale = do(aten.amax.default, input_scale, [-1])
+        input_scale = do(aten.amax.default, input_scale, [-1], True)
     rows = x
     if problem.kind == "linear":
         if value(x).dim() != 2:
@@ -137,8 +140,8 @@ def _emit(graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) 
         # Experts have their own scales: each row takes its expert's.
         expert = ids
         if expert is None:
-            expert = _expert_of_rows(do, graph, x, operands.offs, experts)
-        input_scale = do(aten.unsqueeze.default, do(aten.index.Tensor, input_scale, [expert]), 1)
+            expert = expert_of_rows(do, x, operands.offs)
+        input_scale = do(aten.index.Tensor, input_scale, [expert])
     q, scale_a = _quantize(do, rows, problem.activation, input_scale)
     out = do(
         _ctfp8.scaled_grouped_mm.default,
@@ -156,6 +159,8 @@ def _quantize(do: ops.Do, x: fx.Node, activation: str, input_scale: fx.Node | No
         both = do(QUANTIZE[0], x, *([float(bound)] if bound else []))
     elif activation == "group":
         both = do(QUANTIZE[1], x, 128)
+    elif activation == "mx":
+        both = do(QUANTIZE[3], x)
     else:
         both = do(QUANTIZE[2], x, input_scale)
     return do(operator.getitem, both, 0), do(operator.getitem, both, 1)
@@ -174,9 +179,10 @@ def _ends(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:
     return do(_convert, do(aten.sum.dim_IntList, at_most, [1]), torch.int32)
 
 
-def _expert_of_rows(do: ops.Do, graph: fx.Graph, x: fx.Node, offs: fx.Node | None, experts: int) -> fx.Node:
+def expert_of_rows(do: ops.Do, x: fx.Node, offs: fx.Node | None) -> fx.Node:
     """The expert of each row of a grouped matmul; rows past the last group take the last expert."""
-    rows = do(aten.arange.start_step, 0, sizes(graph, x)[0], dtype=torch.int64, device=value(x).device)
+    experts = value(offs).shape[0]
+    rows = do(aten.arange.start_step, 0, rows_of(do, x), dtype=torch.int64, device=value(x).device)
     past = do(aten.ge.Tensor, do(aten.unsqueeze.default, rows, 1), do(aten.unsqueeze.default, offs, 0))
     return do(aten.clamp_max.default, do(aten.sum.dim_IntList, past, [1]), experts - 1)
 
@@ -192,6 +198,8 @@ def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
             results = ops.quantize_per_token_steps(do, *arguments(node))
         elif node.target is QUANTIZE[1]:
             results = ops.quantize_per_group_steps(do, arguments(node)[0], value(arguments(node)[0]).shape[1], arguments(node)[1])
+        elif node.target is QUANTIZE[3]:
+            results = ops.quantize_mx_steps(do, arguments(node)[0], value(arguments(node)[0]).shape[1])
         else:
             results = ops.quantize_per_tensor_steps(do, *arguments(node))
         codes, scale = results
@@ -228,6 +236,15 @@ def token_scales(do: ops.Do, s: Scaled, shape: list[int]) -> fx.Node:
         repeated = do(aten.expand.default, scale, [rows, 1])
         scale = do(aten.clone.default, repeated, memory_format=torch.contiguous_format)
     return do(aten.reshape.default, scale, shape)
+
+
+def transposed_scales(do: ops.Do, scale: fx.Node) -> fx.Node:
+    """A weight's `[..., N/128, K/128]` scales as `[..., K/128, N/128]`; no copy where they were laid out so before."""
+    rank = value(scale).dim()
+    transposed = do(aten.permute.default, scale, [*range(rank - 2), rank - 1, rank - 2])
+    if value(transposed).is_contiguous():
+        return transposed
+    return do(aten.clone.default, transposed, memory_format=torch.contiguous_format)
 
 
 def rows_of(do: ops.Do, x: fx.Node) -> Any:

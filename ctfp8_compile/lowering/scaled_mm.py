@@ -2,8 +2,9 @@
 
     aten._scaled_mm(x [M, K] fp8, weight.t() [K, N] fp8 column-major, scale_a, scale_b, bias, …, out_dtype)
 
-with `scale_a` `[M, 1]` and `scale_b` `[1, N]`, both float32, or, for 128x128 blocks on sm90, `[M, K/128]` and `[K/128, N/128]`,
-both with the first dimension innermost (the checks in torch's `aten/src/ATen/native/cuda/ScaledBlas.cpp`). Some versions of
+with `scale_a` and `scale_b` of one element each, or `[M, 1]` and `[1, N]`, all float32, or, for 128x128 blocks on sm90, `[M, K/128]` and `[K/128, N/128]`,
+both with the first dimension innermost, or, for MXFP8 on sm100, `float8_e8m0fnu` `[M, K/32]` and `[N, K/32]` in the order of
+`ops.swizzle_steps` (the checks in torch's `aten/src/ATen/native/cuda/ScaledBlas.cpp`). Some versions of
 torch want columns of the latter padded to a multiple of 4, which K a multiple of 512 makes the same; cuBLAS wants M to be one.
 These kernels write bfloat16.
 """
@@ -11,12 +12,13 @@ These kernels write bfloat16.
 from __future__ import annotations
 
 import functools
+import re
 
 import torch
 from torch import fx
 
 from .. import ops
-from ..graph import value
+from ..graph import arguments, value
 from ..target import Target
 from .kernel import YES, Problem, Verdict, no
 from .scaled import Scaled, ScaledKernel, multiples_of, pad_rows, row_scales, rows_of, token_scales
@@ -28,16 +30,42 @@ _convert = torch.ops.prims.convert_element_type.default
 def _linear(problem: Problem, target: Target) -> Verdict:
     if target.capability == (8, 9) and _torch_version() < (2, 12):
         return no(f"aten._scaled_mm on sm89 needs torch 2.12 or later, not {torch.__version__}")
+    if target.device == "xpu" and target.kernels == "auto" and not _xpu_multiplies_fp8():
+        return no(
+            "oneDNN multiplies FP8 as float16 on Intel GPUs up to Xe2, so that quantized activations would cost precision and "
+            "save nothing; ctfp8.kernels='scaled_mm' takes it all the same"
+        )
     return multiples_of(16, problem)
+
+
+def _xpu_multiplies_fp8() -> bool:
+    """Whether this machine's Intel GPU is a newer one than those known to have no FP8 in their matrix units."""
+    # https://github.com/uxlfoundation/oneDNN/pull/2904
+    return torch.xpu.is_available() and not re.search(r"Max|Flex|Arc|Graphics", torch.xpu.get_device_name())
 
 
 def _blockwise(problem: Problem, target: Target) -> Verdict:
     if target.capability != (9, 0):
         return no(f"aten._scaled_mm takes 128x128 blocks on cuda:sm90, not {target}")
-    if torch.version.cuda is not None and tuple(map(int, torch.version.cuda.split(".")[:2])) < (12, 9):
-        return no(f"aten._scaled_mm takes 128x128 blocks with CUDA 12.9 or later, not {torch.version.cuda}")
+    if not (verdict := _cuda((12, 9), "128x128 blocks")):
+        return verdict
     n, k = problem.weight_shape[-2:]
     return no(f"N must be a multiple of 128 and K of 512, but they are {n} and {k}") if n % 128 or k % 512 else YES
+
+
+def _mx(problem: Problem, target: Target) -> Verdict:
+    if problem.activation != "mx":
+        return no("the checkpoint does not quantize activations (MXFP8A16)")
+    if target.capability != (10, 0):
+        return no(f"aten._scaled_mm takes MXFP8 on cuda:sm100, not {target}")
+    return _cuda((12, 8), "MXFP8") and multiples_of(128, problem)
+
+
+def _cuda(release: tuple[int, int], what: str) -> Verdict:
+    has = torch.version.cuda
+    if has is None or tuple(map(int, has.split(".")[:2])) >= release:
+        return YES
+    return no(f"aten._scaled_mm takes {what} with CUDA {release[0]}.{release[1]} or later, not {has}")
 
 
 def _grouped(problem: Problem, target: Target) -> Verdict:
@@ -59,6 +87,12 @@ def _build_linear(do: ops.Do, s: Scaled, fast_accum: bool) -> fx.Node:
     return finish(do, s, out, s.bias)
 
 
+def _build_tensorwise(do: ops.Do, s: Scaled, fast_accum: bool) -> fx.Node:
+    weight = do(aten.permute.default, s.weight, [1, 0])
+    out = do(aten._scaled_mm.default, s.x, weight, s.scale_a, s.weight_scale, None, None, torch.bfloat16, fast_accum)
+    return finish(do, s, out, s.bias)
+
+
 def _build_blockwise(do: ops.Do, s: Scaled) -> fx.Node:
     x, scale_a = pad_rows(do, s.x, 4), pad_rows(do, s.scale_a, 4)
     by_group = do(aten.permute.default, scale_a, [1, 0])
@@ -68,6 +102,16 @@ def _build_blockwise(do: ops.Do, s: Scaled) -> fx.Node:
     if x is not s.x:
         out = do(aten.slice.Tensor, out, 0, 0, rows_of(do, s.x))
     return finish(do, s, out, s.bias)
+
+
+def _build_mx(do: ops.Do, s: Scaled) -> fx.Node:
+    cols = value(s.scale_a).shape[1]
+    scale_a = ops.swizzle_steps(do, pad_rows(do, s.scale_a, 128), cols)
+    laid_out = s.weight_scale.target is ops.UNSWIZZLED
+    scale_b = arguments(s.weight_scale)[0] if laid_out else ops.swizzle_steps(do, s.weight_scale, cols)
+    scales = (do(aten.view.dtype, scale, torch.float8_e8m0fnu) for scale in (scale_a, scale_b))
+    weight = do(aten.permute.default, s.weight, [1, 0])
+    return finish(do, s, do(aten._scaled_mm.default, s.x, weight, *scales, None, None, torch.bfloat16, False), s.bias)
 
 
 def finish(do: ops.Do, s: Scaled, out: fx.Node, bias: fx.Node | None = None) -> fx.Node:
@@ -86,13 +130,21 @@ def _build_grouped(do: ops.Do, s: Scaled) -> fx.Node:
     return finish(do, s, do(aten._scaled_grouped_mm.default, *arguments))
 
 
-def linear(fast_accum: bool) -> ScaledKernel:
-    """The rowwise kernel; on Hopper, fast accumulation keeps partial sums with fewer bits than float32."""
-    build = functools.partial(_build_linear, fast_accum=fast_accum)
-    return ScaledKernel("aten._scaled_mm", "scaled_mm", ("linear",), ("rowwise",), _linear, build)
+def linear(fast_accum: bool) -> tuple[ScaledKernel, ScaledKernel]:
+    """The kernels with one scale each, and with scales per row; on Hopper, fast accumulation keeps partial sums with fewer bits
+    than float32."""
+    one = functools.partial(_build_tensorwise, fast_accum=fast_accum)
+    rows = functools.partial(_build_linear, fast_accum=fast_accum)
+    name, library = "aten._scaled_mm", "scaled_mm"
+    return (
+        ScaledKernel(name, library, ("linear",), ("tensorwise",), _linear, one),
+        ScaledKernel(name, library, ("linear",), ("rowwise",), _linear, rows, scale_layout="by row"),
+    )
 
 
+MX = ScaledKernel("aten._scaled_mm", "scaled_mm", ("linear",), ("mx",), _mx, _build_mx, scale_layout="swizzled")
 BLOCKWISE = ScaledKernel("aten._scaled_mm", "scaled_mm", ("linear",), ("blockwise",), _blockwise, _build_blockwise)
 GROUPED = ScaledKernel(
-    "aten._scaled_grouped_mm", "scaled_mm", ("grouped_mm", "gathered_mm"), ("rowwise",), _grouped, _build_grouped
-)
+    "aten._scaled_grouped_mm", "scaled_mm", ("grouped_mm", "gathered_mm"), ("tensorwise", "rowwise"), _grouped,
+    _build_grouped, scale_layout="by row",
+)  # fmt: skip

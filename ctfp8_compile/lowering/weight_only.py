@@ -17,7 +17,7 @@ from torch import fx
 from ..graph import call
 from ..ops.triton import WEIGHT_ONLY, missing
 from ..target import Target
-from .kernel import KINDS, SCALINGS, Operands, Problem, Verdict, no
+from .kernel import KINDS, SCALINGS, Operands, Problem, ScaleLayout, Verdict, no
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,6 +30,7 @@ class WeightOnly:
     kinds = KINDS
     scalings = tuple(scaling for scaling in SCALINGS if scaling != "mx")  # it reads float32 scales
     lowers = ()
+    scale_layout: ScaleLayout = ""
 
     def supports(self, problem: Problem, target: Target) -> Verdict:
         if target.capability is not None and target.capability < (8, 0):

@@ -9,23 +9,32 @@ from .fp8 import (
     dequantize_reference,
     expand_scale,
     exponent_steps,
+    quantize_mx_steps,
     quantize_per_group_steps,
     quantize_per_tensor_steps,
     quantize_per_token_steps,
 )
 from .operators import DEQUANTIZED
+from .scales import BY_ROW, SWIZZLED, TRANSPOSED, UNSWIZZLED, swizzle_steps, unswizzle_steps
 
 __all__ = [
     "AMAX_MIN",
+    "BY_ROW",
     "DEQUANTIZED",
     "FP8",
     "FP8_MAX",
+    "SWIZZLED",
+    "TRANSPOSED",
+    "UNSWIZZLED",
     "Do",
     "apply",
     "dequantize_reference",
     "expand_scale",
     "exponent_steps",
+    "quantize_mx_steps",
     "quantize_per_group_steps",
     "quantize_per_tensor_steps",
     "quantize_per_token_steps",
+    "swizzle_steps",
+    "unswizzle_steps",
 ]

@@ -72,6 +72,18 @@ def quantize_per_group_steps(do: Do, x: Any, cols: int, group: int) -> tuple[Any
     return do(aten.reshape.default, codes, [-1, cols]), do(aten.squeeze.dim, scale, -1)
 
 
+def quantize_mx_steps(do: Do, x: Any, cols: int) -> tuple[Any, Any]:
+    """`([M, K] FP8, [M, K / 32] uint8)`: a byte e for the scale 2^(e - 127) of 32 columns, as compressed-tensors chooses it:
+    the power of two below their maximum, or above it from 1.75 of it on, divided by 2^8."""
+    wide = do(aten.reshape.default, do(_convert, x, torch.float32), [-1, cols // 32, 32])
+    amax = do(aten.amax.default, do(aten.abs.default, wide), [-1], True)
+    bits = do(aten.add.Tensor, do(aten.view.dtype, amax, torch.int32), 1 << 21)
+    exponent = do(aten.clamp_min.default, do(aten.sub.Tensor, do(aten.__rshift__.Scalar, bits, 23), 8), 0)
+    exponents = do(_convert, exponent, torch.uint8)
+    codes = _round_steps(do, wide, exponent_steps(do, exponents))
+    return do(aten.reshape.default, codes, [-1, cols]), do(aten.squeeze.dim, exponents, -1)
+
+
 def quantize_per_tensor_steps(do: Do, x: Any, input_scale: Any) -> tuple[Any, Any]:
     """A scale for all, dynamic where `input_scale` is None: `([M, K] FP8, [1, 1])`, or `[M, 1]` where that has rows."""
     wide = do(_convert, x, torch.float32)

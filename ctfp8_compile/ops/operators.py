@@ -12,7 +12,8 @@ operators; each has a reference implementation in plain ATen, so a rewritten gra
 
 - `dequantized_…`: a matmul of an activation as it is (CPU);
 - `quantize_…`, then `scaled_…`: a matmul of FP8 with FP8. Activations are `[M, K]`, `scale_a` is `[M, 1]` float32, or
-  `[M, K / group]` for a scale per token and group of columns. A target lowers these to operators of its own.
+  `[M, K / group]` for a scale per token and group of columns (bytes for MXFP8's groups of 32). A target lowers these to
+  operators of its own.
 
 `side_by_side` says that parameters lie one behind the other in memory, so that one matmul can read them all; where they do
 not, it concatenates them along the first dimension (see `ctfp8_compile.passes.side_by_side`).
@@ -32,6 +33,7 @@ from .fp8 import (
     apply,
     dequantize_reference,
     expand_scale,
+    quantize_mx_steps,
     quantize_per_group_steps,
     quantize_per_tensor_steps,
     quantize_per_token_steps,
@@ -159,6 +161,14 @@ def _quantize_per_token(x: Tensor, bound: float | None = None) -> tuple[Tensor, 
 )
 def _quantize_per_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return quantize_per_group_steps(apply, x, x.shape[-1], group)
+
+
+@operator(
+    "quantize_mx(Tensor x) -> (Tensor, Tensor)",
+    meta=lambda x: (x.new_empty(x.shape, dtype=FP8), x.new_empty((x.shape[0], x.shape[1] // 32), dtype=torch.uint8)),
+)
+def _quantize_mx(x: Tensor) -> tuple[Tensor, Tensor]:
+    return quantize_mx_steps(apply, x, x.shape[-1])
 
 
 @operator(

@@ -37,13 +37,17 @@ def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:
     for node in graph.nodes:
         if (at := _PARTS.get(node.target)) and (part := _part(arguments(node)[at[0]])) is not None:
             rest = [arg for i, arg in enumerate(arguments(node)) if i not in at]
-            groups[part[0], node.target, repr(rest), kernels.get(node)].append((part[1], node))
+            others = tuple(_part(arguments(node)[i]) or arguments(node)[i] for i in at[1:])
+            wholes = tuple(other[0] if isinstance(other, tuple) else other for other in others)
+            groups[part[0], wholes, node.target, repr(rest), kernels.get(node)].append((part[1], node))
     for (weight, *_), members in groups.items():
         members.sort(key=lambda member: member[0])
-        if sum(value(node).shape[-1] for _, node in members) == value(weight).shape[0]:
+        if weight.target is SIDE_BY_SIDE and sum(value(node).shape[-1] for _, node in members) == value(weight).shape[0]:
             _combine(graph, members, kernels)
     for node in [n for n in graph.nodes if n.target is SIDE_BY_SIDE]:
         _apart(graph, node)
+    for node in [n for n in graph.nodes if n.target is aten.slice.Tensor and not n.users]:
+        graph.erase_node(node)
 
 
 def _combine(graph: fx.Graph, members: list[tuple[int, fx.Node]], kernels: Kernels) -> None:
@@ -85,7 +89,7 @@ def _apart(graph: fx.Graph, whole: fx.Node) -> None:
 
 
 def _part(node: Any) -> tuple[fx.Node, int] | None:
-    """`(side_by_side node, first row)` of a part of it."""
-    if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and arguments(node)[0].target is SIDE_BY_SIDE:
+    """`(what lies side by side, first row)` of a part of it; scales may have been laid out in another way (`scales`)."""
+    if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and arguments(node)[1] == 0:
         return arguments(node)[0], arguments(node)[2]
     return None

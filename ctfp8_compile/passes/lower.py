@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from .. import ops
+from ..graph import arguments, before, call
 from ..lowering.scaled import QUANTIZE, lower_quantize
 from .rewrite import Kernels
 
@@ -21,3 +23,9 @@ def lower_scaled(graph: fx.Graph, kernels: Kernels) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in QUANTIZE:
             lower_quantize(graph, node)
+        elif node.target is ops.UNSWIZZLED:  # dead, where a kernel reads what is behind it
+            if node.users:
+                with before(graph, node):
+                    new = ops.unswizzle_steps(lambda op, *args, node=node: call(graph, op, *args, like=node), *arguments(node))
+                node.replace_all_uses_with(new, propagate_meta=False)
+            graph.erase_node(node)

@@ -11,7 +11,9 @@ the graph is right wherever it runs. That it costs nothing is seen to at its end
 - a compiled graph takes the parameters as they are: `inductor/packed.py` moves those of a group into one allocation before the
   first call (they stay parameters of their modules, with their own names and shapes, as views of it), and Inductor reads
   all of them through the first one;
-- an exported program gets one parameter in their place (`fold`).
+- an exported program gets one parameter in their place (`scales.fold`).
+
+Scales of whole matrices (per-tensor schemes) differ, so that the joined matrix has one per row: `scales_by_row`.
 """
 
 from __future__ import annotations
@@ -21,19 +23,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.export import ExportedProgram
+from torch import fx
 
 from ..graph import MARKER, arguments, fake_value
+from ..ops import BY_ROW
 
 aten = torch.ops.aten
 SIDE_BY_SIDE = torch.ops.ctfp8.side_by_side.default
 _LINEARS = (aten.linear.default, torch.nn.functional.linear)
 _MARKERS = (MARKER, MARKER.overloadpacket)
+_BY_ROW = "by row"
 
 
-def declare(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Declares, in place, which parameters are to lie side by side; returns their placeholders, group by group.
+def declare(graph: fx.Graph) -> None:
+    """Declares, in place, which parameters are to lie side by side.
 
     Args:
         graph: of dynamo or torch.export, in which linears are whole and a marker's weight is a placeholder.
@@ -43,30 +46,35 @@ def declare(graph: fx.Graph) -> list[list[fx.Node]]:
         if node.op == "call_function" and node.target in _LINEARS and (alike := _alike(node)) is not None:
             by_input[arguments(node)[0], alike].append(node)
     first = next((node for node in graph.nodes if node.op != "placeholder"), None)
-    groups: list[list[fx.Node]] = []
 
-    def join(consumers: Sequence[fx.Node], index: int, apart: bool = True) -> None:
+    def join(consumers: Sequence[fx.Node], index: int, apart: bool = True, rows: Sequence[int] = ()) -> None:
         """Argument `index` of each consumer becomes its part of all of them; or all of them."""
         parts = [arguments(node)[index] for node in consumers]
-        groups.append(parts)
         with graph.inserting_before(first):
-            whole = _add(graph, SIDE_BY_SIDE, parts)
+            whole = add(graph, BY_ROW, parts, list(rows)) if rows else add(graph, SIDE_BY_SIDE, parts)
             end = 0
-            for node, part in zip(consumers, parts, strict=True):
-                begin, end = end, end + fake_value(part).shape[0]
-                node.update_arg(index, _add(graph, aten.slice.Tensor, whole, 0, begin, end) if apart else whole)
+            for i, (node, part) in enumerate(zip(consumers, parts, strict=True)):
+                begin, end = end, end + (rows[i] if rows else fake_value(part).shape[0])
+                node.update_arg(index, add(graph, aten.slice.Tensor, whole, 0, begin, end) if apart else whole)
 
-    for linears in by_input.values():
+    for (_, (_, block, *_)), linears in by_input.items():
         if len(linears) < 2:
             continue
         markers = [arguments(node)[1] for node in linears]
+        rows = [fake_value(arguments(marker)[0]).shape[0] for marker in markers]
         join(markers, 0)
-        join(markers, 1)
+        join(markers, 1, rows=rows if block == _BY_ROW else ())
+        for marker in markers if block == _BY_ROW else ():
+            marker.update_arg(3, [1, arguments(marker)[3][1]])
         if arguments(markers[0])[2] is not None:
             join(markers, 2, apart=False)  # they share their input, so they share its scale: the largest
         if len(arguments(linears[0])) > 2 and arguments(linears[0])[2] is not None:
             join(linears, 2)
-    return groups
+
+
+def groups(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The placeholders of parameters that are to lie side by side, group by group."""
+    return [list(arguments(node)[0]) for node in graph.nodes if node.target is SIDE_BY_SIDE]
 
 
 def _alike(linear: fx.Node) -> Any:
@@ -79,49 +87,24 @@ def _alike(linear: fx.Node) -> Any:
         if parameter is not None and not _own(parameter):
             return None
     rows, cols = fake_value(weight).shape
-    if rows % 16 or rows % block[0]:
+    scales = fake_value(scale).shape[0]
+    per_row = scales < rows and block[1] >= cols and activation != "group"  # a scale for all rows, or for several
+    if rows % 16 or rows % (scales if per_row else block[0]):
         return None  # a kernel's gate, or a block of scales, would not take them joined
     bias_dtype = fake_value(bias[0]).dtype if bias and bias[0] is not None else None
     scale_dtype = fake_value(scale).dtype
-    return cols, tuple(block), activation, dtype, scale_dtype, input_scale is None, bias_dtype, fake_value(weight).device
+    return cols, _BY_ROW if per_row else tuple(block), activation, dtype, scale_dtype, input_scale is None, bias_dtype, fake_value(weight).device
 
 
 def _own(parameter: Any) -> bool:
     return isinstance(parameter, fx.Node) and parameter.op == "placeholder" and len(parameter.users) == 1
 
 
-def _add(graph: fx.Graph, op: Any, parts: Any, *args: Any) -> fx.Node:
+def add(graph: fx.Graph, op: Any, parts: Any, *args: Any) -> fx.Node:
+    """A node of any tracer's graph, with its fake value where that tracer keeps it."""
     node = graph.call_function(op, (parts, *args))
     one = parts if isinstance(parts, fx.Node) else parts[0]
     fakes = fake_value(parts) if isinstance(parts, fx.Node) else [fake_value(p) for p in parts]
     with fake_value(one).fake_mode:
         node.meta["val" if "val" in one.meta else "example_value"] = op(fakes, *args)
     return node
-
-
-# ---------------------------------------------------------------------------------------------------- an exported program
-
-
-def fold(program: ExportedProgram) -> None:
-    """Gives a program one parameter for each group that lies side by side; those it was made of go."""
-    signature = program.graph_signature
-    specs = {spec.arg.name: spec for spec in signature.input_specs}
-    gone = set()
-    for node in [n for n in program.graph.nodes if n.target is SIDE_BY_SIDE]:
-        parts = arguments(node)[0]
-        assert all(len(part.users) == 1 for part in parts)
-        names = [specs[part.name].target for part in parts]
-        whole = torch.cat([program.state_dict.pop(name) for name in names])
-        name = f"{names[0]}_joined"
-        program.state_dict[name] = (
-            nn.Parameter(whole, requires_grad=False) if names[0] in signature.parameters else whole
-        )
-        specs[parts[0].name].target = name
-        parts[0].meta = {**parts[0].meta, "val": node.meta["val"]}
-        node.replace_all_uses_with(parts[0], propagate_meta=False)
-        program.graph.erase_node(node)
-        for part in parts[1:]:
-            gone.add(part.name)
-            program.graph.erase_node(part)
-    signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in gone]
-    program.graph_module.recompile()

@@ -12,14 +12,20 @@ class Gpu:
     Attributes:
         target: as `ctfp8.Target` prints it.
         fbgemm: whether fbgemm's operators are there.
+        kernels: the option `ctfp8.kernels`.
     """
 
     target: str
     fbgemm: bool = False
+    kernels: str = "auto"
 
     @property
     def name(self) -> str:
-        return self.target.replace(":", "_") + ("_fbgemm" if self.fbgemm else "")
+        return (
+            self.target.replace(":", "_")
+            + ("_fbgemm" if self.fbgemm else "")
+            + ("" if self.kernels == "auto" else f"_{self.kernels}")
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """fbgemm-gpu-genai as its wheels 1.6 to 1.9 register themselves, without their code.
 
 Schemas, dispatch keys and meta kernels are theirs: CUDA and Meta for rowwise and its grouped form, CUDA alone for
-groupwise. Import it before the lowering asks for the library.
+groupwise and its. Import it before the lowering asks for the library.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ _SCHEMAS = (
     "bool use_fast_accum=True) -> Tensor",
     "f8f8bf16_groupwise(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale) -> Tensor",
     "f8f8bf16_rowwise_grouped_stacked(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor M_sizes) -> Tensor",
+    "f8f8bf16_groupwise_grouped(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor M_sizes) -> Tensor",
 )
 
 

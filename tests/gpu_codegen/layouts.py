@@ -60,6 +60,13 @@ def _grouped_stacked(launch: Launch, device: str) -> None:
     _contiguous(launch, "int64", M_sizes=(e,))
 
 
+def _groupwise_grouped(launch: Launch, device: str) -> None:
+    (m, k), (e, n, _) = launch.operands["XQ"].sizes, launch.operands["WQ"].sizes
+    _contiguous(launch, FP8, XQ=(m, k), WQ=(e, n, k))
+    _contiguous(launch, "float32", x_scale=(m, k // 128), w_scale=(e, k // 128, n // 128))
+    _contiguous(launch, "int64", M_sizes=(e,))
+
+
 def _scaled_mm(launch: Launch, device: str) -> None:
     (m, k), (_, n) = launch.operands["self"].sizes, launch.operands["mat2"].sizes
     _is(launch, "self", FP8, (m, k), (k, 1))
@@ -70,6 +77,8 @@ def _scaled_mm(launch: Launch, device: str) -> None:
     elif scale_b.sizes == (1, n):
         _is(launch, "scale_a", "float32", (m, 1), (1, 1))
         _is(launch, "scale_b", "float32", (1, n), (n, 1))
+    elif scale_a.dtype == "float8_e8m0fnu":
+        _contiguous(launch, scale_a.dtype, scale_a=(-(-m // 128) * 4 * k,), scale_b=(-(-n // 128) * 4 * k,))
     else:
         assert m % 4 == 0, f"{launch.name}: {m} rows, whose scales cuBLAS cannot load"
         _is(launch, "scale_a", "float32", (m, k // 128), (1, m))
@@ -114,6 +123,7 @@ _KERNELS: dict[str, Callable[[Launch, str], None]] = {
     "fbgemm.f8f8bf16_rowwise": _rowwise,
     "fbgemm.f8f8bf16_groupwise": _groupwise,
     "fbgemm.f8f8bf16_rowwise_grouped_stacked": _grouped_stacked,
+    "fbgemm.f8f8bf16_groupwise_grouped": _groupwise_grouped,
     "aten._scaled_mm": _scaled_mm,
     "aten._scaled_grouped_mm": _scaled_grouped_mm,
     "weight-only linear": _weight_only,

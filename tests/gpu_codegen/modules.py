@@ -10,7 +10,12 @@ import ctfp8_compile as ctfp8
 
 K = 512
 #: By scheme of llm-compressor's: strategy of the weights, of the activations.
-SCHEMES = {"FP8_DYNAMIC": ("channel", "token"), "FP8": ("tensor", "tensor"), "FP8_BLOCK": ("block", "group")}
+SCHEMES = {
+    "FP8_DYNAMIC": ("channel", "token"),
+    "FP8": ("tensor", "tensor"),
+    "FP8_BLOCK": ("block", "group"),
+    "MXFP8": ("mx", "mx"),
+}
 
 
 class Views(nn.Module):

@@ -25,6 +25,7 @@ GPUS = (
     Gpu("cuda:sm100", fbgemm=True),
     Gpu("cuda:sm120"),
     Gpu("xpu"),
+    Gpu("xpu", kernels="scaled_mm"),
 )
 EXPERTS = {1: "batched_mm", 16: "batched_mm", 512: "grouped_mm", None: "grouped_mm"}
 
@@ -35,6 +36,7 @@ def matrix(rows: tuple[int | None, ...], build: str) -> tuple[Case, ...]:
         *(Case(f"forged:llama/{s}", rows=m, build=build) for s in SCHEMES for m in rows),
         *(Case(f"forged:qwen3_moe/{s}", rows=m, experts=EXPERTS[m], build=build) for s in SCHEMES for m in rows),
         *(Case(f"own:{name}/{s}", rows=20, build=build) for s in SCHEMES for name in ("views", "biased")),
+        Case("own:biased/MXFP8", rows=20, build=build),
     )
 
 
@@ -56,6 +58,7 @@ class WhatMakeTestCompiles(TestCase):
             Case("forged:llama/FP8", rows=512),
             Case("forged:llama/FP8_BLOCK", rows=512),
             Case("forged:qwen3_moe/FP8_DYNAMIC", rows=1, experts="batched_mm", build="first"),
+            Case("forged:qwen3_moe/FP8_BLOCK", rows=16, experts="batched_mm", build="first"),
             Case("own:views/FP8_BLOCK", rows=21),
         )
         self.assertExpectedInline(
@@ -87,19 +90,16 @@ forged:llama/FP8 layer M=512
   pointwise
   aten.bmm
   quantize
-  pointwise
-  fbgemm.f8f8bf16_rowwise [512, 512] x [512, 512]
+  aten._scaled_mm [512, 512] x [512, 512]
   norm, quantize
   pointwise
   fbgemm.f8f8bf16_rowwise [512, 512] x [2048, 512]
   silu, quantize
-  pointwise
-  fbgemm.f8f8bf16_rowwise [512, 1024] x [512, 1024]
+  aten._scaled_mm [512, 1024] x [1024, 512]
   pointwise
 forged:llama/FP8_BLOCK layer M=512
   pointwise
   norm, quantize
-  pointwise
   fbgemm.f8f8bf16_groupwise [512, 512] x [1024, 512]
   pointwise
   pointwise
@@ -109,14 +109,11 @@ forged:llama/FP8_BLOCK layer M=512
   aten.bmm
   amax
   quantize
-  pointwise
   fbgemm.f8f8bf16_groupwise [512, 512] x [512, 512]
   pointwise
   norm, quantize
-  pointwise
   fbgemm.f8f8bf16_groupwise [512, 512] x [2048, 512]
   silu, quantize
-  pointwise
   fbgemm.f8f8bf16_groupwise [512, 1024] x [512, 1024]
   pointwise
 forged:qwen3_moe/FP8_DYNAMIC layer M=1 batched_mm
@@ -139,26 +136,56 @@ forged:qwen3_moe/FP8_DYNAMIC layer M=1 batched_mm
   pointwise
   fbgemm.f8f8bf16_rowwise_grouped_stacked [2, 512] x [4, 512, 512]
   pointwise
+forged:qwen3_moe/FP8_BLOCK layer M=16 batched_mm
+  norm
+  norm, quantize
+  fbgemm.f8f8bf16_groupwise [16, 512] x [128, 512]
+  norm
+  weight-only linear [16, 512] x [64, 512]
+  norm
+  norm
+  aten.bmm
+  softmax
+  weight-only linear [16, 512] x [64, 512]
+  pointwise
+  aten.bmm
+  quantize
+  fbgemm.f8f8bf16_groupwise [16, 128] x [512, 128]
+  norm
+  aten.mm
+  silu
+  pointwise
+  aten.topk
+  sort
+  pointwise
+  quantize
+  pointwise
+  pointwise
+  pointwise
+  fbgemm.f8f8bf16_groupwise_grouped [32, 512] x [4, 1024, 512]
+  pointwise
+  silu, quantize
+  pointwise
+  pointwise
+  pointwise
+  fbgemm.f8f8bf16_groupwise_grouped [32, 512] x [4, 512, 512]
+  pointwise
 own:views/FP8_BLOCK layer M=21
   amax
   quantize
   quantize
   pointwise
+  fbgemm.f8f8bf16_groupwise [24, 512] x [256, 512]
+  quantize
+  quantize
   pointwise
   fbgemm.f8f8bf16_groupwise [24, 512] x [256, 512]
   quantize
   quantize
   pointwise
-  pointwise
   fbgemm.f8f8bf16_groupwise [24, 512] x [256, 512]
   quantize
   quantize
-  pointwise
-  pointwise
-  fbgemm.f8f8bf16_groupwise [24, 512] x [256, 512]
-  quantize
-  quantize
-  pointwise
   pointwise
   fbgemm.f8f8bf16_groupwise [44, 512] x [256, 512]""",
         )
@@ -192,16 +219,12 @@ forged:llama/FP8_DYNAMIC layer M=any
   pointwise
 own:views/FP8 layer M=20
   quantize
-  pointwise
   aten._scaled_mm [20, 512] x [512, 256]
   quantize
-  pointwise
   aten._scaled_mm [20, 512] x [512, 256]
   quantize
-  pointwise
   aten._scaled_mm [20, 512] x [512, 256]
   quantize
-  pointwise
   aten._scaled_mm [40, 512] x [512, 256]
 own:biased/FP8_DYNAMIC layer M=20
   quantize
@@ -210,6 +233,13 @@ own:biased/FP8_DYNAMIC layer M=20
 own:wide/FP8_DYNAMIC layer M=1
   silu, quantize
   aten._scaled_mm [1, 14336] x [14336, 256]""",
+        )
+
+    def test_sm100(self):
+        text = self.compile(Gpu("cuda:sm100"), Case("own:biased/MXFP8", rows=20, build="first"))
+        self.assertExpectedInline(
+            text,
+            """""",
         )
 
     def test_sm80(self):

@@ -40,28 +40,33 @@ def main() -> None:
     sys.stdout = sys.stderr  # what libraries print is not part of the answer
     for case in cases:
         try:
-            result = compiled(case, device)
+            result = compiled(case, device, gpu.kernels)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc()}
         print(json.dumps(result), file=out, flush=True)
 
 
-def compiled(case: Case, device: str) -> dict[str, Any]:
+def compiled(case: Case, device: str, kernels: str) -> dict[str, Any]:
     """Through the door users take: load the checkpoint, `torch.compile(backend="ctfp8")`, call."""
     import played
 
     import ctfp8_compile as ctfp8
-    from ctfp8_compile.inductor import packed
+    from ctfp8_compile.inductor import laid_out, packed
 
-    # addresses that do not exist are not side by side
+    # addresses that do not exist are not side by side, and tell nothing apart
     packed.Adjacent.__call__ = lambda self, *args: self.compiled(*args)
+    laid_out.WithLaidOut.values = lambda self, tensors: self._make(tensors).values
     torch._dynamo.reset()
     model, mode = _model(case.model, case.experts, device)
     module, args, kwargs = _call(model, case, mode, device)
     before = len(ctfp8.compiled_reports())
     with mode, torch.no_grad(), played.playing(device) as (launches, modules):
         compiled = torch.compile(
-            module, backend="ctfp8", fullgraph=True, dynamic=case.rows is None, options=dict(case.options)
+            module,
+            backend="ctfp8",
+            fullgraph=True,
+            dynamic=case.rows is None,
+            options={**dict(case.options), "ctfp8.kernels": kernels},
         )
         compiled(*args, **kwargs)
     report = ctfp8.compiled_reports()[before:]

@@ -17,6 +17,7 @@ BEGIN, END = "<!-- what the gates choose: begin -->", "<!-- what the gates choos
 TARGETS = ("cpu", "cuda:sm80", "cuda:sm89", "cuda:sm90", "cuda:sm100", "cuda:sm120", "xpu")
 #: What it is; kind, sizes of the weight, block, activation scheme.
 PROBLEMS = {
+    "linear, one scale each": ("linear", (1024, 1024), (1024, 1024), "tensor"),
     "linear, rowwise scales": ("linear", (1024, 1024), (1, 1024), "token"),
     "linear, 128×128 blocks": ("linear", (1024, 1024), (128, 128), "group"),
     "linear, W8A16": ("linear", (1024, 1024), (1, 1024), "none"),

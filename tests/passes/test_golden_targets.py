@@ -10,7 +10,7 @@ from expecttest import TestCase
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import passes
-from ctfp8_compile.passes import side_by_side
+from ctfp8_compile.passes import scales, side_by_side
 from ctfp8_compile.graph import format_graph
 from ctfp8_compile.target import Target
 
@@ -44,7 +44,7 @@ class Golden(TestCase):
             ).run_decompositions({})
         side_by_side.declare(program.graph)
         passes.run(program.graph, Target.parse("cuda:sm90"), lower=False)
-        side_by_side.fold(program)
+        scales.fold(program)
         self.assertExpectedInline(
             format_graph(program.graph),
             """\
@@ -266,7 +266,7 @@ return [%12]""",
 
     def test_mlp_on_xpu(self):
         self.assertExpectedInline(
-            _mlp("llama/FP8_DYNAMIC", "xpu"),
+            _mlp("llama/FP8_DYNAMIC", "xpu+scaled_mm"),
             """\
 %0 = placeholder : f8e4m3[512, 128]
 %1 = placeholder : f8e4m3[128, 256]
@@ -321,10 +321,10 @@ return [%41]""",
 %1 = placeholder : f8e4m3[128, 256]
 %2 = placeholder : f32[512, 1]
 %3 = placeholder : f32[2]
-%4 = placeholder : f32[128, 1]
+%4 = placeholder : f32[1, 1]
 %5 = placeholder : f32[1]
 %6 = placeholder : bf16[1, 5, 128]
-%7 = amax(%3, [-1]) : f32[]
+%7 = amax(%3, [-1], True) : f32[1]
 %8 = reshape(%6, [-1, 128]) : bf16[5, 128]
 %9 = reshape(%7, [1, 1]) : f32[1, 1]
 %10 = convert_element_type(%8, float32) : f32[5, 128]
@@ -345,21 +345,17 @@ return [%41]""",
 %25 = silu(%24) : bf16[1, 5, 256]
 %26 = reshape(%23, [1, 5, 256]) : bf16[1, 5, 256]
 %27 = mul(%25, %26) : bf16[1, 5, 256]
-%28 = amax(%5, [-1]) : f32[]
-%29 = reshape(%27, [-1, 256]) : bf16[5, 256]
-%30 = reshape(%28, [1, 1]) : f32[1, 1]
-%31 = convert_element_type(%29, float32) : f32[5, 256]
-%32 = div(%31, %30) : f32[5, 256]
-%33 = clamp_min(%32, -448.0) : f32[5, 256]
-%34 = clamp_max(%33, 448.0) : f32[5, 256]
-%35 = convert_element_type(%34, float8_e4m3fn) : f8e4m3[5, 256]
-%36 = expand(%30, [5, 1]) : f32[5, 1]
-%37 = clone(%36, memory_format=contiguous_format) : f32[5, 1]
-%38 = reshape(%37, [-1]) : f32[5]
-%39 = reshape(%4, [128]) : f32[128]
-%40 = fbgemm.f8f8bf16_rowwise(%35, %1, %38, %39, None) : bf16[5, 128]
-%41 = reshape(%40, [1, 5, 128]) : bf16[1, 5, 128]
-return [%41]""",
+%28 = reshape(%27, [-1, 256]) : bf16[5, 256]
+%29 = reshape(%5, [1, 1]) : f32[1, 1]
+%30 = convert_element_type(%28, float32) : f32[5, 256]
+%31 = div(%30, %29) : f32[5, 256]
+%32 = clamp_min(%31, -448.0) : f32[5, 256]
+%33 = clamp_max(%32, 448.0) : f32[5, 256]
+%34 = convert_element_type(%33, float8_e4m3fn) : f8e4m3[5, 256]
+%35 = permute(%1, [1, 0]) : f8e4m3[256, 128]
+%36 = _scaled_mm(%34, %35, %29, %4, None, None, bfloat16, True) : bf16[5, 128]
+%37 = reshape(%36, [1, 5, 128]) : bf16[1, 5, 128]
+return [%37]""",
         )
 
     def test_block_scales_on_sm90(self):
@@ -368,27 +364,27 @@ return [%41]""",
             """\
 %0 = placeholder : f8e4m3[512, 128]
 %1 = placeholder : f8e4m3[128, 256]
-%2 = placeholder : f32[4, 1]
-%3 = placeholder : f32[1, 2]
+%2 = placeholder : f32[1, 4]
+%3 = placeholder : f32[2, 1]
 %4 = placeholder : bf16[1, 5, 128]
-%5 = reshape(%4, [-1, 128]) : bf16[5, 128]
-%6 = convert_element_type(%5, float32) : f32[5, 128]
-%7 = reshape(%6, [-1, 1, 128]) : f32[5, 1, 128]
-%8 = abs(%7) : f32[5, 1, 128]
-%9 = amax(%8, [-1], True) : f32[5, 1, 1]
-%10 = clamp_min(%9, 1e-12) : f32[5, 1, 1]
-%11 = div(%10, 448.0) : f32[5, 1, 1]
-%12 = div(%7, %11) : f32[5, 1, 128]
-%13 = clamp_min(%12, -448.0) : f32[5, 1, 128]
-%14 = clamp_max(%13, 448.0) : f32[5, 1, 128]
-%15 = convert_element_type(%14, float8_e4m3fn) : f8e4m3[5, 1, 128]
-%16 = reshape(%15, [-1, 128]) : f8e4m3[5, 128]
-%17 = squeeze(%11, -1) : f32[5, 1]
-%18 = permute(%17, [1, 0]) : f32[1, 5]
-%19 = clone(%18, memory_format=contiguous_format) : f32[1, 5]
-%20 = permute(%2, [1, 0]) : f32[1, 4]
-%21 = clone(%20, memory_format=contiguous_format) : f32[1, 4]
-%22 = fbgemm.f8f8bf16_groupwise(%16, %0, %19, %21) : bf16[5, 512]
+%5 = permute(%2, [1, 0]) : f32[4, 1]
+%6 = permute(%3, [1, 0]) : f32[1, 2]
+%7 = reshape(%4, [-1, 128]) : bf16[5, 128]
+%8 = convert_element_type(%7, float32) : f32[5, 128]
+%9 = reshape(%8, [-1, 1, 128]) : f32[5, 1, 128]
+%10 = abs(%9) : f32[5, 1, 128]
+%11 = amax(%10, [-1], True) : f32[5, 1, 1]
+%12 = clamp_min(%11, 1e-12) : f32[5, 1, 1]
+%13 = div(%12, 448.0) : f32[5, 1, 1]
+%14 = div(%9, %13) : f32[5, 1, 128]
+%15 = clamp_min(%14, -448.0) : f32[5, 1, 128]
+%16 = clamp_max(%15, 448.0) : f32[5, 1, 128]
+%17 = convert_element_type(%16, float8_e4m3fn) : f8e4m3[5, 1, 128]
+%18 = reshape(%17, [-1, 128]) : f8e4m3[5, 128]
+%19 = squeeze(%13, -1) : f32[5, 1]
+%20 = permute(%19, [1, 0]) : f32[1, 5]
+%21 = permute(%5, [1, 0]) : f32[1, 4]
+%22 = fbgemm.f8f8bf16_groupwise(%18, %0, %20, %21) : bf16[5, 512]
 %23 = slice(%22, 1, 0, 256) : bf16[5, 256]
 %24 = clone(%23, memory_format=contiguous_format) : bf16[5, 256]
 %25 = slice(%22, 1, 256, 512) : bf16[5, 256]
@@ -412,11 +408,10 @@ return [%41]""",
 %43 = squeeze(%37, -1) : f32[5, 2]
 %44 = permute(%43, [1, 0]) : f32[2, 5]
 %45 = clone(%44, memory_format=contiguous_format) : f32[2, 5]
-%46 = permute(%3, [1, 0]) : f32[2, 1]
-%47 = clone(%46, memory_format=contiguous_format) : f32[2, 1]
-%48 = fbgemm.f8f8bf16_groupwise(%42, %1, %45, %47) : bf16[5, 128]
-%49 = reshape(%48, [1, 5, 128]) : bf16[1, 5, 128]
-return [%49]""",
+%46 = permute(%6, [1, 0]) : f32[2, 1]
+%47 = fbgemm.f8f8bf16_groupwise(%42, %1, %45, %46) : bf16[5, 128]
+%48 = reshape(%47, [1, 5, 128]) : bf16[1, 5, 128]
+return [%48]""",
         )
 
     def test_grouped_experts_on_sm90(self):
@@ -450,13 +445,13 @@ return [%49]""",
 %24 = clamp_min(%23, -448.0) : f32[10, 128]
 %25 = clamp_max(%24, 448.0) : f32[10, 128]
 %26 = convert_element_type(%25, float8_e4m3fn) : f8e4m3[10, 128]
-%27 = slice(%17, 0, 0, 3) : i32[3]
-%28 = constant_pad_nd(%27, [1, 0]) : i32[4]
-%29 = sub(%17, %28) : i32[4]
-%30 = convert_element_type(%29, int64) : i64[4]
-%31 = reshape(%22, [-1]) : f32[10]
-%32 = reshape(%3, [4, 256]) : f32[4, 256]
-%33 = fbgemm.f8f8bf16_rowwise_grouped_stacked(%26, %1, %31, %32, %30) : bf16[10, 256]
+%27 = reshape(%22, [-1]) : f32[10]
+%28 = reshape(%3, [4, 256]) : f32[4, 256]
+%29 = slice(%17, 0, 0, 3) : i32[3]
+%30 = constant_pad_nd(%29, [1, 0]) : i32[4]
+%31 = sub(%17, %30) : i32[4]
+%32 = convert_element_type(%31, int64) : i64[4]
+%33 = fbgemm.f8f8bf16_rowwise_grouped_stacked(%26, %1, %27, %28, %32) : bf16[10, 256]
 %34 = split(%33, 128, -1) : (bf16[10, 128], bf16[10, 128])
 %35 = getitem(%34, 0) : bf16[10, 128]
 %36 = getitem(%34, 1) : bf16[10, 128]
@@ -471,13 +466,13 @@ return [%49]""",
 %45 = clamp_min(%44, -448.0) : f32[10, 128]
 %46 = clamp_max(%45, 448.0) : f32[10, 128]
 %47 = convert_element_type(%46, float8_e4m3fn) : f8e4m3[10, 128]
-%48 = slice(%17, 0, 0, 3) : i32[3]
-%49 = constant_pad_nd(%48, [1, 0]) : i32[4]
-%50 = sub(%17, %49) : i32[4]
-%51 = convert_element_type(%50, int64) : i64[4]
-%52 = reshape(%43, [-1]) : f32[10]
-%53 = reshape(%2, [4, 128]) : f32[4, 128]
-%54 = fbgemm.f8f8bf16_rowwise_grouped_stacked(%47, %0, %52, %53, %51) : bf16[10, 128]
+%48 = reshape(%43, [-1]) : f32[10]
+%49 = reshape(%2, [4, 128]) : f32[4, 128]
+%50 = slice(%17, 0, 0, 3) : i32[3]
+%51 = constant_pad_nd(%50, [1, 0]) : i32[4]
+%52 = sub(%17, %51) : i32[4]
+%53 = convert_element_type(%52, int64) : i64[4]
+%54 = fbgemm.f8f8bf16_rowwise_grouped_stacked(%47, %0, %48, %49, %53) : bf16[10, 128]
 %55 = unsqueeze(%14, -1) : bf16[10, 1]
 %56 = mul(%54, %55) : bf16[10, 128]
 %57 = empty_like(%11, pin_memory=False) : i64[10]
@@ -527,13 +522,13 @@ return [%62]""",
 %31 = clamp_min(%30, -448.0) : f32[10, 128]
 %32 = clamp_max(%31, 448.0) : f32[10, 128]
 %33 = convert_element_type(%32, float8_e4m3fn) : f8e4m3[10, 128]
-%34 = slice(%24, 0, 0, 3) : i32[3]
-%35 = constant_pad_nd(%34, [1, 0]) : i32[4]
-%36 = sub(%24, %35) : i32[4]
-%37 = convert_element_type(%36, int64) : i64[4]
-%38 = reshape(%29, [-1]) : f32[10]
-%39 = reshape(%3, [4, 256]) : f32[4, 256]
-%40 = fbgemm.f8f8bf16_rowwise_grouped_stacked(%33, %1, %38, %39, %37) : bf16[10, 256]
+%34 = reshape(%29, [-1]) : f32[10]
+%35 = reshape(%3, [4, 256]) : f32[4, 256]
+%36 = slice(%24, 0, 0, 3) : i32[3]
+%37 = constant_pad_nd(%36, [1, 0]) : i32[4]
+%38 = sub(%24, %37) : i32[4]
+%39 = convert_element_type(%38, int64) : i64[4]
+%40 = fbgemm.f8f8bf16_rowwise_grouped_stacked(%33, %1, %34, %35, %39) : bf16[10, 256]
 %41 = sort(%17) : (i64[10], i64[10])
 %42 = getitem(%41, 1) : i64[10]
 %43 = index(%40, [%42]) : bf16[10, 256]
@@ -568,13 +563,13 @@ return [%62]""",
 %72 = clamp_min(%71, -448.0) : f32[10, 128]
 %73 = clamp_max(%72, 448.0) : f32[10, 128]
 %74 = convert_element_type(%73, float8_e4m3fn) : f8e4m3[10, 128]
-%75 = slice(%65, 0, 0, 3) : i32[3]
-%76 = constant_pad_nd(%75, [1, 0]) : i32[4]
-%77 = sub(%65, %76) : i32[4]
-%78 = convert_element_type(%77, int64) : i64[4]
-%79 = reshape(%70, [-1]) : f32[10]
-%80 = reshape(%2, [4, 128]) : f32[4, 128]
-%81 = fbgemm.f8f8bf16_rowwise_grouped_stacked(%74, %0, %79, %80, %78) : bf16[10, 128]
+%75 = reshape(%70, [-1]) : f32[10]
+%76 = reshape(%2, [4, 128]) : f32[4, 128]
+%77 = slice(%65, 0, 0, 3) : i32[3]
+%78 = constant_pad_nd(%77, [1, 0]) : i32[4]
+%79 = sub(%65, %78) : i32[4]
+%80 = convert_element_type(%79, int64) : i64[4]
+%81 = fbgemm.f8f8bf16_rowwise_grouped_stacked(%74, %0, %75, %76, %80) : bf16[10, 128]
 %82 = sort(%58) : (i64[10], i64[10])
 %83 = getitem(%82, 1) : i64[10]
 %84 = index(%81, [%83]) : bf16[10, 128]

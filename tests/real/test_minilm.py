@@ -48,7 +48,7 @@ def test_sentence_embeddings(scheme, tokenizer, batch, reference, tmp_path, caps
     report = ctfp8.explain(model, (), batch)
     assert len(report.rewritten) == 36  # six layers of six linears
     ours = _embed(torch.compile(model, backend="ctfp8"), batch)
-    scaled = _embed(ctfp8.lower(model, (), batch, target="xpu").module(), batch)
+    scaled = _embed(ctfp8.lower(model, (), batch, target="xpu+scaled_mm").module(), batch)
     stock = _embed(AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), batch)
     rows = {
         "ctfp8 on CPU (weights FP8)": ours,

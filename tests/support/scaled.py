@@ -54,6 +54,32 @@ class BlockwiseOnCpu(TorchDispatchMode):
         return torch.ops.ctfp8.scaled_mm(x, w.t(), scale_a, scale_b.t(), bias, [128, 128], out_dtype)
 
 
+class MxOnCpu(TorchDispatchMode):
+    """The same for MXFP8: scales are put back in order, by the formula of where Blackwell's tensor cores look for each."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is not torch.ops.aten._scaled_mm.default or args[2].dtype != torch.float8_e8m0fnu:
+            return op(*args, **(kwargs or {}))
+        x, w, scale_a, scale_b, bias, _, out_dtype = args[:7]
+        (m, k), n = x.shape, w.shape[1]
+        assert w.stride() == (1, k)
+        self.calls += 1
+        scales = (_in_order(s, rows, k // 32) for s, rows in ((scale_a, m), (scale_b, n)))
+        return torch.ops.ctfp8.scaled_mm(x, w.t(), *scales, bias, [1, 32], out_dtype)
+
+
+def _in_order(scale, rows, cols):
+    tiles = -(-rows // 128), -(-cols // 4)
+    assert scale.dtype == torch.float8_e8m0fnu
+    assert scale.is_contiguous()
+    assert scale.numel() == tiles[0] * tiles[1] * 512
+    r, c = torch.arange(rows)[:, None], torch.arange(cols)
+    at = (r // 128 * tiles[1] + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+    return scale.view(torch.uint8).reshape(-1)[at]
+
+
 #: aten._scaled_mm on sm89 needs torch 2.12 or later.
 SM89 = "cuda:sm120" if torch.__version__ < (2, 12) else "cuda:sm89"
 
@@ -73,6 +99,11 @@ def quantized_activation(x, activation, input_scale=None):
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
     elif activation == "tensor":
         scale = input_scale.double()
+    elif activation == "mx":
+        groups = x.unflatten(-1, (-1, 32))
+        amax = groups.abs().amax(-1, keepdim=True).clamp(min=2.0**-118)
+        power = torch.exp2(torch.floor(torch.log2(amax)))
+        scale = (torch.where(amax >= 1.75 * power, 2 * power, power) / 256).expand_as(groups).flatten(-2)
     elif activation == "tensor_dynamic":
         scale = x.abs().amax().clamp(min=1e-12) / 448
     else:

@@ -1,0 +1,80 @@
+"""A compiled graph gets scales as its kernels read them: made at the first call, and again where a scale is another one.
+
+`passes.scales` says which. A graph may be called with other parameters than it was compiled with (another layer), and their
+values may change (`load_state_dict`), so what was made is known by addresses and versions of what it was made of.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..passes.scales import LaidOut
+
+_MOST = 4096  # sets of parameters that one graph keeps scales for
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What was made of one set of scales: `sources` keep its memory, so that an address is not given to another tensor."""
+
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    values: tuple[Tensor, ...]
+
+
+class WithLaidOut:
+    """Calls a compiled graph with scales laid out in the place of what they are made of."""
+
+    def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, laid_out: Sequence[LaidOut]):
+        at = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+        self.compiled, self.laid_out = compiled, laid_out
+        self.places = [at[one.sources[0]] for one in laid_out]
+        self.sources = tuple(dict.fromkeys(source for one in laid_out for source in one.sources))
+        self.at = [at[source] for source in self.sources]
+        self.made: dict[tuple[int, ...], _Made] = {}
+        self.lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        given = list(args)
+        for place, value in zip(self.places, self.values([args[i] for i in self.at]), strict=True):
+            given[place] = value
+        return self.compiled(*given)
+
+    def values(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is made of these scales."""
+        key = tuple(map(_address, tensors))
+        made = self.made.get(key)
+        if made is None or made.versions != _versions(tensors):
+            with self.lock:
+                if len(self.made) >= _MOST:
+                    self.made.clear()
+                made = self.made[key] = self._make(tensors)
+        return made.values
+
+    @torch.no_grad()
+    def _make(self, tensors: Sequence[Tensor]) -> _Made:
+        versions = _versions(tensors)
+        values = dict(zip(self.sources, tensors, strict=True))
+        made = tuple(one.of(values) for one in self.laid_out)
+        if made[0].device.type != "cpu":
+            getattr(torch, made[0].device.type).synchronize()  # other threads have streams of their own
+        return _Made(tuple(t.detach() for t in tensors), versions, made)
+
+
+_address = Tensor.data_ptr
+_version = attrgetter("_version")
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How often each was written to; inference tensors, which do not count, are never written to outside of their mode."""
+    try:
+        return tuple(map(_version, tensors))
+    except RuntimeError:
+        return ()

@@ -1,0 +1,174 @@
+"""Scales are laid out once, as the kernels that are to read them do, and not at each call.
+
+    before                             declared                               in a compiled graph, or an exported program
+    %w = dequantize(%q, %s, …)         %t = scales_transposed(%s)             %t = placeholder
+                                       %p = permute(%t, [1, 0])               %p = permute(%t, [1, 0])
+                                       %w = dequantize(%q, %p, …)             %w = dequantize(%q, %p, …)
+
+`declare` puts operators on parameters alone into a graph, and views behind them that undo what they do; so the graph is right
+with any kernel, and the one it is meant for finds its layout under the views. They leave the graph again: a compiled graph is
+given their results in the place of the first parameter they are made of (`take_out`, `inductor/laid_out.py`), an exported
+program holds them as parameters (`fold`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from ..graph import MARKER, arguments, fake_value
+from ..lowering import Problem, choose, kernels_of
+from ..ops import BY_ROW, SWIZZLED, TRANSPOSED, UNSWIZZLED
+from ..target import Target
+from .side_by_side import SIDE_BY_SIDE, add
+
+aten = torch.ops.aten
+_MARKERS = (MARKER, MARKER.overloadpacket)
+_ON_PARAMETERS = (BY_ROW, TRANSPOSED, SWIZZLED, SIDE_BY_SIDE)
+
+
+def declare(graph: fx.Graph, target: Target) -> None:
+    """Lays out scales, in place, for the kernels that would take their weights; behind `side_by_side.declare`."""
+    done: set[fx.Node] = set()
+    first = next((node for node in graph.nodes if node.op != "placeholder" and node.target not in _ON_PARAMETERS), None)
+    for marker in [node for node in graph.nodes if node.op == "call_function" and node.target in _MARKERS]:
+        scale = arguments(marker)[1]
+        whole = arguments(scale)[0] if scale.target is aten.slice.Tensor else scale
+        if whole in done or not (whole.op == "placeholder" or whole.target is SIDE_BY_SIDE):
+            continue
+        done.add(whole)
+        with graph.inserting_before(first):
+            _lay_out(graph, marker, whole, _layout(marker, target))
+
+
+def _layout(marker: fx.Node, target: Target) -> str:
+    weight, scale, _, block, activation, dtype = arguments(marker)
+    shape = tuple(fake_value(weight).shape)
+    problem = Problem(
+        kind="linear" if len(shape) == 2 else "grouped_mm",
+        x_dtype=dtype,
+        x_shape=(1, shape[-1]),
+        weight_shape=shape,
+        block=(block[0], block[1]),
+        activation=activation,
+        bias=False,
+        exponents=fake_value(scale).dtype == torch.uint8,
+    )
+    kernel, _ = choose(kernels_of(target), problem, target)
+    return "" if kernel is None else kernel.scale_layout
+
+
+def _lay_out(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> None:
+    users = list(whole.users)
+    if layout == "by row":
+        rows, block = fake_value(arguments(marker)[0]).shape[-2], arguments(marker)[3]
+        scales = fake_value(whole).shape[-2]
+        if whole.target is SIDE_BY_SIDE or scales == rows or rows % scales:
+            return
+        new = add(graph, BY_ROW, [whole], [rows])
+        for user in users:
+            user.update_arg(3, [1, block[1]])
+    elif layout == "transposed":
+        laid_out = add(graph, TRANSPOSED, whole)
+        rank = fake_value(whole).dim()
+        new = add(graph, aten.permute.default, laid_out, [*range(rank - 2), rank - 1, rank - 2])
+    elif layout == "swizzled":
+        new = add(graph, UNSWIZZLED, add(graph, SWIZZLED, whole), fake_value(whole).shape[1])
+    else:
+        return
+    for user in users:
+        user.replace_input_with(whole, new)
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """Something that is made of parameters alone.
+
+    Attributes:
+        node: what computes it in the graph.
+        sources: the placeholders it is made of.
+        of: its value from those of its sources.
+    """
+
+    node: fx.Node
+    sources: tuple[fx.Node, ...]
+    of: Callable[[Mapping[fx.Node, Tensor]], Tensor]
+
+
+def take_out(graph: fx.Graph) -> list[LaidOut]:
+    """Takes what is made of scales alone out of a graph: the first placeholder of each is its value from now on."""
+    found = [one for one in _found(graph) if one.node.target is not SIDE_BY_SIDE]
+    for one in found:
+        first = one.sources[0]
+        key = "val" if "val" in first.meta else "example_value"
+        first.meta = {**first.meta, key: fake_value(one.node)}
+        _replace(graph, one, first)
+    return found
+
+
+def fold(program: ExportedProgram) -> None:
+    """Gives a program a parameter for each thing that is made of parameters alone; those it was made of go."""
+    signature = program.graph_signature
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    gone = set()
+    for one in _found(program.graph):
+        first, *others = one.sources
+        names = {source: specs[source.name].target for source in one.sources}
+        value = one.of({source: program.state_dict.pop(name) for source, name in names.items()})
+        name = f"{names[first]}_{'joined' if one.node.target is SIDE_BY_SIDE else 'laid_out'}"
+        program.state_dict[name] = (
+            nn.Parameter(value, requires_grad=False) if names[first] in signature.parameters else value
+        )
+        specs[first.name].target = name
+        first.meta = {**first.meta, "val": one.node.meta["val"]}
+        _replace(program.graph, one, first)
+        for source in others:
+            gone.add(source.name)
+            program.graph.erase_node(source)
+    signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in gone]
+    program.graph_module.recompile()
+
+
+def _found(graph: fx.Graph) -> list[LaidOut]:
+    nodes = [n for n in graph.nodes if n.target in _ON_PARAMETERS]
+    inner = {n for node in nodes for n in node.all_input_nodes}
+    return [LaidOut(node, tuple(dict.fromkeys(_sources(node))), _computation(node)) for node in nodes if node not in inner]
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    for source in node.all_input_nodes:
+        if source.op == "placeholder":
+            yield source
+        else:
+            yield from _sources(source)
+
+
+def _computation(node: fx.Node) -> Callable[[Mapping[fx.Node, Tensor]], Tensor]:
+    """What computes a node; it is still there when the node is not."""
+    if node.op == "placeholder":
+        return lambda values: values[node]
+    op: Callable[..., Any] = node.target  # type: ignore[assignment]
+    args = node.args
+    inner = {source: _computation(source) for source in node.all_input_nodes}
+
+    def compute(values: Mapping[fx.Node, Tensor]) -> Tensor:
+        found: Any = fx.node.map_arg(args, lambda source: inner[source](values))
+        result: Tensor = op(*found)
+        return result
+
+    return compute
+
+
+def _replace(graph: fx.Graph, one: LaidOut, first: fx.Node) -> None:
+    one.node.replace_all_uses_with(first, propagate_meta=False)
+    waiting = [one.node]
+    while waiting:
+        node = waiting.pop()
+        if node.op != "placeholder" and not node.users:
+            waiting += node.all_input_nodes
+            graph.erase_node(node)

@@ -1,0 +1,54 @@
+"""The GPU benchmarks get one chance on a GPU, so they must not fail there for what can be seen here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu_all  # noqa: E402
+import gpu_timing  # noqa: E402
+
+
+def test_linears_come_first_and_no_part_takes_the_time_of_another():
+    assert gpu_all.PARTS[0][0] == "Linear"
+    assert sum(share for _, _, share in gpu_all.PARTS) == pytest.approx(1)
+    assert all(Path(command[-1 if "pytest" in command else 1]).exists() for _, command, _ in gpu_all.PARTS)
+
+
+def test_a_checkout_is_found_as_a_backend(tmp_path):
+    gpu_all._register(tmp_path)
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    (point,) = found.entry_points
+    assert (point.group, point.name) == ("torch_dynamo_backends", "ctfp8")
+    assert callable(point.load())
+
+
+def test_calls_go_round_more_than_a_cache():
+    for nbytes in (4096 * 4096, 28672 * 4096):
+        assert gpu_timing.copies(nbytes, "cuda") * nbytes > gpu_timing.ROTATE_BYTES
+    seen = []
+    gpu_timing.seconds([lambda i=i: seen.append(i) for i in range(3)], "cpu")
+    assert seen[-3:] == [0, 1, 2]
+
+
+@pytest.mark.long
+def test_a_dry_run_of_it_all(tmp_path):
+    out = tmp_path / "gpu.md"
+    command = [sys.executable, BENCHMARKS / "gpu_all.py", "--device", "cpu", "--out", out, "--minutes", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = out.read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        f"## {name}" for name, _, _ in gpu_all.PARTS
+    ]
+    assert "ended with" not in text, text
+    assert "stopped" not in text, text
+    assert "| dry | 256 × 128 | 16 | ctfp8 |" in text
+    assert " passed" in text
