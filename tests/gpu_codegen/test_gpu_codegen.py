@@ -239,7 +239,13 @@ own:wide/FP8_DYNAMIC layer M=1
         text = self.compile(Gpu("cuda:sm100"), Case("own:biased/MXFP8", rows=20, build="first"))
         self.assertExpectedInline(
             text,
-            """""",
+            """\
+own:biased/MXFP8 layer M=20
+  quantize
+  pointwise
+  pointwise
+  aten._scaled_mm [20, 512] x [512, 512]
+  silu""",
         )
 
     def test_sm80(self):
