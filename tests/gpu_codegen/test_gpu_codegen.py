@@ -359,6 +359,10 @@ def check(gpu: Gpu, result: Result) -> None:
         scaled = [launch for launch in result.matmuls if not launch.weight_only]
         assert len(quantizations) == len(scaled), where  # what has one input is joined
         assert "copy of fp8" not in names, where
+        if "llama/" in result.case.model and len(scaled) == 4:  # q, k, v; o; gate, up; down
+            words = [set(name.split(", ")) for name in names]
+            assert sum({"norm", "quantize"} <= w for w in words) == 2, where
+            assert sum({"silu", "quantize"} <= w for w in words) == 1, where
     for launch in result.matmuls:
         layouts.check(launch, gpu.target.partition(":")[0])
     assert bool(result.matmuls) == bool(result.rewritten), where
