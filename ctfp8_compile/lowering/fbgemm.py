@@ -32,6 +32,7 @@ from .scaled import (
     ScaledKernel,
     expert_of_rows,
     multiples_of,
+    numbers,
     pad_rows,
     row_scales,
     rows_of,
@@ -213,8 +214,8 @@ def _by_group(do: ops.Do, s: Scaled, begins: fx.Node, counts: fx.Node) -> fx.Nod
     expert = expert_of_rows(do, s.x, s.offs)
     begin, count = (do(aten.unsqueeze.default, do(aten.index.Tensor, t, [expert]), 1) for t in (begins, counts))
     count = do(aten.clamp_min.default, count, 1)
-    row = do(aten.unsqueeze.default, do(aten.arange.start_step, 0, rows_of(do, s.x), dtype=torch.int64, device=device), 1)
-    place = do(aten.arange.start_step, 0, groups, dtype=torch.int64, device=device)
+    row = do(aten.unsqueeze.default, numbers(do, rows_of(do, s.x), device), 1)
+    place = numbers(do, groups, device)
     at = do(aten.add.Tensor, do(aten.mul.Tensor, do(aten.sub.Tensor, row, begin), groups), place)
     column = do(aten.div.Tensor_mode, at, count, rounding_mode="trunc")
     source = do(aten.add.Tensor, begin, do(aten.sub.Tensor, at, do(aten.mul.Tensor, column, count)))

@@ -174,15 +174,20 @@ def _from_the_front(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:
 
 def _ends(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:
     """How many rows belong to experts up to each one: `offs` `[E]` int32 of rows sorted by expert."""
-    numbers = do(aten.arange.start_step, 0, experts, dtype=torch.int64, device=value(ids).device)
-    at_most = do(aten.le.Tensor, do(aten.unsqueeze.default, ids, 0), do(aten.unsqueeze.default, numbers, 1))
+    expert = do(aten.unsqueeze.default, numbers(do, experts, value(ids).device), 1)
+    at_most = do(aten.le.Tensor, do(aten.unsqueeze.default, ids, 0), expert)
     return do(_convert, do(aten.sum.dim_IntList, at_most, [1]), torch.int32)
+
+
+def numbers(do: ops.Do, count: Any, device: torch.device) -> fx.Node:
+    """`arange(count)`, in the form that every release of Inductor has a lowering for."""
+    return do(torch.ops.prims.iota.default, count, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False)
 
 
 def expert_of_rows(do: ops.Do, x: fx.Node, offs: fx.Node | None) -> fx.Node:
     """The expert of each row of a grouped matmul; rows past the last group take the last expert."""
     experts = value(offs).shape[0]
-    rows = do(aten.arange.start_step, 0, rows_of(do, x), dtype=torch.int64, device=value(x).device)
+    rows = numbers(do, rows_of(do, x), value(x).device)
     past = do(aten.ge.Tensor, do(aten.unsqueeze.default, rows, 1), do(aten.unsqueeze.default, offs, 0))
     return do(aten.clamp_max.default, do(aten.sum.dim_IntList, past, [1]), experts - 1)
 

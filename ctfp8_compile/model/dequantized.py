@@ -41,8 +41,9 @@ class Dequantized(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return super().__torch_function__(func, types, args, kwargs)
+        if torch.compiler.is_compiling() or func in _OF_ITSELF:
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         found: list[Dequantized] = []
         plain_args, plain_kwargs = _plain(args, found), _plain(kwargs, found)
         _refuse_writes(func, args, kwargs)
@@ -51,6 +52,10 @@ class Dequantized(Tensor):
         with _saved_as_fp8(found) if torch.is_grad_enabled() else nullcontext():
             result = func(*plain_args, **plain_kwargs)
         return _guard(result, found)
+
+
+#: Asked of the value as it lies: of a plain alias of it, the base would be the value itself, and so on for ever.
+_OF_ITSELF = (Tensor._is_view, Tensor._base.__get__)  # type: ignore[union-attr]
 
 
 def _plain(value: Any, found: list[Dequantized]) -> Any:

@@ -59,6 +59,7 @@ def _guard() -> Path:
 
 def _cuda(capability: tuple[int, int]) -> None:
     from torch._dynamo.device_interface import CudaInterface
+    from torch._subclasses import fake_tensor
 
     processors, shared, memory = _CUDA[capability]
     properties = SimpleNamespace(
@@ -75,6 +76,7 @@ def _cuda(capability: tuple[int, int]) -> None:
     for name in ("_cuda_setDevice", "_cuda_exchangeDevice", "_cuda_maybeExchangeDevice", "_cuda_getDevice"):
         setattr(torch._C, name, lambda *args: 0)
     torch._C._cuda_getCurrentRawStream = lambda *args: 0
+    fake_tensor.init_gpu_context = lambda device: None
     _interface(CudaInterface, properties, number)
     _triton("cuda", number, 32, torch.cuda, processors, shared)
 
