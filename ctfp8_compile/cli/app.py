@@ -6,8 +6,10 @@ command line.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,12 @@ Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub i
 Target = Annotated[
     str | None, typer.Option(help="cpu, xpu, cuda:sm90 …, +fbgemm or +scaled_mm behind it; need not be this machine.")
 ]
+Spread = Annotated[
+    bool,
+    typer.Option(
+        "--tp", help="A part of the model on each process of torchrun -m ctfp8_compile; the first one prints."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -59,6 +67,16 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as printing:
+            if kwargs.get("tp") and os.environ.get("RANK", "0") != "0":
+                nowhere = printing.enter_context(open(os.devnull, "w"))
+                printing.enter_context(contextlib.redirect_stdout(nowhere))
+                printing.enter_context(contextlib.redirect_stderr(nowhere))
+            if kwargs.get("tp"):
+                printing.callback(_leave)
+            run(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> None:
         try:
             with warnings.catch_warnings():
                 if not _debug:
@@ -81,6 +99,13 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         raise typer.Exit(1)
 
     return app.command()(command)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @_command
@@ -185,6 +210,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: the likeliest token at each step.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, runs slower.")] = False,
+    tp: Spread = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text with the compiled model; says how fast.
@@ -195,7 +221,7 @@ def generate(
     from .loading import load, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
-    generate(load(checkpoint, _debug), tokenizer, prompt, max_new_tokens, temperature, seed, eager, as_json)
+    generate(load(checkpoint, _debug, tp), tokenizer, prompt, max_new_tokens, temperature, seed, eager, as_json)
 
 
 @_command
@@ -206,21 +232,23 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Repeats; medians are shown.", min=1)] = 5,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also bf16 compiled by Inductor.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
+    tp: Spread = False,
     as_json: AsJson = False,
 ) -> None:
     """Prefill and decode speed and weight memory, against the same model decompressed to bf16, in turn in one process.
 
     [dim]ctfp8 bench examples/models/llama --plot llama.svg[/]
     """
+    from ..model.freeze import dequantize_
     from .bench import check_plot, compare, draw
     from .loading import load
 
     if plot is not None:
         _check_place(plot)
         check_plot(plot)
-    plain = load(checkpoint, _debug, dequantize=True)
+    plain = dequantize_(load(checkpoint, _debug, tp))
     ways: dict[str, tuple[Any, str | None]] = {
-        "ctfp8": (load(checkpoint, _debug), "ctfp8"),
+        "ctfp8": (load(checkpoint, _debug, tp), "ctfp8"),
         "bf16 eager": (plain, None),
     }
     if inductor:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.utils import disable_progress_bars
+from transformers.distributed import DistributedConfig
 
 from .. import from_pretrained
 from ..checkpoint.packed import sentence
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from .headers import is_folder
 from .terminal import err, escape
 
 
-def load(checkpoint: str, debug: bool = False, **kwargs: Any) -> Any:
-    """The model under the class its config names: a causal language model, an encoder, …."""
+def load(checkpoint: str, debug: bool = False, tp: bool = False) -> Any:
+    """The model under the class its config names: a causal language model, an encoder, ….
+
+    Args:
+        tp: spread it over the processes that torchrun started.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if tp and ranks == 1:
+        raise UsageError(
+            "--tp is for several processes. Start them with: torchrun --nproc-per-node 2 -m ctfp8_compile …"
+        )
     if not debug:
         transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -27,7 +38,8 @@ def load(checkpoint: str, debug: bool = False, **kwargs: Any) -> Any:
     is_folder(checkpoint)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
-    model = from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **kwargs)
+    spread = {"distributed_config": DistributedConfig(tp_size=ranks)} if tp else {}
+    model = from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **spread)
     packed = getattr(getattr(model, "hf_quantizer", None), "packed", {})
     if weights := [weight for info in packed.values() for weight in info.weights.values()]:
         err().print(escape(f"{sentence(weights, model.dtype)}."), soft_wrap=True)

@@ -34,6 +34,8 @@ SILENT = (
     "colwise", "packed_rowwise", "replicated_with_grad_allreduce", "mla_kv_a_proj", "moe_identity_expert", "local_params",
     "replicate", "grouped_gemm", "ep_dispatch_experts",
 )  # fmt: skip
+#: Styles of modules that hold a part of each of their parameters, by rules of these, and whose outputs are summed.
+SUMMED = ("all_reduce", "moe_tp_experts")
 #: A parameter that is stored transposed is cut along the other dimension than the model's plan says.
 TRANSPOSED = {
     "colwise": "rowwise", "rowwise": "colwise", "packed_colwise": "packed_rowwise", "packed_rowwise": "packed_colwise",
@@ -64,6 +66,11 @@ def rewrite_plan(model: nn.Module, plan: dict[str, str], transposed: set[str]) -
                 f"{name}: the parallel plan has the style {style!r}, which FP8 models are not tested with. "
                 "Give it another one: DistributedConfig(tp_plan={...})."
             )
+    known = modules | {replace_layer_number_by_wildcard(name) for name, _ in model.named_parameters()}
+    for name in [name for name, style in plan.items() if style.removeprefix(PREFIX) in SUMMED and name in modules]:
+        # transformers builds other experts for some quantized models (llama4); whole ones must not be summed
+        if not any(inner.startswith(f"{name}.") and inner in known for inner in plan):
+            del plan[name]
 
 
 def mark_local(model: nn.Module) -> None:

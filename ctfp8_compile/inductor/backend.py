@@ -19,6 +19,7 @@ from ..errors import TargetError, UsageError
 from ..graph import MARKER, fake_value
 from ..model.storage import detach_from_mmap, some_loaded
 from ..passes import scales, side_by_side
+from ..passes.collectives import WAYS
 from ..report import Report
 from ..target import Target
 from . import weight_only
@@ -27,7 +28,7 @@ from .packed import Adjacent
 
 log = logging.getLogger("ctfp8_compile")
 
-OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.join")
+OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.join", "ctfp8.collectives")
 
 
 def backend(
@@ -42,7 +43,8 @@ def backend(
     Args:
         mode, options: as for Inductor. Options of ours: `ctfp8.target`, such as `"cuda:sm90"`; default: the device the
             FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"`, `"scaled_mm"` or `"triton"`.
-            `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs.
+            `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs. `ctfp8.collectives`, of a model on
+            several processes: `"codes"` lets FP8 codes travel in all-gathers, `"tokens"` also spreads norms over the ranks.
 
     Raises:
         UsageError: the graph needs gradients, or an option is unknown.
@@ -63,12 +65,15 @@ def backend(
     target = _target(ours.get("ctfp8.target"), marked)
     if "ctfp8.kernels" in ours:
         target = target.limited_to(ours["ctfp8.kernels"])
+    collectives = ours.get("ctfp8.collectives", "as traced")
+    if collectives not in WAYS:
+        raise UsageError(f"ctfp8.collectives={collectives!r}: it is one of {', '.join(WAYS)}.")
     wrapper = CompileWrapper(mode, theirs, None)
     config = dict(wrapper.config)
     if marked and target.device != "cpu":
         # rows of an activation are quantized by one kernel, however long; split, three would do it where rows are few
         config.setdefault("split_reductions", False)
-    config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"))
+    config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), collectives)
     if marked and ours.get("ctfp8.join", target.device != "cpu"):
         side_by_side.declare(gm.graph)
     if marked and target.device != "cpu":
@@ -112,14 +117,14 @@ class Fp8Pass(CustomGraphPass):
     Its `uuid` enters the key of Inductor's code cache: same sources, target and kernels, same code.
     """
 
-    def __init__(self, target: Target, first: Any = None):
-        self.target, self.first = target, first
+    def __init__(self, target: Target, first: Any = None, collectives: str = "as traced"):
+        self.target, self.first, self.collectives = target, first, collectives
 
     def __call__(self, graph: fx.Graph) -> None:
         for custom in self.first if isinstance(self.first, (list, tuple)) else [self.first]:
             if custom is not None:
                 custom(graph)
-        report = passes.run(graph, self.target)
+        report = passes.run(graph, self.target, collectives=self.collectives)
         weight_only.inline(graph)
         if report.rewritten or report.kept:
             _reports.append(report)
@@ -136,6 +141,7 @@ class Fp8Pass(CustomGraphPass):
             _source_hash(),
             passes.fingerprint(),
             str(self.target),
+            self.collectives,
             lowering.fingerprint(self.target),
             tuple(map(str, theirs)),
         )

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..graph import is_marker
 from ..report import Report
 from ..target import Target
+from .collectives import WAYS
 from .combine_linears import combine_linears
 from .cse import share_quantization
 from .decision import Decision, match, select
@@ -50,19 +51,32 @@ def decide(graph: fx.Graph, target: Target, rules: Sequence[Rule] | None = None)
     return select(match(graph, RULES if rules is None else rules), target)
 
 
-def apply(graph: fx.Graph, target: Target, decisions: Sequence[Decision], lower: bool = True) -> Report:
+def apply(
+    graph: fx.Graph, target: Target, decisions: Sequence[Decision], lower: bool = True, collectives: str = "as traced"
+) -> Report:
     """Rewrites a graph in place as decided, and says what it did.
 
     Args:
         lower: whether to end with the target's own operators, or with the `ctfp8::` ones that any machine can run.
+        collectives: one of `collectives.WAYS`, tried before lowering, while a quantization is one node.
     """
     decisions, kernels = rewrite(graph, decisions)
-    for step, _ in PASSES if lower else PASSES[:-1]:
+    for step, _ in PASSES[:-1]:
         step(graph, kernels)
+    for change in WAYS[collectives]:
+        change(graph)
+    if lower:
+        PASSES[-1][0](graph, kernels)
     return report(target, decisions)
 
 
-def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] | None = None, lower: bool = True) -> Report:
+def run(
+    graph: fx.Graph,
+    target: Target,
+    rules: Sequence[Rule] | None = None,
+    lower: bool = True,
+    collectives: str = "as traced",
+) -> Report:
     """`decide`, then `apply`.
 
     Args:
@@ -70,7 +84,7 @@ def run(graph: fx.Graph, target: Target, rules: Sequence[Rule] | None = None, lo
     """
     if not any(is_marker(node) for node in graph.nodes):
         return Report(str(target), (), ())
-    return apply(graph, target, decide(graph, target, rules), lower)
+    return apply(graph, target, decide(graph, target, rules), lower, collectives)
 
 
 def report(target: Target, decisions: Sequence[Decision]) -> Report:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
@@ -42,6 +44,8 @@ def _rank(n: int, count: int, port: int, results: Any, function: Callable[..., A
     os.environ |= {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
+    # a model's mesh opens seven groups, each with threads of gloo that hardly sleep; models of a test share one
+    dist.init_device_mesh = functools.cache(dist.init_device_mesh)
     try:
         result: Any = function(*args)
     except Exception as error:
