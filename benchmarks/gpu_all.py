@@ -27,7 +27,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 #: Name, what runs it, and how much of the time it may take.
 PARTS = (
-    ("Linear", [sys.executable, str(HERE / "gpu_linear.py"), "--shapes", "8B"], 0.45),
+    (
+        "Linear",
+        [sys.executable, str(HERE / "gpu_linear.py"), "--shapes", "8B", "--rows", "1", "16", "256", "4096"],
+        0.45,
+    ),
     ("Tests", [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests/gpu")], 0.25),
     ("Experts", [sys.executable, str(HERE / "gpu_moe.py")], 0.15),
     ("Whole model", [sys.executable, str(HERE / "gpu_models.py")], 0.15),
@@ -69,6 +73,8 @@ def main() -> None:
 def _run(name: str, command: list[str], device: str, limit: float, environment: dict[str, str], out: object) -> None:
     if "pytest" not in command:
         command = [*command, "--device", device]
+    if name == "Linear":
+        command = [*command, "--minutes", f"{limit / 60 * 0.85:.2f}"]  # ends by itself, with what it has
     begin = time.monotonic()
     print(f"{name} …", flush=True)
     print(f"\n## {name}\n", file=out, flush=True)
@@ -85,7 +91,7 @@ def _run(name: str, command: list[str], device: str, limit: float, environment: 
 def _register(folder: Path) -> None:
     """Tells Python of this checkout's backend, as an installation would: `torch.compile` finds it by its entry point."""
     project = (ROOT / "pyproject.toml").read_text()
-    version = re.search(r'^version = "(.+)"', project, re.M)[1]
+    version = re.search(r'^__version__ = "(.+)"', (ROOT / "ctfp8_compile/__init__.py").read_text(), re.M)[1]
     points = project.partition("[project.entry-points.torch_dynamo_backends]\n")[2].splitlines()[0]
     info = folder / f"ctfp8_compile-{version}.dist-info"
     info.mkdir()

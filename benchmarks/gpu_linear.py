@@ -1,6 +1,6 @@
 """Linears on a GPU, quantization of the activation included, against bf16 and other ways to run the same FP8 weight.
 
-    python benchmarks/gpu_linear.py [--device cuda] [--shapes 8B 70B 30B-A3B] [--minutes 4]
+    python benchmarks/gpu_linear.py [--device cuda] [--shapes 8B 70B 30B-A3B] [--rows 1 16 …] [--minutes 4]
 
 For each shape and number of rows, compiled anew for that number: microseconds, the bandwidth at which the weight is read (GB/s)
 and the arithmetic (TFLOP/s) of
@@ -179,7 +179,8 @@ MUST_RUN = ("bf16", "ctfp8")
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["8B", "70B"])
-    options.add_argument("--minutes", type=float, default=60.0, help="begin no shape after this long")
+    options.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    options.add_argument("--minutes", type=float, default=60.0, help="begin nothing after this long")
     args = options.parse_args()
     print(f"{ready(args.device)}\n", flush=True)
     dry, end = args.device == "cpu", time.monotonic() + args.minutes * 60
@@ -187,15 +188,15 @@ def main() -> None:
     names: list[str] = []
     printed = False
     for model, (n, k) in [(name, shape) for name in (["dry"] if dry else args.shapes) for shape in SHAPES[name]]:
-        if time.monotonic() > end:
-            print(f"\n{model} {n} × {k} and what follows: the time was up")
-            break
         weights = Weights(n, k, args.device)
         makers = ways(weights)
         if not printed:
             print(header(["model", "N × K", "M", "way", "µs", "× bf16", "weight GB/s", "TFLOP/s"]), flush=True)
             printed = True
-        for m in ROWS[:2] if dry else ROWS:
+        for m in args.rows[:2] if dry else args.rows:
+            if time.monotonic() > end:
+                failed[f"{model} {n} × {k}, M = {m}"] = "the time was up"
+                continue
             torch._dynamo.reset()
             x = torch.randn(m, k, device=args.device, dtype=torch.bfloat16)
             want = nn.functional.linear(x, weights.dense[0]).float()

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import relative_error
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_all  # noqa: E402
+import gpu_linear  # noqa: E402
 import gpu_timing  # noqa: E402
 
 
@@ -36,6 +39,24 @@ def test_calls_go_round_more_than_a_cache():
     seen = []
     gpu_timing.seconds([lambda i=i: seen.append(i) for i in range(3)], "cpu")
     assert seen[-3:] == [0, 1, 2]
+
+
+def test_each_way_multiplies_the_weight_it_is_asked_for():
+    """All that run on a CPU, uncompiled; the others name what they lack."""
+    weights = gpu_linear.Weights(128, 128, "cpu")
+    x = torch.randn(16, 128).bfloat16()
+    absent: list[str] = []
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        for way, make in gpu_linear.ways(weights).items():
+            try:
+                call = make()
+            except ImportError:
+                absent.append(way)
+                continue
+            for i in range(weights.count):
+                error = relative_error(call(x, i), x @ weights.dense[i].t())
+                assert way in gpu_linear.OTHER_VALUES or error < 0.06, (way, i)
+    assert set(absent) <= {"fbgemm alone", "torchao", "transformers"}
 
 
 @pytest.mark.long
