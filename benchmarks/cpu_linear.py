@@ -6,6 +6,7 @@ its weight, so that the third-level cache does not pretend to be memory. A cell 
 large tensor in this same process; `error` the largest ratio of the two errors against float64 (below 1 FP8 is closer).
 
     python benchmarks/cpu_linear.py [--quick] [--threads N] [--dtype float32]
+    python benchmarks/cpu_linear.py --mxfp8          # against 128 x 128 blocks
 """
 
 from __future__ import annotations
@@ -54,14 +55,38 @@ def case(n: int, k: int, m: int, block: list[int], dtype: torch.dtype, seconds: 
     return stock, ours, errors[1] / errors[0]
 
 
+def against_blocks(n: int, k: int, m: int, seconds: float) -> float:
+    """The time of an MXFP8 linear divided by that of one with 128 x 128 blocks, calls alternating."""
+    copies = max(2, math.ceil(COLD_BYTES / (n * k)))
+    codes = [torch.randint(0, 120, (n, k), dtype=torch.uint8).view(torch.float8_e4m3fn) for _ in range(2 * copies)]
+    blocks = torch.rand(math.ceil(n / 128), math.ceil(k / 128)) * 1e-3
+    exponents = torch.randint(112, 116, (n, k // 32), dtype=torch.uint8)
+    each = [exponents.clone() for _ in range(copies)]  # as cold as the weights
+    x, fused = torch.randn(m, k, dtype=torch.bfloat16), torch.ops.ctfp8.dequantized_linear
+    block, mx = interleave(
+        [
+            lambda i: fused(x, codes[i % copies], blocks, None, [128, 128]),
+            lambda i: fused(x, codes[copies + i % copies], each[i % copies], None, [1, 32]),
+        ],
+        seconds,
+    )
+    return mx / block
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, half a second each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--mxfp8", action="store_true", help="only: how MXFP8 compares with 128 x 128 blocks")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cpu_kernels.load()
+    if arguments.mxfp8:
+        for n, k in ((2048, 2048), (4096, 4096), (14336, 4096)):
+            ratios = "  ".join(f"M = {m}: {against_blocks(n, k, m, 5):.2f}" for m in (1, 2, 4))
+            print(f"{n} × {k}, {arguments.threads} threads: MXFP8's time / that of 128 x 128 blocks  {ratios}")
+        return
     rate = read_rate()
     rows = (1, 4, 16, 64) if arguments.quick else ROWS
     shapes = [(4096, 4096)] if arguments.quick else [shape for model in SHAPES.values() for shape in model]
