@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 
+import nbformat
 import pytest
 import torch
 from conftest import DATA
+from nbclient import NotebookClient
 from rich.console import Console
 from rich.table import Table
 
@@ -90,6 +93,37 @@ def test_export_and_load():
     assert run.returncode == 0, run.stderr
     assert "35 FP8 weights for cpu" in run.stdout
     assert "Return a list of " in run.stdout
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft asks it
+def test_lora(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lora", str(tmp_path)])
+    example("lora").main()
+    out = capsys.readouterr().out
+    before, after = map(float, re.search(r"without the adapter (\S+), after 30 steps (\S+) nats", out).groups())
+    assert after < before / 10
+    assert "35 of 35 in FP8" in out
+    assert float(re.search(r"loaded and compiled: (\S+)", out)[1]) < before / 10
+    assert "dequantize=True" in re.search(r"merging into FP8 weights: (.*)", out)[1]
+    assert float(re.search(r"merged into a plain .* model: (\S+);", out)[1]) < before / 10
+
+
+@pytest.mark.long
+def test_the_notebook():
+    notebook = nbformat.read(ROOT / "examples/tour.ipynb", as_version=4)
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": ROOT / "examples"}}
+    )
+    client.execute(env=environment)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "35 FP8 weights for cpu" in printed
+    assert "35 FP8 weights for cuda:sm90" in printed
+    assert "Return a list of " in printed
+    assert "next token: " in printed
+    assert any("<iframe" in str(output.get("data", {}).get("text/html")) for output in outputs)
 
 
 @pytest.mark.long

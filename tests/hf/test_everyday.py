@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import DATA, IDS, logits
-from transformers import StaticCache
+from conftest import DATA, IDS, logits, relative_error
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, GenerationConfig, StaticCache
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.compat import cache_argument
@@ -114,6 +116,40 @@ def test_only_a_process_without_fp8_weights_is_told_that_a_graph_has_none():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.split() == ["0", "1"], run.stderr
+
+
+@pytest.mark.long
+def test_continuous_batching_gives_the_same_tokens(model):
+    prompts = [PROMPT[0, :n].tolist() for n in (10, 4, 7)]
+    one_by_one = [
+        model.generate(torch.tensor([p]), max_new_tokens=5, min_new_tokens=5, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, num_blocks=16, max_batch_tokens=32)
+    out = ctfp8.from_pretrained(LLAMA).generate_batch(inputs=prompts, generation_config=settings)
+    assert [answer.generated_tokens for answer in out.values()] == one_by_one
+
+
+def test_attributes_of_the_config_are_taken_as_arguments(tmp_path):
+    """As transformers takes them; and a classification head is loaded with the rest."""
+    shutil.copytree(LLAMA, tmp_path / "head")
+    tensors = load_file(LLAMA / "model.safetensors")
+    hidden = tensors["model.norm.weight"].shape[0]
+    tensors["score.weight"] = torch.randn(3, hidden, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "head" / "model.safetensors", {"format": "pt"})
+    head = ctfp8.from_pretrained(tmp_path / "head", AutoModelForSequenceClassification, num_labels=3, use_cache=False)
+    assert torch.equal(head.score.weight, tensors["score.weight"])
+    assert head(PROMPT).logits.shape == (1, 3)
+    assert head.config.use_cache is False
+    with pytest.raises(ctfp8.CheckpointError, match="the model needs score.weight, but no tensor"):
+        ctfp8.from_pretrained(LLAMA, AutoModelForSequenceClassification, num_labels=3)
+
+
+@pytest.mark.long
+def test_modes_of_torch_compile_on_a_cpu(model):
+    mode = torch.compile(model, backend="ctfp8", mode="reduce-overhead")
+    with torch.no_grad():
+        assert relative_error(mode(IDS, use_cache=False).logits, logits(model)) < 0.02
 
 
 def test_the_trainer_refuses_quantized_models_as_the_readme_says(model, tmp_path):
