@@ -10,6 +10,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def _rewrite(path: Path, program: ExportedProgram, target: Target, manifest: Man
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     unknown = [entry for entry in exported.kept if not entry.rule]  # to every machine: no rule knows their use
-    return Report.of(str(target), [*report.rewritten, *report.kept, *unknown])
+    return replace(Report.of(str(target), [*report.rewritten, *report.kept, *unknown]), attention=report.attention)
 
 
 def _load_aoti(archive: Archive, manifest: Manifest, device: torch.device, trust: bool) -> Artifact:

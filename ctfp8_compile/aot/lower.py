@@ -67,7 +67,8 @@ def explain(
     program = trace(model, args, kwargs, dynamic_shapes)
     _declare(program, target)  # joined, weights may be for another kernel
     decisions = passes.decide(program.graph, target)
-    report = with_parts(passes.report(target, passes.preview(decisions)), model, decisions, target)
+    report = passes.report(target, passes.preview(decisions), passes.attention(program.graph, target))
+    report = with_parts(report, model, decisions, target)
     return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
 
 

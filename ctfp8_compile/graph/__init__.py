@@ -2,7 +2,7 @@
 
 from .nodes import arguments, before, call, fake_value, sizes, value
 from .text import format_graph, op_name
-from .weight import MARKER, Weight, is_marker, is_plumbing, is_view, parameter_name, trace_weight
+from .weight import MARKER, Weight, is_marker, is_plumbing, is_view, module_name, parameter_name, trace_weight
 
 __all__ = [
     "MARKER",
@@ -15,6 +15,7 @@ __all__ = [
     "is_marker",
     "is_plumbing",
     "is_view",
+    "module_name",
     "op_name",
     "parameter_name",
     "sizes",

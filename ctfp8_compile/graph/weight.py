@@ -139,7 +139,16 @@ def parameter_name(marker: fx.Node) -> str:
     for path, _ in reversed(list(stack.values())):
         owner, found, rest = f".{path}".partition(".parametrizations.")
         if found:
-            steps = [step for step in _STEPS.split(_MODEL.sub("", owner)) if step not in ("", "_modules", "__dict__")]
-            return ".".join([*steps, rest.split(".")[0]])
+            return ".".join([*_steps(owner), rest.split(".")[0]])
     source = arguments(marker)[0]
     return source.name if isinstance(source, fx.Node) else str(source)
+
+
+def module_name(node: fx.Node) -> str:
+    """The model's name of the module in whose forward a node was traced; the node's own name where that is not known."""
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return ".".join(_steps(f".{paths[-1]}")) if paths else node.name
+
+
+def _steps(path: str) -> list[str]:
+    return [step for step in _STEPS.split(_MODEL.sub("", path)) if step not in ("", "_modules", "__dict__")]

@@ -126,7 +126,7 @@ class Fp8Pass(CustomGraphPass):
                 custom(graph)
         report = passes.run(graph, self.target, collectives=self.collectives)
         weight_only.inline(graph)
-        if report.rewritten or report.kept:
+        if report.rewritten or report.kept or report.attention:
             _reports.append(report)
             log.info("%s", report.summary())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..target import Target
 from . import cpu, cuda, xpu
 from .kernel import KINDS, YES, Kernel, Operands, Problem, Verdict, choose, no
@@ -13,6 +15,7 @@ __all__ = [
     "Operands",
     "Problem",
     "Verdict",
+    "attention_gate",
     "choose",
     "fingerprint",
     "kernels_of",
@@ -27,6 +30,13 @@ def kernels_of(target: Target) -> tuple[Kernel, ...]:
     if target.kernels == "auto":
         return kernels
     return tuple(kernel for kernel in kernels if kernel.library == target.kernels)
+
+
+def attention_gate(target: Target, dtype: torch.dtype) -> Verdict:
+    """Whether the target has a kernel for attention to a cache that reads what is filled, decoding it if it is FP8."""
+    if target.device == "cpu":
+        return cpu.attention(dtype)
+    return no(f"there is no kernel for attention to an FP8 cache on {target}: it is dequantized in the graph")
 
 
 def fingerprint(target: Target) -> str:

@@ -63,4 +63,11 @@ class FusedDequantizeMatmul:
         return unavailable() or cpu_kernels.isa()
 
 
+def attention(dtype: torch.dtype) -> Verdict:
+    """Whether the fused attention takes queries of this dtype."""
+    if dtype not in _DTYPES:
+        return no(f"the fused attention takes bfloat16, float16 and float32 queries, not {dtype}")
+    return Verdict(unavailable() or "")
+
+
 KERNELS = (FusedDequantizeMatmul(),)

@@ -54,6 +54,33 @@ def exponent_steps(do: Do, exponents: Any) -> Any:
     return do(aten.view.dtype, do(aten.clamp_min.default, bits, 1 << 22), torch.float32)
 
 
+def cached_steps(do: Do, stored: Any, columns: int, scale: Any, dtype: torch.dtype) -> Any:
+    """Keys or values as numbers, from uint8 codes, with scales `[1]` or `[heads]`, or with each token's as its last byte."""
+    codes = stored
+    if scale is None:
+        codes = do(aten.slice.Tensor, stored, 3, 0, columns - 1)
+        scale = exponent_steps(do, do(aten.slice.Tensor, stored, 3, columns - 1, columns))
+    else:
+        scale = do(aten.reshape.default, scale, [1, -1, 1, 1])
+    wide = do(_convert, do(aten.view.dtype, codes, FP8), torch.float32)
+    return do(_convert, do(aten.mul.Tensor, wide, scale), dtype)
+
+
+def quantize_cached_steps(do: Do, x: Any, scale: Any) -> Any:
+    """The reverse; a scale of a token's own is the smallest power of two with which none of its numbers is beyond FP8."""
+    wide = do(_convert, x, torch.float32)
+    if scale is not None:
+        codes = _round_steps(do, wide, do(aten.reshape.default, scale, [1, -1, 1, 1]))
+        return do(aten.view.dtype, codes, torch.uint8)
+    amax = do(aten.amax.default, do(aten.abs.default, wide), [-1], True)
+    ratio = do(aten.div.Tensor, do(aten.clamp_min.default, amax, AMAX_MIN), FP8_MAX)
+    bits = do(aten.add.Tensor, do(aten.view.dtype, ratio, torch.int32), (1 << 23) - 1)
+    exponents = do(aten.bitwise_right_shift.Tensor_Scalar, bits, 23)
+    exponents = do(_convert, do(aten.clamp_max.default, exponents, 254), torch.uint8)
+    codes = _round_steps(do, wide, exponent_steps(do, exponents))
+    return do(aten.cat.default, [do(aten.view.dtype, codes, torch.uint8), exponents], -1)
+
+
 def quantize_per_token_steps(do: Do, x: Any, bound: float | None = None) -> tuple[Any, Any]:
     """`scale_a = max(|row|) / 448` in float32; `x / scale_a` rounded to nearest even: `([M, K] FP8, [M, 1])`.
 

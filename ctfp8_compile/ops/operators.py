@@ -15,6 +15,10 @@ operators; each has a reference implementation in plain ATen, so a rewritten gra
   `[M, K / group]` for a scale per token and group of columns (bytes for MXFP8's groups of 32). A target lowers these to
   operators of its own.
 
+`cached` is the marker of keys or values `[batch, heads, length, columns]` that a cache keeps as FP8: uint8 codes, with float32
+scales `[1]` or `[heads]`, or without, and then a token's last byte e stands for its scale 2^(e - 127). `attention` is that of
+queries `[batch, heads, tokens, columns]` to a cache, stored so or as numbers; its mask is bool or a summand.
+
 `side_by_side` says that parameters lie one behind the other in memory, so that one matmul can read them all; where they do
 not, it concatenates them along the first dimension (see `ctfp8_compile.passes.side_by_side`).
 """
@@ -31,6 +35,7 @@ from torch import Tensor
 from .fp8 import (
     FP8,
     apply,
+    cached_steps,
     dequantize_reference,
     expand_scale,
     quantize_mx_steps,
@@ -217,6 +222,42 @@ def _scaled_grouped_mm(
         out[rows] = _scaled_mm(x[rows], weight[expert], scale_a[rows], weight_scale[expert], None, block, out_dtype)
         start = end
     return out
+
+
+def _width(stored: Tensor, scale: Tensor | None) -> int:
+    """Columns of a stored key or value: its last byte is its scale where it is of codes and has no other."""
+    return stored.shape[-1] - (stored.dtype == torch.uint8 and scale is None)
+
+
+@operator(
+    "cached(Tensor stored, Tensor? scale, ScalarType dtype) -> Tensor",
+    meta=lambda stored, scale, dtype: stored.new_empty((*stored.shape[:-1], _width(stored, scale)), dtype=dtype),
+)
+def _cached(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return cached_steps(apply, stored, stored.shape[-1], scale, dtype)
+
+
+@operator(
+    "attention(Tensor query, Tensor keys, Tensor values, Tensor? key_scale, Tensor? value_scale, Tensor? mask, float scale)"
+    " -> Tensor",
+    meta=lambda query, keys, values, key_scale, value_scale, mask, scale: query.new_empty(
+        (query.shape[0], query.shape[2], query.shape[1], _width(values, value_scale))
+    ).transpose(1, 2),
+)
+def _attention(
+    query: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None, mask: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    keys, values = (
+        t.float() if t.dtype != torch.uint8 else _cached(t, s, torch.float32)
+        for t, s in ((keys, key_scale), (values, value_scale))
+    )
+    group = query.shape[1] // keys.shape[1]
+    scores = query.float() @ keys.repeat_interleave(group, 1).mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    out = torch.ops.aten._safe_softmax(scores, -1) @ values.repeat_interleave(group, 1)
+    return out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 #: By kind of matmul (`lowering.kernel.KINDS`), the operator that takes an unquantized activation and an FP8 weight.

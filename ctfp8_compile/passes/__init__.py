@@ -1,5 +1,6 @@
 """The graph passes: rules that find matmuls with an FP8 weight, and the pipeline that rewrites them."""
 
+from .attention import attention
 from .annotate import Note, notes, read
 from .decision import Decision, match, select
 from .decompose import decompose
@@ -16,6 +17,7 @@ __all__ = [
     "Rule",
     "View",
     "apply",
+    "attention",
     "decide",
     "decompose",
     "fingerprint",

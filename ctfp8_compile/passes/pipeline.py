@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import fx
 
 from ..errors import UsageError
 from ..graph import is_marker
-from ..report import Report
+from ..report import Entry, Report
 from ..target import Target
+from .attention import fuse_attention
 from .collectives import WAYS
 from .combine_linears import combine_linears
 from .cse import share_quantization
@@ -67,7 +69,7 @@ def apply(
         change(graph)
     if lower:
         PASSES[-1][0](graph, kernels)
-    return report(target, decisions)
+    return report(target, decisions, fuse_attention(graph, target))
 
 
 def run(
@@ -83,13 +85,13 @@ def run(
         graph: an ATen graph with fake values in `node.meta["val"]`, from Inductor's post-grad hook or `torch.export`.
     """
     if not any(is_marker(node) for node in graph.nodes):
-        return Report(str(target), (), ())
+        return report(target, (), fuse_attention(graph, target))
     return apply(graph, target, decide(graph, target, rules), lower, collectives)
 
 
-def report(target: Target, decisions: Sequence[Decision]) -> Report:
-    """The report of a list of decisions."""
-    return Report.of(str(target), [decision.entry() for decision in decisions])
+def report(target: Target, decisions: Sequence[Decision], attention: Sequence[Entry] = ()) -> Report:
+    """The report of a list of decisions, and of what became of attention."""
+    return replace(Report.of(str(target), [decision.entry() for decision in decisions]), attention=tuple(attention))
 
 
 def register(rule: Rule) -> Rule:

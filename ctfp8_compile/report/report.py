@@ -63,6 +63,7 @@ class Report:
 
     Attributes:
         experts_per_token: how many experts of each layer one token reads, where the model's config says so.
+        attention: each attention to a key-value cache, by its module's name; `shape` is that of its keys.
         model: what the model is called, where that is known; the picture's title.
     """
 
@@ -71,6 +72,7 @@ class Report:
     kept: tuple[Entry, ...]
     experts_per_token: int | None = None
     model: str = ""
+    attention: tuple[Entry, ...] = ()
 
     def summary(self) -> str:
         """One line: how many weights run on which kernel, how many stayed dequantized, and why."""
@@ -80,6 +82,8 @@ class Report:
             parts.append(f"{n} {rule} → {kernel}")
         for reason, n in Counter(e.reason for e in self.kept).most_common():
             parts.append(f"{n} dequantized in the graph ({reason})")
+        for (rule, outcome), n in Counter((e.rule, e.kernel or e.reason) for e in self.attention).most_common():
+            parts.append(f"{n} {rule} → {outcome}")
         return "; ".join(parts)
 
     def __str__(self) -> str:
@@ -107,6 +111,7 @@ class Report:
             "target": self.target,
             "rewritten": [asdict(e) for e in self.rewritten],
             "kept": [asdict(e) for e in self.kept],
+            "attention": [asdict(e) for e in self.attention],
         }
 
     def to_html(self, path: str | Path) -> Path:

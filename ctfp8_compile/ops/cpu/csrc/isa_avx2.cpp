@@ -41,6 +41,10 @@ struct Avx2 {
   }
   static void hold(Chunk& chunk) { __asm__("" : "+x"(chunk)); }
   static Chunk load(const X* p) { return _mm256_loadu_ps(p); }
+  static Chunk widen(const uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
   static void store(X* p, Chunk chunk) { _mm256_storeu_ps(p, chunk); }
   static Acc dot(Acc sum, Chunk w, Chunk x) { return _mm256_fmadd_ps(w, x, sum); }
   static Acc scale_add(Acc total, Acc sum, float scale) { return _mm256_fmadd_ps(sum, _mm256_set1_ps(scale), total); }
@@ -61,7 +65,7 @@ struct Avx2 {
 
 const Kernels* avx2() {
   using V = Avx2;
-  static const Kernels kernels = {"avx2", 4, kTileCols, bytes<V>, prepare<V>, matmul<V>, finish<V>, dequantize<V>};
+  static const Kernels kernels = {"avx2", 4, kTileCols, bytes<V>, prepare<V>, matmul<V>, finish<V>, dequantize<V>, attention<V>};
   const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return here ? &kernels : nullptr;
 }

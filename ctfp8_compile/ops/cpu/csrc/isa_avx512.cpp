@@ -39,6 +39,10 @@ struct Avx512 {
   }
   static void hold(Chunk& chunk) { __asm__("" : "+v"(chunk)); }
   static Chunk load(const X* p) { return _mm512_loadu_ps(p); }
+  static Chunk widen(const uint16_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
   static void store(X* p, Chunk chunk) { _mm512_storeu_ps(p, chunk); }
   static Acc dot(Acc sum, Chunk w, Chunk x) { return _mm512_fmadd_ps(w, x, sum); }
   static Acc scale_add(Acc total, Acc sum, float scale) { return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), total); }
@@ -56,7 +60,8 @@ struct Avx512 {
 
 const Kernels* avx512() {
   using V = Avx512;
-  static const Kernels kernels = {"avx512", 4, kTileCols, bytes<V>, prepare<V>, matmul<V>, finish<V>, dequantize<V>};
+  static const Kernels kernels = {"avx512",  4,         kTileCols,     bytes<V>,    prepare<V>,
+                                  matmul<V>, finish<V>, dequantize<V>, attention<V>};
   const bool here = avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return here ? &kernels : nullptr;

@@ -32,6 +32,11 @@ struct Portable {
     std::memcpy(&chunk, p, sizeof(chunk));
     return chunk;
   }
+  static Chunk widen(const uint16_t* p) {
+    Chunk chunk;
+    for (int i = 0; i < step; ++i) chunk.lane[i] = float_of_bits(uint32_t{p[i]} << 16);
+    return chunk;
+  }
   static void store(X* p, Chunk chunk) { std::memcpy(p, &chunk, sizeof(chunk)); }
   static Acc dot(Acc sum, const Chunk& w, const Chunk& x) {
     for (int i = 0; i < step; ++i) sum.lane[i] += w.lane[i] * x.lane[i];
@@ -61,7 +66,8 @@ struct Portable {
 
 const Kernels* portable() {
   using V = Portable;
-  static const Kernels kernels = {"portable", 4, kTileCols, bytes<V>, prepare<V>, matmul<V>, finish<V>, dequantize<V>};
+  static const Kernels kernels = {"portable", 4,         kTileCols,     bytes<V>,    prepare<V>,
+                                  matmul<V>,  finish<V>, dequantize<V>, attention<V>};
   return &kernels;
 }
 

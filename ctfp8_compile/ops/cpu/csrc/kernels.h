@@ -33,6 +33,33 @@ struct Weight {
   }
 };
 
+// Keys or values of one head: `width` columns a token. `codes` are e4m3 with one scale for all tokens, or, where there is none, a
+// byte e behind each token's codes, which stands for 2^(e - 127).
+enum class Stored { f32, bf16, codes };
+
+struct Tokens {
+  const char* first;
+  int64_t stride;  // bytes from a token to the next
+  int64_t width;
+  const float* scale = nullptr;
+};
+
+constexpr int64_t kTokens = 64;   // a block: it is read whole or not at all
+constexpr int64_t kQueries = 64;  // at most
+
+// Columns from one row of prepared queries, or of results, to the next: whole chunks of all instruction sets.
+inline int64_t query_stride(int64_t width) { return (width + 15) / 16 * 16; }
+
+// The attention of `rows` queries to `length` tokens of one head. Queries are float32, multiplied with the softmax's scale and
+// padded with zeros; `mask` has a pointer to `length` summands for each of them, or is null.
+struct Attention {
+  Stored stored;
+  Tokens keys, values;
+  int64_t length, rows;
+  const float* queries;
+  const float* const* mask;
+};
+
 struct Kernels {
   const char* name;
   int64_t item;  // bytes of an activation as `prepare` takes it: 2 for bfloat16, 4 for float32
@@ -51,13 +78,17 @@ struct Kernels {
 
   // row[k] = float(code) * scale for one weight row: exactly what the reference computes.
   void (*dequantize)(const Weight& w, int64_t n, float* row);
+
+  // Over the tokens of some blocks: out[r] = sum_j e^(s_j - most[r]) value_j and sum[r] = sum_j e^(s_j - most[r]), most[r] the
+  // largest s_j, -inf if every one is.
+  void (*attention)(const Attention& a, const int64_t* blocks, int64_t count, float* out, float* most, float* sum);
 };
 
 // Null where this CPU, or this build, lacks the instructions.
 const Kernels* portable();
 const Kernels* avx2();
 const Kernels* avx512();
-const Kernels* avx512_bf16();  // bfloat16 activations only; no dequantize
+const Kernels* avx512_bf16();  // bfloat16 activations only; no dequantize, no attention
 
 // C[m, n] (+)= A[m, k] B[k, n] in bfloat16 with B in pairs of rows (VNNI): torch's, which uses AMX tiles where they exist.
 // While it is set, avx512_bf16 multiplies blocks of many rows with it.

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstring>
 
+#include "attention.h"
 #include "decode.h"
 #include "gemm.h"
 #include "gemv.h"

@@ -54,13 +54,15 @@ concept Vector =
       V::round_f16(row, row, int64_t{}, halves);
     };
 
-// Chunks are float32 in the order of the columns: what `gemm` and `dequantize` need besides.
+// Chunks are float32 in the order of the columns: what `gemm`, `dequantize` and `attention` need besides.
 template <class V>
 concept FloatVector = Vector<V> && std::same_as<typename V::X, float> && requires(float* to, typename V::Chunk chunk) {
   // Writes a chunk to any address.
   V::store(to, chunk);
   // A chunk of zeros.
   { V::zeros() } -> std::same_as<typename V::Chunk>;
+  // `step` bfloat16 from any address.
+  { V::widen(static_cast<const uint16_t*>(nullptr)) } -> std::same_as<typename V::Chunk>;
   // A chunk times a number.
   { V::times(chunk, float{}) } -> std::same_as<typename V::Chunk>;
 };
