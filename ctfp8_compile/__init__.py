@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .aot.export import export
     from .aot.load import Artifact, load
     from .aot.lower import explain, lower
+    from .hf.fp8_cache import dynamic_cache
     from .hf.hub import from_pretrained, prepare, save_pretrained
     from .hf.static_cache import StaticCacheDecoder, static_cache
     from .inductor.backend import backend, compiled_reports
@@ -52,6 +53,7 @@ __all__ = [
     "UsageError",
     "backend",
     "compiled_reports",
+    "dynamic_cache",
     "explain",
     "export",
     "from_pretrained",
@@ -70,6 +72,7 @@ _HOMES = {
     ".aot.lower": ("explain", "lower"),
     ".aot.load": ("Artifact", "load"),
     ".hf.hub": ("from_pretrained", "prepare", "save_pretrained"),
+    ".hf.fp8_cache": ("dynamic_cache",),
     ".hf.static_cache": ("StaticCacheDecoder", "static_cache"),
     ".inductor.backend": ("backend", "compiled_reports"),
     ".model.state_dict": ("load_state_dict",),

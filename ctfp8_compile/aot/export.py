@@ -172,7 +172,7 @@ _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
 
 def _decompose(program: ExportedProgram) -> dict[fx.Node, fx.Node]:
     with following(program):
-        replaced = passes.decompose(program.graph)
+        replaced = passes.decompose(program.graph, caches=False)
     program.graph_module.recompile()
     return replaced
 

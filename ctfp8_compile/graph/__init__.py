@@ -2,9 +2,10 @@
 
 from .nodes import arguments, before, call, fake_value, sizes, value
 from .text import format_graph, op_name
-from .weight import MARKER, Weight, is_marker, is_plumbing, is_view, module_name, parameter_name, trace_weight
+from .weight import CACHED, MARKER, Weight, is_marker, is_plumbing, is_view, module_name, parameter_name, trace_weight
 
 __all__ = [
+    "CACHED",
     "MARKER",
     "Weight",
     "arguments",

@@ -15,6 +15,8 @@ from .nodes import arguments, value
 aten = torch.ops.aten
 
 MARKER = torch.ops.ctfp8.dequantize.default
+#: The marker of keys or values that a cache keeps as FP8.
+CACHED = torch.ops.ctfp8.cached.default
 
 
 @dataclass(frozen=True)

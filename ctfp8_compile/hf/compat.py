@@ -30,6 +30,9 @@ PRIVATE = {
         "transformers.modeling_utils.remove_tied_weights_from_state_dict", "5.23 5.24"
     ),
     "cached_file": ("transformers.utils.hub.cached_file", "5.23 5.24"),
+    "DynamicLayer": ("transformers.cache_utils.DynamicLayer", "5.23 5.24"),
+    "DynamicSlidingWindowLayer": ("transformers.cache_utils.DynamicSlidingWindowLayer", "5.23 5.24"),
+    "StaticSlidingWindowLayer": ("transformers.cache_utils.StaticSlidingWindowLayer", "5.23 5.24"),
     "StaticLayer": ("transformers.cache_utils.StaticLayer", "5.23 5.24"),
     "ALL_PARALLEL_STYLES": ("transformers.distributed.parallel_utils.ALL_PARALLEL_STYLES", "5.23 5.24"),
     "replace_layer_number_by_wildcard": ("transformers.distributed.parallel_utils.replace_layer_number_by_wildcard", "5.23 5.24"),

@@ -154,7 +154,7 @@ class Quantizer(HfQuantizer):
         warnings.warn(f"{what}.", stacklevel=2)
 
     def _set_cache_scales_aside(self, tensors: ckpt.Checkpoint) -> None:
-        """Scales of a quantized KV cache are not used here, and written back by `save_pretrained`."""
+        """Scales of a quantized KV cache are for `fp8_cache`, and written back by `save_pretrained`."""
         used = {name for info in self.plans.values() for name in info.scales}
         used |= {ckpt.scale_name(name) for name in used}
         used |= {ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales}
@@ -163,8 +163,8 @@ class Quantizer(HfQuantizer):
         if names or self.schemes.config.kv_cache_scheme is not None:
             scales = f" ({len(names)} scales in the file, such as {names[0]})" if names else ""
             warnings.warn(
-                f"the checkpoint was calibrated for a quantized KV cache{scales}; here the cache stays in the model's "
-                "dtype, and these scales are not used. save_pretrained keeps them.",
+                f"the checkpoint was calibrated for a quantized KV cache{scales}; ctfp8.static_cache and "
+                "ctfp8.dynamic_cache keep it in FP8; transformers' own caches stay in the model's dtype.",
                 stacklevel=2,
             )
 

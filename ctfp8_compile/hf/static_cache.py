@@ -10,12 +10,13 @@ from transformers import StaticCache
 
 from ..errors import UsageError
 from .compat import StaticLayer, cache_argument
+from .fp8_cache import CacheDtype, StaticFp8Layer, keep_fp8, keeps_fp8
 from .parallel import key_value_heads
 
 _STATE = ("keys", "values", "cumulative_length")
 
 
-def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> StaticCache:
+def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024, dtype: CacheDtype = "auto") -> StaticCache:
     """A static key-value cache whose tensors exist already, for a compiled model.
 
     `StaticCache(config=…, max_cache_len=…)` makes them at the first forward pass. Where that pass is compiled too, the model
@@ -28,10 +29,18 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> Sta
     Args:
         model: a causal language model of transformers.
         batch_size, max_length: sequences, and tokens of each, that it holds.
+        dtype: `"fp8"` keeps keys and values as FP8, in half the memory: with the checkpoint's scales if it was calibrated
+            for that, else with one for each token and head. `"bf16"` keeps the model's dtype. `"auto"` is FP8 if the
+            checkpoint has scales.
+
+    Raises:
+        UsageError: the model's cache cannot be FP8.
     """
     config = model.config.get_text_config(decoder=True)
     cache = _Cache(config=config, max_cache_len=max_length)
     cache.rows, cache.limit, cache.filled, cache.last_position = batch_size, max_length, 0, -1
+    if keeps_fp8(model, dtype):
+        keep_fp8(model, cache.layers)
     if isinstance(model, nn.Module) and not any(hook is _check_use for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(_check_use, with_kwargs=True)
     layers = getattr(config, "per_layer_config", [config] * len(cache.layers))
@@ -42,7 +51,7 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024) -> Sta
         heads = key_value_heads(model, getattr(own, "num_key_value_heads", None) or own.num_attention_heads)
         width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         empty = torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
-        layer.lazy_initialization(empty, empty)
+        getattr(layer, "begin", layer.lazy_initialization)(empty, empty)
     return cache
 
 
@@ -107,16 +116,16 @@ class StaticCacheDecoder(nn.Module):
 
     Args:
         model: a causal language model of transformers with FP8 weights.
-        batch_size, max_length: of the cache. Its zeros are part of the file.
+        batch_size, max_length, dtype: of the cache. Its zeros are part of the file.
     """
 
-    def __init__(self, model: Any, batch_size: int = 1, max_length: int = 1024):
+    def __init__(self, model: Any, batch_size: int = 1, max_length: int = 1024, dtype: CacheDtype = "auto"):
         super().__init__()
         self.model = model
         self.max_length = max_length
         self._argument = cache_argument(model)
-        self.cache = static_cache(model, batch_size, max_length)
-        plain = [type(layer) is StaticLayer and layer.is_initialized for layer in self.cache.layers]
+        self.cache = static_cache(model, batch_size, max_length, dtype)
+        plain = [type(layer) in (StaticLayer, StaticFp8Layer) and layer.is_initialized for layer in self.cache.layers]
         odd = {type(layer).__name__ for layer, fine in zip(self.cache.layers, plain, strict=True) if not fine}
         if odd:
             raise UsageError(

@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import arguments, before, call, module_name, value
+from ..graph import CACHED, arguments, before, call, module_name, value
 from ..lowering import attention_gate
 from ..report import Entry
 from ..target import Target
 
 aten = torch.ops.aten
 _ATTENTION = torch.ops.ctfp8.attention.default
-_CACHED = torch.ops.ctfp8.cached.default
 _WHOLE = aten.scaled_dot_product_attention.default
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
@@ -124,7 +123,7 @@ def _longer(keys: Any, queries: Any) -> bool:
 
 def _stored(node: fx.Node) -> fx.Node | None:
     """What an FP8 cache keeps, where the node is its marker."""
-    return arguments(node)[0] if node.target is _CACHED else None
+    return arguments(node)[0] if node.target is CACHED else None
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:

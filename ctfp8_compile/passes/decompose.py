@@ -8,21 +8,35 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import fx
 
 from .. import ops
-from ..graph import arguments, before, call, is_marker, is_view, value
+from ..graph import CACHED, arguments, before, call, is_marker, is_view, value
 
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
 
-def decompose(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Decomposes every marker that is still used; returns what took the place of each. Views of weights go with the rest."""
+def decompose(graph: fx.Graph, caches: bool = True) -> dict[fx.Node, fx.Node]:
+    """Decomposes every marker that is still used; returns what took the place of each. Views of weights go with the rest.
+
+    Args:
+        caches: whether those of FP8 caches too. An artifact keeps them, for the attention of the machine that loads it.
+    """
     for node in reversed(graph.nodes):
         if not node.users and (is_marker(node) or is_view(node)):
             graph.erase_node(node)  # once: removing nodes while walking them is quadratic
+    for node in [node for node in graph.nodes if caches and node.target is CACHED]:
+        with before(graph, node):
+            stored, scale, dtype = arguments(node)
+            do = functools.partial(_do, graph, node)
+            new = ops.cached_steps(do, stored, value(stored).shape[-1], scale, dtype)
+        node.replace_all_uses_with(new, propagate_meta=False)
+        graph.erase_node(node)
     replaced = {}
     for marker in [node for node in graph.nodes if is_marker(node)]:
         replaced[marker] = arithmetic(graph, marker)
@@ -31,12 +45,16 @@ def decompose(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return replaced
 
 
+def _do(graph: fx.Graph, like: fx.Node, op: Any, *args: Any) -> fx.Node:
+    return call(graph, op, *args, like=like)
+
+
 def arithmetic(graph: fx.Graph, marker: fx.Node) -> fx.Node:
     """Builds the arithmetic of `ops.dequantize_reference` in front of the marker and returns its result."""
     weight, scale, _, block, _, dtype = arguments(marker)
     with before(graph, marker):
         if value(scale).dtype == torch.uint8:
-            scale = ops.exponent_steps(lambda op, *args: call(graph, op, *args, like=marker), scale)
+            scale = ops.exponent_steps(functools.partial(_do, graph, marker), scale)
         for dim, step in ((-2, block[0]), (-1, block[1])):
             scale = _repeat(graph, scale, dim, step, value(weight).shape[dim], marker)
         wide = call(graph, _convert, weight, torch.float32, like=marker)

@@ -63,13 +63,14 @@ def apply(
         collectives: one of `collectives.WAYS`, tried before lowering, while a quantization is one node.
     """
     decisions, kernels = rewrite(graph, decisions)
+    attention = fuse_attention(graph, target)  # before the passes: they make plain ATen of an FP8 cache that is left
     for step, _ in PASSES[:-1]:
         step(graph, kernels)
     for change in WAYS[collectives]:
         change(graph)
     if lower:
         PASSES[-1][0](graph, kernels)
-    return report(target, decisions, fuse_attention(graph, target))
+    return report(target, decisions, attention)
 
 
 def run(
@@ -85,7 +86,9 @@ def run(
         graph: an ATen graph with fake values in `node.meta["val"]`, from Inductor's post-grad hook or `torch.export`.
     """
     if not any(is_marker(node) for node in graph.nodes):
-        return report(target, (), fuse_attention(graph, target))
+        attention = fuse_attention(graph, target)
+        decompose(graph)
+        return report(target, (), attention)
     return apply(graph, target, decide(graph, target, rules), lower, collectives)
 
 

@@ -19,7 +19,7 @@ from ctfp8_compile.ops.operators import _attention
 cpu_kernels.load()
 ISAS: list[str] = torch.ops.ctfp8_cpu.isas()
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-ROUNDING = {F32: 2e-6, F16: 3e-3, BF16: 2.0**-8}  # float16 takes torch's own kernel
+ROUNDING = {F32: 2e-6, F16: 3e-3, BF16: 2.0**-8}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,8 @@ def check(
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
     expected = scores.softmax(-1).nan_to_num() @ wide_v.repeat_interleave(group, 1)
-    allowed = ROUNDING[q.dtype] * (expected.abs() + wide_v.abs().amax() / 16)
+    theirs = group * q.shape[2] > 64 or q.dtype == F16  # torch's own kernel, which rounds the softmax to the query's dtype
+    allowed = ROUNDING[q.dtype] * (expected.abs() + wide_v.abs().amax() / (1 if theirs else 16))
     assert ((out.double() - expected).abs() <= allowed).all()
     return out
 
