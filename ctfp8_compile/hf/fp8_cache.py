@@ -43,7 +43,7 @@ def keeps_fp8(model: Any, dtype: CacheDtype) -> bool:
 
 
 def keep_fp8(model: Any, layers: list[Any]) -> None:
-    """Turns layers that hold nothing yet into such that keep FP8.
+    """Replaces layers, which hold nothing yet, by such that keep FP8.
 
     Raises:
         UsageError: a layer keeps something else than keys and values, or the file has scales for some layers only.
@@ -61,8 +61,10 @@ def keep_fp8(model: Any, layers: list[Any]) -> None:
             raise UsageError(
                 f"the checkpoint has scales of a key-value cache, but not both for layer {i}. Use dtype='bf16'."
             )
-        layer.__class__ = _KINDS[type(layer)]
-        layer.scales = tuple(None if s is None else s.to(model.device, torch.float32).reshape(-1) for s in found)
+        kind = _KINDS[type(layer)]
+        layers[i] = kind.__new__(kind)
+        layers[i].__dict__.update(layer.__dict__)
+        layers[i].scales = tuple(None if s is None else s.to(model.device, torch.float32).reshape(-1) for s in found)
 
 
 def _scales(model: Any) -> Mapping[tuple[int, str], Tensor]:
@@ -91,19 +93,19 @@ class _Fp8:
         return [quantize_cached_steps(apply, t, scale) for t, scale in zip(states, self.scales, strict=True)]
 
 
-class StaticFp8Layer(_Fp8, StaticLayer):  # type: ignore[misc]
+class StaticFp8Layer(_Fp8, StaticLayer):
     pass
 
 
-class _StaticSlidingFp8(_Fp8, StaticSlidingWindowLayer):  # type: ignore[misc]
+class _StaticSlidingFp8(_Fp8, StaticSlidingWindowLayer):
     pass
 
 
-class _DynamicFp8(_Fp8, DynamicLayer):  # type: ignore[misc]
+class _DynamicFp8(_Fp8, DynamicLayer):
     pass
 
 
-class _DynamicSlidingFp8(_Fp8, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class _DynamicSlidingFp8(_Fp8, DynamicSlidingWindowLayer):
     pass
 
 

@@ -128,7 +128,7 @@ def _stored(node: fx.Node) -> fx.Node | None:
 
 def _unrepeated(node: fx.Node) -> fx.Node:
     """Keys or values before each head of them was repeated for the queries that share it."""
-    inner = node
+    inner: Any = node
     if inner.target not in _RESHAPES:
         return node
     inner = inner.args[0]

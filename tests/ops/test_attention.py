@@ -55,7 +55,9 @@ def check(
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
     expected = scores.softmax(-1).nan_to_num() @ wide_v.repeat_interleave(group, 1)
-    theirs = group * q.shape[2] > 64 or q.dtype == F16  # torch's own kernel, which rounds the softmax to the query's dtype
+    theirs = (
+        group * q.shape[2] > 64 or q.dtype == F16
+    )  # torch's own kernel, which rounds the softmax to the query's dtype
     allowed = ROUNDING[q.dtype] * (expected.abs() + wide_v.abs().amax() / (1 if theirs else 16))
     assert ((out.double() - expected).abs() <= allowed).all()
     return out

@@ -1,0 +1,182 @@
+"""Caches that keep FP8: against float64 arithmetic of what was rounded, in every layer kind, eager, compiled and in an artifact."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import DATA, relative_error
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.hf.compat import cache_argument
+from ctfp8_compile.ops import FP8
+
+pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint was calibrated")
+KV = DATA / "llama/FP8_DYNAMIC_KV"
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    return ctfp8.from_pretrained(KV, dtype=torch.float32)
+
+
+def ids_for(model, rows: int = 1, tokens: int = 12) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def steps(model, call, cache, ids: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    out, done = [], 0
+    for n in sizes:
+        with torch.no_grad():
+            out.append(call(input_ids=ids[:, done : done + n], use_cache=True, **{cache_argument(model): cache}).logits)
+        done += n
+    return torch.cat(out, 1)
+
+
+class Rounding(DynamicCache):
+    """A growing cache in float64 that rounds what it is given as the file's scales, or a token's own power of two, say."""
+
+    scales: list[tuple[Tensor, Tensor]] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs):
+        both = []
+        for i, x in enumerate((keys, values)):
+            if self.scales is not None:
+                scale = self.scales[layer][i].double()
+            else:
+                scale = 2.0 ** (x.double().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448).log2().ceil()
+            both.append(((x.double() / scale).clamp(-448, 448).float().to(FP8).double() * scale).to(x.dtype))
+        return super().update(*both, layer, *args, **kwargs)
+
+
+def float64(model):
+    exact = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float64).eval()
+    exact.load_state_dict({k: v.double() for k, v in dequantized(model).items()})
+    return exact
+
+
+def dequantized(model) -> dict[str, Tensor]:
+    state = {k: v for k, v in model.state_dict().items() if ".parametrizations." not in k}
+    return state | {n: model.get_submodule(n.rpartition(".")[0]).weight for n in _weights(model)}
+
+
+def _weights(model) -> list[str]:
+    return [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_a_model_attends_to_what_was_rounded(calibrated, dtype: str) -> None:
+    """New tokens too: the prompt of 9 is rounded before it is attended to."""
+    model = calibrated if dtype == "auto" else ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC", dtype=torch.float32)
+    ids, sizes = ids_for(model, 2), (9, 1, 1, 1)
+    exact = Rounding(config=model.config)
+    if dtype == "auto":
+        file = load_file(KV / "model.safetensors")
+        exact.scales = [
+            tuple(file[f"model.layers.{i}.self_attn.{w}_scale"] for w in "kv")
+            for i in range(model.config.num_hidden_layers)
+        ]
+    want = steps(model, float64(model), exact, ids, sizes)
+    plain = steps(model, model, DynamicCache(config=model.config), ids, sizes)
+    assert relative_error(plain.double(), want) > 1e-3  # what rounding the cache does
+    for cache in (ctfp8.static_cache(model, 2, 80, dtype=dtype), ctfp8.dynamic_cache(model, dtype)):
+        assert all(layer.keys is None or layer.keys.dtype == torch.uint8 for layer in cache.layers)
+        assert relative_error(steps(model, model, cache, ids, sizes).double(), want) < 1e-3
+    compiled = torch.compile(model, backend="ctfp8", fullgraph=True, dynamic=False)
+    cache = ctfp8.static_cache(model, 2, 80, dtype=dtype)
+    before = len(ctfp8.compiled_reports())
+    assert relative_error(steps(model, compiled, cache, ids, sizes).double(), want) < 1e-3
+    for report in ctfp8.compiled_reports()[before:]:
+        assert {(e.rule, e.kernel) for e in report.attention} == {("attention to an FP8 cache", "fused attention")}
+    cache.reset()
+    assert relative_error(steps(model, compiled, cache, ids, sizes).double(), want) < 1e-3
+
+
+def test_what_a_cache_weighs_and_when_it_is_fp8(calibrated) -> None:
+    plain = ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC")
+    size = lambda model, dtype: sum(  # noqa: E731
+        t.numel() * t.element_size()
+        for layer in ctfp8.static_cache(model, 1, 64, dtype).layers
+        for t in (layer.keys, layer.values)
+    )
+    whole = size(plain, "bf16")
+    assert size(plain, "auto") == whole
+    width = plain.config.head_dim
+    assert size(plain, "fp8") == whole * (width + 1) / (2 * width)
+    assert size(calibrated, "auto") == whole / 2
+    with pytest.raises(ctfp8.UsageError, match="a cache is 'fp8'"):
+        ctfp8.static_cache(plain, 1, 8, dtype="int8")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda m: ctfp8.static_cache(m, 2, 40, dtype="fp8"), lambda m: ctfp8.dynamic_cache(m, "fp8")]
+)
+def test_windows_cropping_and_beams(make) -> None:
+    """Layers with a window of 6 and without, as Gemma has them."""
+    config = AutoConfig.for_model(
+        "gemma3_text", hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=99, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = ids_for(model, 2)
+    want = steps(model, copy.deepcopy(model).double(), Rounding(config=model.config), ids, (9, 1, 1, 1))
+    assert relative_error(steps(model, model, make(model), ids, (9, 1, 1, 1)).double(), want) < 1e-3
+    assert (
+        relative_error(steps(model, model, make(model), ids, (2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1)).double(), want) < 1e-3
+    )
+
+    cache = make(model)
+    want = steps(model, model, make(model), ids, (4, 1))[:, -1]
+    steps(model, model, cache, ids, (4,))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    got = model(input_ids=ids[[1, 0], 4:5], use_cache=True, **{cache_argument(model): cache}).logits[:, -1]
+    torch.testing.assert_close(got, want[[1, 0]], rtol=1e-4, atol=1e-4)
+
+
+def test_cropping(calibrated) -> None:
+    ids = ids_for(calibrated)
+    cache = ctfp8.dynamic_cache(calibrated)
+    want = steps(calibrated, calibrated, cache, ids, (6, 1))[:, -1]
+    cache.crop(-1)
+    got = calibrated(input_ids=ids[:, 6:7], use_cache=True, **{cache_argument(calibrated): cache}).logits[:, -1]
+    assert torch.equal(got, want)
+
+
+def test_latent_attention_keeps_its_own_cache() -> None:
+    config = AutoConfig.for_model("deepseek_v3", num_hidden_layers=1, hidden_size=64, n_routed_experts=4, intermediate_size=64,
+                                  moe_intermediate_size=32, vocab_size=64, n_group=1, topk_group=1, num_experts_per_tok=2)  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ctfp8.UsageError, match="holds more than keys and values"):
+        ctfp8.static_cache(model, 1, 16, dtype="fp8")
+
+
+def test_saving_keeps_the_scales(calibrated, tmp_path) -> None:
+    calibrated.save_pretrained(tmp_path)
+    old, new = load_file(KV / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert {k for k in old if "k_scale" in k or "v_scale" in k}
+    assert all(torch.equal(old[k], new[k]) for k in old if "k_scale" in k or "v_scale" in k)
+
+
+def test_an_artifact_keeps_an_fp8_cache(calibrated, tmp_path) -> None:
+    decoder = ctfp8.StaticCacheDecoder(calibrated, 1, 64)
+    ids = ids_for(calibrated)
+    want = steps(calibrated, calibrated, ctfp8.static_cache(calibrated, 1, 64), ids, (9, 1, 1, 1))
+    tokens = torch.export.Dim("tokens", max=64)
+    ctfp8.export(decoder, (ids, torch.tensor(0)), path=tmp_path / "m.pt2", dynamic_shapes=({1: tokens}, None))
+    loaded = ctfp8.load(tmp_path / "m.pt2")
+    assert {(e.rule, e.kernel) for e in loaded.report.attention} == {("attention to an FP8 cache", "fused attention")}
+    got = [loaded(ids[:, :9], torch.tensor(0)), *(loaded(ids[:, i : i + 1], torch.tensor(i)) for i in (9, 10, 11))]
+    assert relative_error(torch.cat(got, 1), want) < 1e-4
+
+    program = ctfp8.lower(decoder, (ids, torch.tensor(0)), target="xpu")
+    assert not any("ctfp8.cached" in str(n.target) for n in program.graph.nodes)
+    report = ctfp8.explain(decoder, (ids, torch.tensor(0)), target="xpu")
+    assert {e.reason for e in report.attention} == {
+        "there is no kernel for attention to an FP8 cache on xpu: it is dequantized in the graph"
+    }
