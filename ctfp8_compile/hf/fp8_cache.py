@@ -109,7 +109,7 @@ class _DynamicSlidingFp8(_Fp8, DynamicSlidingWindowLayer):
     pass
 
 
-_KINDS: dict[type, type] = {
+_KINDS: dict[type, Any] = {
     StaticLayer: StaticFp8Layer,
     StaticSlidingWindowLayer: _StaticSlidingFp8,
     DynamicLayer: _DynamicFp8,

@@ -60,6 +60,7 @@ def attention(graph: fx.Graph, target: Target) -> list[Entry]:
 def fuse_attention(graph: fx.Graph, target: Target) -> list[Entry]:
     """Rewrites a graph in place, and says what it did."""
     every = _find(graph, target)
+    entries = [found.entry() for found in every]
     for found in every:
         if found.reason:
             continue
@@ -75,7 +76,7 @@ def fuse_attention(graph: fx.Graph, target: Target) -> list[Entry]:
         graph.erase_node(node)
     if dead:
         graph.eliminate_dead_code()
-    return [found.entry() for found in every]
+    return entries
 
 
 def _find(graph: fx.Graph, target: Target) -> list[_Found]:

@@ -28,7 +28,7 @@ def run_steps(model: nn.Module, call, cache, ids: Tensor, padding: int = 0) -> T
     return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.long), torch.float32])
 def test_a_compiled_model_reads_its_cache_once(dtype: torch.dtype) -> None:
     model = ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC", dtype=dtype)
     ids, before = IDS % model.config.vocab_size, len(ctfp8.compiled_reports())
