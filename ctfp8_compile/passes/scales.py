@@ -42,7 +42,7 @@ def declare(graph: fx.Graph, target: Target) -> None:
         if whole in done or not (whole.op == "placeholder" or whole.target is SIDE_BY_SIDE):
             continue
         done.add(whole)
-        with graph.inserting_before(first):
+        with graph.inserting_before(first):  # in front of what it is made of, if that lies side by side; both leave the graph
             _lay_out(graph, marker, whole, _layout(marker, target))
 
 
@@ -68,7 +68,7 @@ def _lay_out(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> N
     if layout == "by row":
         rows, block = fake_value(arguments(marker)[0]).shape[-2], arguments(marker)[3]
         scales = fake_value(whole).shape[-2]
-        if whole.target is SIDE_BY_SIDE or scales == rows or rows % scales:
+        if scales == rows or rows % scales or not all(user.target in _MARKERS for user in users):
             return
         new = add(graph, BY_ROW, [whole], [rows])
         for user in users:
