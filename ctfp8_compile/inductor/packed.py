@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compat import ir, lowerings, register_lowering
+from ..compat import addresses_are, ir, lowerings, register_lowering
 from ..graph import fake_value
 from ..passes.side_by_side import SIDE_BY_SIDE
 
 aten = torch.ops.aten
 
 
-#: In builds with CUDA: whether the addresses of some tensors of a list are these, in one loop of C.
-_ADDRESSES_ARE = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+_ADDRESSES_ARE = addresses_are()
 _MOST = 4096  # sets of parameters that one graph remembers
 
 

@@ -160,8 +160,9 @@ def test_explain_says_the_summary_and_folds_layers_when_asked_for_more():
         == "35 FP8 weights for xpu; 35 linear → Triton weight-only (not yet measured on a GPU)\n"
     )
     lines = ctfp8_command(*arguments, "-v").stdout.splitlines()
-    assert len(lines) == 1 + 7
-    assert "    5 × model.layers.*.mlp.up_proj.weight       640×256  linear → aten._scaled_mm" in lines
+    assert len(lines) == 1 + 7 + 1
+    assert lines[6].startswith("    5 × model.layers.*.mlp.up_proj.weight       640×256  linear → Triton weight-only")
+    assert lines[8].startswith("   35 × not taken by a kernel that comes before: oneDNN")
 
 
 def test_more_tokens_than_the_model_has_positions(tmp_path):
