@@ -28,6 +28,7 @@ from memory_load import anonymous
 from rich.console import Console
 from rich.table import Table
 
+WAYS = ("ctfp8 eager", "ctfp8 compiled", "transformers bf16")
 #: By style of a transformers plan, the dimension of a weight that it cuts.
 CUT = {
     "colwise": -2, "colwise_gather_output": -2, "packed_colwise": -2, "rowwise": -1, "packed_rowwise": -1,
@@ -182,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.5)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--paper", metavar="MODEL_TYPE")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -211,7 +213,7 @@ def main() -> None:
         write_moe(fp8, args.gigabytes)
         ctfp8.from_pretrained(fp8, dequantize=True).save_pretrained(dense)
         for ranks in args.ranks:
-            for way in ("ctfp8 eager", "ctfp8 compiled", "transformers bf16"):
+            for way in args.ways:
                 folder = dense if way == "transformers bf16" else fp8
                 run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
                 subprocess.run([*run, __file__, "--measure", way, str(folder), f"{place}/out"], check=True)

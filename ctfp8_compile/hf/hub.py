@@ -102,12 +102,12 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
         model: loaded by `from_pretrained` or prepared by `prepare`.
         **transformers_kwargs: as for `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
     """
-    source = getattr(model.config, "_name_or_path", "")
-    if source and Path(folder).resolve() == Path(source).resolve():
-        raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
-    if Path(folder).is_file():
-        raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
     with together(is_distributed(model)):
+        source = getattr(model.config, "_name_or_path", "")
+        if source and Path(folder).resolve() == Path(source).resolve():
+            raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
+        if Path(folder).is_file():
+            raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
         model.save_pretrained(folder, **transformers_kwargs)
         quantization = model.config.quantization_config
         if isinstance(quantization, Config) and "quantization" in quantization.stored:  # read from ModelOpt's own file

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import DATA, SCHEMES, logits, relative_error
 from safetensors.torch import load_file, save_file
 from support.ranks import on_ranks
@@ -106,6 +108,52 @@ def test_a_rank_that_fails_ends_all(tmp_path):
     assert first[2] == second[2]
     assert "num_key_value_heads is 1, which tp_size=2 does not divide" in first[2]
     assert (first[3], second[3]) == ("", "")
+
+
+def leave(folder: Path, out: Path) -> str:
+    """Rank 1 ends, before a load or before a save; what rank 0 raises, and within how many seconds."""
+    dist.init_process_group("gloo")
+    if out.name == "load" and dist.get_rank() == 1:
+        return "gone"
+    start = time.monotonic()
+    try:
+        model = ctfp8.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+        dist.barrier()
+        if dist.get_rank() == 1:
+            return "gone"
+        start = time.monotonic()
+        ctfp8.save_pretrained(model, out)
+    except ctfp8.RankError as error:
+        assert time.monotonic() - start < 60
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("when", ["load", "save"])
+def test_a_rank_that_ends(when, tmp_path):
+    first, second = on_ranks(2, leave, DATA / "llama/FP8", tmp_path / when)
+    assert first.startswith("another rank ended while this one waited for it")
+    assert second == "gone"
+
+
+def cannot_save(folder: Path, outs: list[Path]) -> str:
+    model = ctfp8.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+    try:
+        ctfp8.save_pretrained(model, outs[dist.get_rank()])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.long
+def test_a_rank_that_cannot_save(tmp_path):
+    (tmp_path / "file").write_text("")
+    for outs in ([tmp_path / "file/x", tmp_path / "fine"], [tmp_path / "fine", tmp_path / "file"]):
+        found = on_ranks(2, cannot_save, DATA / "llama/FP8", outs)
+        bad = 0 if outs[0].parent.name == "file" else 1
+        assert ("NotADirectoryError" if bad == 0 else "is a file; a checkpoint is saved to a folder") in found[bad]
+        assert found[1 - bad].startswith(f"RankError: another rank failed, and so does this one; rank {bad} says: ")
 
 
 @pytest.mark.parametrize(
