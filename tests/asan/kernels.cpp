@@ -145,9 +145,9 @@ int main() {
   long cases = 0;
   for (const Kernels* kernels : {avx512(), avx2(), portable()}) {
     if (!kernels) continue;
-    for (int64_t rows : {1, 2, 3, 7, 8, 15, 64}) {
-      for (int64_t length : {1, 5, 63, 64, 65, 200}) {
-        for (int64_t width : {1, 7, 8, 15, 16, 33, 64, 80, 128}) {
+    for (int64_t rows : {1, 3, 15, 64}) {
+      for (int64_t length : {1, 63, 65, 200}) {
+        for (int64_t width : {1, 8, 15, 33, 80}) {
           for (const auto& [stored, scaled] : {std::pair{Stored::f32, false}, std::pair{Stored::bf16, false},
                                                std::pair{Stored::codes, false}, std::pair{Stored::codes, true}}) {
             if (!attend(*kernels, stored, scaled, rows, length, width)) {
