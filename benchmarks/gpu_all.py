@@ -118,7 +118,7 @@ def pack(path: Path, torch: str, python: str) -> None:
         for wheel in sorted(Path(folder).glob("*.whl")):
             zipfile.ZipFile(wheel).extractall(site)
             print(f"{wheel.name}  {wheel.stat().st_size / 2**20:.1f} MiB")
-        with tarfile.open(path, "w:xz") as archive:
+        with tarfile.open(path, "w:xz", preset=1) as archive:  # quick, and small enough
             archive.add(site, ".")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     checkout = sum((ROOT / name).lstat().st_size for name in tracked.split("\0") if name)
