@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--seconds", type=float, default=4, help="of each comparison")
     parser.add_argument("--only", choices=("attention", "allocated", "decode"))
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, and its own time: on a machine busy with others"
+    )
     args = parser.parse_args()
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
     console = Console()
     cpu_kernels.load()
     if args.only in (None, "attention"):
@@ -91,7 +98,7 @@ def main() -> None:
                 row(
                     table,
                     f"{name}, {filled} of {length}",
-                    interleave(attention_calls(*shape, length, filled), args.seconds),
+                    interleave(attention_calls(*shape, length, filled), args.seconds, clock),
                 )
         console.print(table)
     if args.only == "attention":
@@ -106,7 +113,7 @@ def main() -> None:
                 row(
                     table,
                     dtype,
-                    interleave([decode_call(model, fp8, n, 256, dtype) for n in (512, 8192)], args.seconds),
+                    interleave([decode_call(model, fp8, n, 256, dtype) for n in (512, 8192)], args.seconds, clock),
                 )
             console.print(table)
         if args.only in (None, "decode"):
@@ -116,7 +123,7 @@ def main() -> None:
             table = Table("decode", "bf16 eager", "bf16 Inductor", "ctfp8, bf16 cache", "ctfp8, FP8 cache")
             for filled in args.filled:
                 calls = [decode_call(m, f, filled, filled, dtype) for m, f, dtype in ways]
-                row(table, f"{filled} of {filled}", interleave(calls, args.seconds))
+                row(table, f"{filled} of {filled}", interleave(calls, args.seconds, clock))
             console.print(table)
 
 

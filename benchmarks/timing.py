@@ -23,16 +23,18 @@ def read_rate(repeats: int = 5) -> float:
     return COLD_BYTES / min(times)
 
 
-def interleave(calls: list[Callable[[int], object]], seconds: float) -> list[float]:
-    """The median time of each call, given the number of the round; rounds alternate between the calls."""
+def interleave(
+    calls: list[Callable[[int], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """The median time of each call, given the number of the round, by a clock; rounds alternate between the calls."""
     for call in calls:
         call(0), call(1)
     times: list[list[float]] = [[] for _ in calls]
     end, turn = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or turn < 7:
         for call, took in zip(calls, times, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             call(turn)
-            took.append(time.perf_counter() - begin)
+            took.append(clock() - begin)
         turn += 1
     return [statistics.median(took) for took in times]

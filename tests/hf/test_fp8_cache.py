@@ -9,7 +9,7 @@ import torch
 from conftest import DATA, relative_error
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.compat import cache_argument
@@ -180,3 +180,17 @@ def test_an_artifact_keeps_an_fp8_cache(calibrated, tmp_path) -> None:
     assert {e.reason for e in report.attention} == {
         "there is no kernel for attention to an FP8 cache on xpu: it is dequantized in the graph"
     }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["llama", "moe"])
+def test_perplexity_of_the_shipped_models(name: str) -> None:
+    folder = DATA.parent.parent / "examples/models"
+    model, tokenizer = ctfp8.from_pretrained(folder / name), AutoTokenizer.from_pretrained(folder / name)
+    ids = tokenizer((folder / "heldout.txt").read_text(), return_tensors="pt").input_ids[0]
+    ids = ids[: 32 * 256].view(32, 256)
+    loss = []
+    for dtype in ("bf16", "fp8"):
+        logits = steps(model, model, ctfp8.dynamic_cache(model, dtype), ids, (256,)).float()
+        loss.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    assert abs((loss[1] - loss[0]).exp() - 1) < 0.005
