@@ -61,6 +61,7 @@ def test_own_module(capsys):
     assert float(out.rpartition(": ")[2]) < 0.02
 
 
+@pytest.mark.long
 def test_moe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["moe", str(tmp_path / "moe.html")])
     example("moe").main()
@@ -76,6 +77,7 @@ def test_moe(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "moe.html").stat().st_size > 5_000
 
 
+@pytest.mark.long
 def test_embeddings(capsys):
     example("embeddings").main()
     out = capsys.readouterr().out
@@ -86,6 +88,7 @@ def test_embeddings(capsys):
     assert "graphs compiled: 1" in out
 
 
+@pytest.mark.long
 def test_export_and_load():
     import subprocess
 

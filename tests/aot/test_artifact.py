@@ -331,6 +331,7 @@ def test_compute_capability_must_fit(made_for, found, fine, monkeypatch):
             artifacts._device(Path("m.pt2"), target, None)
 
 
+@pytest.mark.long
 def test_aoti(tmp_path, kernel_everywhere):
     """Machine code for this machine: the same bits as the backend, shapes still dynamic, inputs still checked."""
     torch.manual_seed(0)

@@ -77,6 +77,7 @@ def test_generate_with_a_compile_config(model, tokenizer):
     )
 
 
+@pytest.mark.long
 def test_a_padded_batch_gives_what_its_texts_give_alone(model, tokenizer):
     texts = ["Return a list of ", "def "]
     alone = [

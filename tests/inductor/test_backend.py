@@ -179,6 +179,7 @@ print("sum", out.double().sum().item())
 """
 
 
+@pytest.mark.long
 def test_second_process_reuses_the_code(tmp_path):
     """Inductor's cache must key on our passes: same result, and the log says where the code came from."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}

@@ -51,13 +51,14 @@ def check(
     assert out.dtype == q.dtype
     wide, wide_v = (numbers(t, s) for t, s in zip((k, v), scales or (None, None), strict=True))
     group = q.shape[1] // k.shape[1]
+    # torch's own kernel, which takes keys and values, and rounds the softmax, in the query's dtype
+    theirs = group * q.shape[2] > 64 or q.dtype == F16
+    if theirs:
+        wide, wide_v = wide.to(q.dtype).double(), wide_v.to(q.dtype).double()
     scores = q.double() @ wide.repeat_interleave(group, 1).mT / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
     expected = scores.softmax(-1).nan_to_num() @ wide_v.repeat_interleave(group, 1)
-    theirs = (
-        group * q.shape[2] > 64 or q.dtype == F16
-    )  # torch's own kernel, which rounds the softmax to the query's dtype
     allowed = ROUNDING[q.dtype] * (expected.abs() + wide_v.abs().amax() / (1 if theirs else 16))
     assert ((out.double() - expected).abs() <= allowed).all()
     return out

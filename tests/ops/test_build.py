@@ -82,6 +82,7 @@ def test_a_killed_build_holds_nobody_up(real: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/build-*"))
 
 
+@pytest.mark.long
 def test_who_waits_says_so_and_compiles_nothing(real: Path, tmp_path: Path) -> None:
     first = start(real, tmp_path, TAKES="15")
     assert first.stdout is not None
