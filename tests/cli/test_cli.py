@@ -247,6 +247,7 @@ def test_generate_prints_while_it_goes_and_is_reproducible():
     assert "tokens/s" in one.stderr
 
 
+@pytest.mark.long
 def test_bench_table_json_and_plot(tmp_path):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "llama.svg"

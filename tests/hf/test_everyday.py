@@ -89,6 +89,7 @@ def test_device_maps_of_one_device(model, device_map):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what peft asks it
+@pytest.mark.long
 def test_weights_of_an_adapted_model_have_their_names(model):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(ctfp8.from_pretrained(LLAMA), peft.LoraConfig(target_modules=["q_proj"], r=2))

@@ -68,7 +68,8 @@ def _weights(model) -> list[str]:
     return [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("auto", marks=pytest.mark.long), "fp8"])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
 def test_a_model_attends_to_what_was_rounded(calibrated, dtype: str) -> None:
     """New tokens too: the prompt of 9 is rounded before it is attended to."""
     model = calibrated if dtype == "auto" else ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC", dtype=torch.float32)

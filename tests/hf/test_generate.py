@@ -66,6 +66,7 @@ def test_generate_and_pipeline_with_a_compiled_forward_and_a_static_cache(tokeni
     assert graphs() == 2
 
 
+@pytest.mark.long
 def test_generate_with_a_compile_config(model, tokenizer):
     """transformers compiles the decoding step only; on a CPU only if told so."""
     inputs = tokenizer("Return a list of ", return_tensors="pt")
@@ -95,6 +96,7 @@ def test_a_padded_batch_gives_what_its_texts_give_alone(model, tokenizer):
         assert graphs() == 2
 
 
+@pytest.mark.long
 def test_an_encoder_embeds_padded_batches_of_every_length(tmp_path):
     """As sentence-transformers calls its models: a padded batch, the mean over each text's tokens."""
     forged = forge("bert", "FP8_DYNAMIC", tmp_path, dtype=torch.float32, scale_dtype=torch.float32)

@@ -402,6 +402,7 @@ def test_sentences(call: object, sentence: str) -> None:
         call()  # type: ignore[operator]
 
 
+@pytest.mark.long
 def test_no_access_outside_the_arrays(tmp_path: Path) -> None:
     """All kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on arrays that end where their memory ends."""
     sources = Path(cpu_kernels.__file__).parent / "csrc"
