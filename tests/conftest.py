@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import tested
 
 import ctfp8_compile as ctfp8
@@ -50,6 +51,15 @@ def load() -> Callable[..., Any]:
 def kernel_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU gate says yes on every machine; where no kernel is built, operators run their reference implementation."""
     monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda self, problem, target: lowering.YES)
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Two checkpoint folders hold the same tensors, bit for bit."""
+    before, after = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape), key
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8)), key
 
 
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:

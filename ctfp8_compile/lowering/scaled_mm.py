@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from .. import ops
+from ..compat import release
 from ..graph import arguments, value
 from ..target import Target
 from .kernel import YES, Problem, Verdict, no
@@ -28,7 +29,7 @@ _convert = torch.ops.prims.convert_element_type.default
 
 
 def _linear(problem: Problem, target: Target) -> Verdict:
-    if target.capability == (8, 9) and _torch_version() < (2, 12):
+    if target.capability == (8, 9) and release(torch.__version__) < (2, 12):
         return no(f"aten._scaled_mm on sm89 needs torch 2.12 or later, not {torch.__version__}")
     if target.device == "xpu" and target.kernels == "auto" and not _xpu_multiplies_fp8():
         return no(
@@ -72,11 +73,6 @@ def _grouped(problem: Problem, target: Target) -> Verdict:
     if target.capability != (9, 0):
         return no(f"aten._scaled_grouped_mm is for cuda:sm90, not {target}")
     return multiples_of(16, problem)
-
-
-def _torch_version() -> tuple[int, int]:
-    major, minor, *_ = torch.__version__.split(".")
-    return int(major), int(minor)
 
 
 def _build_linear(do: ops.Do, s: Scaled, fast_accum: bool) -> fx.Node:

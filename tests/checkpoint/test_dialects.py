@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import CHECKPOINTS, DATA, FP8_PARAMETERS, IDS, logits, quantize, relative_error
-from safetensors.torch import load_file
+from conftest import CHECKPOINTS, DATA, FP8_PARAMETERS, IDS, assert_same_bits, logits, quantize, relative_error
 from support.dialects import DIALECTS, respell
 from support.fresh import run_fresh
 from torch import nn
@@ -32,7 +31,7 @@ def test_a_renamed_checkpoint_gives_the_same_logits_and_is_saved_as_it_was(name,
     assert len(list(quantized_parameters(model))) == FP8_PARAMETERS[name.split("/")[0]]
     assert torch.equal(logits(model), logits(load(name)))
     ctfp8.save_pretrained(model, tmp_path / "out")
-    _assert_same_bits(folder, tmp_path / "out")
+    assert_same_bits(folder, tmp_path / "out")
     for file in ("config.json", "hf_quant_config.json"):
         if (folder / file).exists():
             was, now = (json.loads((at / file).read_text()) for at in (folder, tmp_path / "out"))
@@ -60,7 +59,7 @@ def test_power_of_two_scales_in_any_dtype(name, dtype, tmp_path):
     model = ctfp8.from_pretrained(folder)
     assert torch.equal(logits(model), logits(plain))
     ctfp8.save_pretrained(model, tmp_path / "out")
-    _assert_same_bits(folder, tmp_path / "out")
+    assert_same_bits(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dialect", ["fp8", "fp8-static", "fbgemm_fp8", "modelopt-side-file"])
@@ -119,7 +118,7 @@ def test_scales_of_a_quantized_cache_are_set_aside_and_kept(dialect, load, tmp_p
         model = ctfp8.from_pretrained(folder)
     assert torch.equal(logits(model), logits(load("llama/FP8")))
     ctfp8.save_pretrained(model, tmp_path / "out")
-    _assert_same_bits(folder, tmp_path / "out")
+    assert_same_bits(folder, tmp_path / "out")
 
 
 def test_wildcards_that_match_nothing_exclude_nothing(load, tmp_path):
@@ -298,14 +297,6 @@ def test_modules_are_left_alone_as_transformers_and_modelopt_read_the_lists():
     assert [schemes.ignores(n) for n in ("a.gate", "a.gate_proj", "model.layers.11.x", "head", "head.x", "a.head")] == [
         True, False, True, True, True, False
     ]  # fmt: skip
-
-
-def _assert_same_bits(one, other):
-    before, after = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape), key
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8)), key
 
 
 def _plain(spelling, strategy):

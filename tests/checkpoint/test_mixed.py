@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import DATA, IDS, logits, relative_error
+from conftest import DATA, IDS, assert_same_bits, logits, relative_error
 from safetensors.torch import load_file, save_file
 from support.forge import forge
 from support.fresh import run_fresh
@@ -45,14 +45,6 @@ def _weight(model, name):
     return {"gate_proj": merged[:half], "up_proj": merged[half:]}.get(which, merged)
 
 
-def _assert_same_bits(one, other):
-    before, after = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert (tensor.dtype, tensor.shape) == (after[key].dtype, after[key].shape), key
-        assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[key].reshape(-1).view(torch.uint8)), key
-
-
 @pytest.mark.parametrize(
     ("name", "presets", "fp8"),
     [
@@ -74,7 +66,7 @@ def test_every_value_is_compressed_tensors_and_saving_gives_the_file_back(name, 
     plain = _load(mixed, dequantize=True)
     assert torch.equal(logits(plain), logits(model))
     ctfp8.save_pretrained(model, tmp_path / "out")
-    _assert_same_bits(mixed.folder, tmp_path / "out")
+    assert_same_bits(mixed.folder, tmp_path / "out")
     was, now = (
         json.loads((p / "config.json").read_text())["quantization_config"] for p in (mixed.folder, tmp_path / "out")
     )
@@ -105,7 +97,7 @@ def test_experts_stored_transposed_and_interleaved(tmp_path):
     for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), name
     ctfp8.save_pretrained(model, tmp_path / "out")
-    _assert_same_bits(mixed.folder, tmp_path / "out")
+    assert_same_bits(mixed.folder, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
