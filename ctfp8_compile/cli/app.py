@@ -228,6 +228,10 @@ def generate(
 def bench(
     checkpoint: Checkpoint,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 128,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Decode with so many tokens in the cache, kept as FP8 and as bf16; read once.", min=1),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=2)] = 32,
     rounds: Annotated[int, typer.Option(help="Repeats; medians are shown.", min=1)] = 5,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also bf16 compiled by Inductor.")] = False,
@@ -237,37 +241,41 @@ def bench(
 ) -> None:
     """Prefill and decode speed and weight memory, against the same model decompressed to bf16, in turn in one process.
 
-    [dim]ctfp8 bench examples/models/llama --plot llama.svg[/]
+    [dim]ctfp8 bench examples/models/llama --plot llama.svg
+    ctfp8 bench examples/models/llama --context 400[/]
     """
     from ..model.freeze import dequantize_
-    from .bench import check_plot, compare, draw
+    from .bench import Way, check_plot, compare, draw
     from .loading import load
 
     if plot is not None:
         _check_place(plot)
         check_plot(plot)
-    plain = dequantize_(load(checkpoint, _debug, tp))
-    ways: dict[str, tuple[Any, str | None]] = {
-        "ctfp8": (load(checkpoint, _debug, tp), "ctfp8"),
-        "bf16 eager": (plain, None),
-    }
+    plain, model = dequantize_(load(checkpoint, _debug, tp)), load(checkpoint, _debug, tp)
+    ways = {"ctfp8": Way(model, "ctfp8")}
+    if context is not None:
+        prompt_tokens = context
+        ways = {"ctfp8, FP8 cache": Way(model, "ctfp8", "fp8"), "ctfp8, bf16 cache": Way(model, "ctfp8", "bf16")}
+    ways["bf16 eager"] = Way(plain, None, "bf16")
     if inductor:
-        ways["bf16 Inductor"] = (plain, "inductor")
-    results = compare(ways, prompt_tokens, new_tokens, rounds, err())
+        ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
+    results = compare(ways, prompt_tokens, new_tokens, rounds, err(), refill=context is None)
     if plot is not None:
-        draw(results, prompt_tokens, plot, f"{Path(checkpoint).resolve().name}, prompt of {prompt_tokens}, batch 1")
+        name, what = Path(checkpoint).resolve().name, "prompt" if context is None else "context"
+        draw(results, prompt_tokens, plot, f"{name}, {what} of {prompt_tokens} tokens, batch 1")
         err().print(f"wrote {plot}")
     if as_json:
         print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
         return
     base = results["bf16 eager"]
-    table = Table("", "prefill", "decode", "weights", box=None, header_style="dim")
+    table = Table("", "prefill", "decode", "weights", "cache", box=None, header_style="dim")
     for way, speed in results.items():
         table.add_row(
             way,
             f"{prompt_tokens / speed.prefill_seconds:.0f} tokens/s ({base.prefill_seconds / speed.prefill_seconds:.2f}×)",
             f"{speed.tokens_per_second:.1f} tokens/s ({speed.tokens_per_second / base.tokens_per_second:.2f}×)",
             f"{size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
+            f"{size(speed.cache_bytes)} ({speed.cache_bytes / max(base.cache_bytes, 1):.2f}×)",
         )
     out().print(table)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,18 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import UsageError
+from ..hf.fp8_cache import CacheDtype
 from .decoder import Decoder
 
 PLOTS = (".png", ".svg", ".pdf")
+
+
+class Way(NamedTuple):
+    """A model, what compiles it (None: nothing), and how its key-value cache is kept."""
+
+    model: Any
+    backend: str | None
+    cache: CacheDtype = "auto"
 
 
 class Speed(NamedTuple):
@@ -23,34 +34,49 @@ class Speed(NamedTuple):
     prefill_seconds: float
     tokens_per_second: float
     weight_bytes: int
+    cache_bytes: int
 
 
 def compare(
-    ways: Mapping[str, tuple[Any, str | None]], prompt_tokens: int, new_tokens: int, rounds: int, console: Console
+    ways: Mapping[str, Way], prompt_tokens: int, new_tokens: int, rounds: int, console: Console, refill: bool = True
 ) -> dict[str, Speed]:
-    """Prefill and decode of several `(model, backend)`, in turn in each round, batch 1, a fixed length of the prompt."""
-    decoders = {}
-    for way, (model, backend) in ways.items():
-        decoders[way] = Decoder(model, prompt_tokens + new_tokens, backend, dynamic=False)
-    ids = torch.arange(prompt_tokens)[None] % min(model.config.get_text_config().vocab_size, 256)
-    for way, decoder in decoders.items():
-        with console.status(f"{way}: first run, which compiles what is to be compiled …"):
+    """Prefill and decode in several ways, in turn in each round, batch 1, a fixed length of the prompt.
+
+    Args:
+        refill: whether each round begins with the prompt; else it is read once, and each round goes on where the last
+            one ended.
+    """
+    room = prompt_tokens + new_tokens * (1 if refill else rounds) + 1
+    decoders = {
+        name: Decoder(way.model, room, way.backend, dynamic=False, dtype=way.cache) for name, way in ways.items()
+    }
+    vocabulary = min(way.model.config.get_text_config().vocab_size for way in ways.values())
+    ids = torch.arange(prompt_tokens)[None] % min(vocabulary, 256)
+    for name, decoder in decoders.items():
+        with console.status(f"{name}: first run, which compiles what is to be compiled …"):
             decoder.warm_up(ids)
-    runs: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    for _ in track(range(rounds), "measuring, in turn", console=console, transient=True):
-        for way, decoder in decoders.items():
-            list(decoder.tokens(ids, new_tokens))
-            runs[way].append((decoder.prefill_seconds, decoder.tokens_per_second))
+    texts: dict[str, Iterator[int]] = {}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for turn in track(range(rounds), "measuring, in turn", console=console, transient=True):
+        for name, decoder in decoders.items():
+            if refill or not turn:
+                texts[name] = decoder.tokens(ids, room)
+                next(texts[name])
+            decoder.step_seconds.clear()
+            collections.deque(itertools.islice(texts[name], new_tokens - refill), maxlen=0)
+            runs[name].append((decoder.prefill_seconds, decoder.tokens_per_second))
     results = {}
-    for way, (model, _) in ways.items():
-        prefill, per_second = (statistics.median(column) for column in zip(*runs[way], strict=True))
-        results[way] = Speed(prefill, per_second, _nbytes(model))
+    for name, (model, _, _) in ways.items():
+        prefill, per_second = (statistics.median(column) for column in zip(*runs[name], strict=True))
+        layers = decoders[name].cache.layers
+        kept = [t for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        weights = [*model.parameters(), *model.buffers()]
+        results[name] = Speed(prefill, per_second, _nbytes(weights), _nbytes(kept))
     return results
 
 
-def _nbytes(model: torch.nn.Module) -> int:
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
+def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def check_plot(path: Path) -> None:
@@ -76,9 +102,11 @@ def draw(results: Mapping[str, Speed], prompt_tokens: int, path: Path, title: st
         "decode, tokens/s": [speed.tokens_per_second for speed in results.values()],
         "weights, MB": [speed.weight_bytes / 1e6 for speed in results.values()],
     }
-    figure = Figure(figsize=(10, 1.3 + 0.45 * len(results)), layout="constrained")
+    if len({speed.cache_bytes for speed in results.values()}) > 1:
+        panels["cache, MB"] = [speed.cache_bytes / 1e6 for speed in results.values()]
+    figure = Figure(figsize=(10 / 3 * len(panels), 1.3 + 0.45 * len(results)), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    colours = ["#2f6fb0" if way == "ctfp8" else "#b9bec6" for way in results]
+    colours = ["#2f6fb0" if way.startswith("ctfp8") else "#b9bec6" for way in results]
     columns = figure.subplots(1, len(panels), sharey=True)
     columns[0].invert_yaxis()
     for axes, (name, values) in zip(columns, panels.items(), strict=True):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..hf.compat import cache_argument
+from ..hf.fp8_cache import CacheDtype
 from ..hf.static_cache import static_cache
 
 
@@ -19,19 +20,26 @@ class Decoder:
     """A causal language model with a cache for one text, and its forward pass, compiled.
 
     Args:
-        max_length: tokens of prompt and answer; rounded up to a power of two, so that Inductor's cache of compiled code
-            serves many lengths.
+        max_length: tokens that the cache has room for.
         backend: of torch.compile; None runs eagerly.
         dynamic: whether one compilation serves prompts of all lengths.
+        dtype: of the cache.
 
     Attributes:
         prefill_seconds: what the last text's prompt took.
         step_seconds: what each token after it took.
     """
 
-    def __init__(self, model: Any, max_length: int, backend: str | None = "ctfp8", dynamic: bool = True):
+    def __init__(
+        self,
+        model: Any,
+        max_length: int,
+        backend: str | None = "ctfp8",
+        dynamic: bool = True,
+        dtype: CacheDtype = "auto",
+    ):
         name = cache_argument(model)
-        self.cache = static_cache(model, 1, 1 << (max_length - 1).bit_length())
+        self.cache = static_cache(model, 1, max_length, dtype)
         self.prefill_seconds = 0.0
         self.step_seconds: list[float] = []
         self._extra: dict[str, Any] = {name: self.cache}

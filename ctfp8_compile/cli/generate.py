@@ -39,7 +39,8 @@ def generate(
             f"warning: {ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the {positions} positions "
             "this model was made for; text beyond them may make no sense."
         )
-    decoder = Decoder(model, length, None if eager else "ctfp8")
+    room = 1 << (length - 1).bit_length()  # so that Inductor's cache of compiled code serves many lengths
+    decoder = Decoder(model, room, None if eager else "ctfp8")
     if not eager:
         with console.status("compiling for prompt and decode (cached by Inductor for the next time) …"):
             decoder.warm_up(ids)

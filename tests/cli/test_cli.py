@@ -265,6 +265,23 @@ def test_bench_table_json_and_plot(tmp_path):
     )
 
 
+@pytest.mark.long
+def test_bench_with_a_context_compares_caches(tmp_path):
+    """The shipped model, from the command line; each way reads its context once and compiles twice."""
+    pytest.importorskip("matplotlib")
+    arguments = ("bench", SHIPPED / "llama", "--context", 300, "--new-tokens", 4, "--rounds", 2)
+    before = len(ctfp8.compiled_reports())
+    speeds = json.loads(ctfp8_command(*arguments, "--json", "--plot", tmp_path / "x.svg").stdout)
+    assert list(speeds) == ["ctfp8, FP8 cache", "ctfp8, bf16 cache", "bf16 eager"]
+    fp8, bf16, eager = speeds.values()
+    assert 0.5 < fp8["cache_bytes"] / bf16["cache_bytes"] < 0.52
+    assert bf16["cache_bytes"] == eager["cache_bytes"]
+    assert all(speed["tokens_per_second"] > 0 for speed in speeds.values())
+    fused = [{e.rule for e in report.attention} for report in ctfp8.compiled_reports()[before:]]
+    assert fused.count({"attention to an FP8 cache"}) == fused.count({"attention to a cache"}) == 2
+    assert "context of 300 tokens" in (tmp_path / "x.svg").read_text()
+
+
 def test_a_compiled_decoder_compiles_twice_and_not_again():
     """Once for prompts of every length, once for one token."""
     model = ctfp8.from_pretrained(DATA / "llama/FP8", dtype=torch.float32)  # no near ties between tokens
