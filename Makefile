@@ -48,6 +48,7 @@ bench: $(READY)  ## a linear, a MoE and whole models on this CPU; a GPU: benchma
 	$(PY) benchmarks/cpu_linear.py
 	$(PY) benchmarks/cpu_moe.py
 	$(PY) benchmarks/cpu_models.py
+	$(PY) benchmarks/busy.py
 
 coverage: $(READY)  ## which lines the tests run, as build/coverage/index.html
 	$(PYTEST) --cov ctfp8_compile --cov-report term --cov-report html:build/coverage

@@ -30,6 +30,7 @@ PRIVATE = {
     "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer
     "lowerings": ("torch._inductor.lowering.lowerings", "2.11 2.13 2.14"),
     "register_lowering": ("torch._inductor.lowering.register_lowering", "2.11 2.13 2.14"),
+    "inductor_config": ("torch._inductor.config", "2.11 2.13 2.14"),
     "aot_compile": ("torch._inductor.aot_compile", "2.11 2.13 2.14"),
     "schema": ("torch._export.serde.schema", "2.11 2.13 2.14"),  # of a .pt2's JSON
     "_Union": ("torch._export.serde.union._Union", "2.11 2.13 2.14"),
@@ -90,6 +91,16 @@ def look_up(distribution: str, private: Mapping[str, tuple[str, str]], module: s
 def export_arguments() -> dict[str, Any]:
     """What `torch.export.export` is told besides: before 2.13 it refuses a dynamic sequence for attention otherwise."""
     return {"prefer_deferred_runtime_asserts_over_guards": release(version("torch")) < (2, 13)}
+
+
+def small_loops_alone(threads: int) -> dict[str, Any]:
+    """For Inductor on a CPU: one thread runs loops of up to 16,384 elements, about as fast as several, which have to be started.
+
+    Inductor shares them from 512 elements a thread on: each norm of a decode step waits for all threads, on a busy machine
+    for milliseconds.
+    """
+    least = __getattr__("inductor_config").cpp.min_chunk_size
+    return {"cpp.min_chunk_size": max(least, 16384 // threads)}
 
 
 def following(program: ExportedProgram) -> AbstractContextManager[Any]:

@@ -22,6 +22,7 @@ from ..compat import (
     free_symbols,
     package_pt2,
     set_range_constraints,
+    small_loops_alone,
     version,
 )
 from ..errors import ArtifactError, TargetError, UsageError
@@ -216,5 +217,6 @@ def _clean(program: ExportedProgram) -> None:
 def _compile(program: ExportedProgram) -> list[Any]:
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
-    files = aot_compile(program.module(check_guards=False), args, kwargs, options={"aot_inductor.package": True})
+    options = {"aot_inductor.package": True} | small_loops_alone(torch.get_num_threads())
+    files = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
     return list(files)

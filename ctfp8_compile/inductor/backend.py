@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import lowering, passes
-from ..compat import CompileWrapper, CustomGraphPass, compile_fx
+from ..compat import CompileWrapper, CustomGraphPass, compile_fx, small_loops_alone
 from ..errors import TargetError, UsageError
 from ..graph import MARKER, fake_value
 from ..model.storage import detach_from_mmap, some_loaded
@@ -73,6 +73,8 @@ def backend(
     if marked and target.device != "cpu":
         # rows of an activation are quantized by one kernel, however long; split, three would do it where rows are few
         config.setdefault("split_reductions", False)
+    if marked and target.device == "cpu":
+        config = small_loops_alone(torch.get_num_threads()) | config
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), collectives)
     if marked and ours.get("ctfp8.join", target.device != "cpu"):
         side_by_side.declare(gm.graph)

@@ -20,13 +20,16 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "buffer.h"
 #include "kernels.h"
+#include "team.h"
 
 namespace ctfp8 {
 namespace {
@@ -187,22 +190,6 @@ Weights weights(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRe
 
 // ----------------------------------------------------------------------------------------------------- cutting the work
 
-// Runs `body(item)` for every item on torch's threads. Each takes the next item when it is done with one: items differ in
-// size, and threads in speed. `work` is the number of multiply-adds (or elements) of an item: below the sum of them at which
-// two threads begin to be faster than one, waiting for the other is all risk, and on a busy machine a wait is a time slice.
-template <class F>
-void share(int64_t items, int64_t work, const F& body) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
-  if (threads <= 1 || items * work < 200'000 || at::in_parallel_region()) {
-    for (int64_t item = 0; item < items; ++item) body(item);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(item);
-  });
-}
-
 // How many threads `share` may use: 1 where this file was compiled without OpenMP.
 int64_t threads() {
 #ifdef INTRA_OP_PARALLEL
@@ -210,6 +197,37 @@ int64_t threads() {
 #else
   return 1;
 #endif
+}
+
+// Runs `body(item)` for every item on torch's threads. Each takes the next item when it is done with one: items differ in
+// size, and threads in speed. `work` is the number of multiply-adds (or elements) of an item: below the sum of them at which
+// two threads begin to be faster than one, waiting for the other is all risk.
+template <class F>
+void share(int64_t items, int64_t work, const F& body) {
+  static thread_local Team team;
+  const int64_t all = threads();
+  const bool alone = std::min(all, items) <= 1 || items * work < 200'000 || at::in_parallel_region();
+  const int64_t size = alone ? 1 : team.size(all);
+  if (size == 1) {
+    for (int64_t item = 0; item < items; ++item) body(item);
+    return;
+  }
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point begin = Clock::now();
+  Clock::time_point end;
+  const std::thread::id caller = std::this_thread::get_id();
+  std::atomic<int64_t> next{0};
+  const auto work_on = [&](int64_t, int64_t) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(item);
+    if (std::this_thread::get_id() == caller) end = Clock::now();
+  };
+  if (size == all) {
+    at::parallel_for(0, std::min(all, items), 1, work_on);
+  } else {  // not otherwise: GNU's OpenMP ends threads that a region leaves out, and starts them again for the next
+#pragma omp parallel num_threads(static_cast<int>(size))
+    work_on(0, 0);
+  }
+  team.ended(size, end - begin, Clock::now() - end);
 }
 
 struct Group {

@@ -1,0 +1,39 @@
+// How many threads share a parallel region, learnt from how long its caller had to wait for them.
+#pragma once
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <limits>
+
+namespace ctfp8 {
+namespace {
+
+// Of one calling thread. A region ends with its last thread. On a busy machine that one may have to wait for a core,
+// milliseconds where the work is a tenth of one, and a decoder has a hundred regions a step. So a long wait halves the threads
+// for some regions, for the more of them the more often that happened lately.
+class Team {
+ public:
+  int64_t size(int64_t wanted) {
+    if (rest_ > 0 && --rest_ == 0) limit_ = kMost;
+    return std::min(wanted, limit_);
+  }
+
+  // After a region of `size` threads: how long the caller worked, then waited for the others.
+  void ended(int64_t size, std::chrono::nanoseconds worked, std::chrono::nanoseconds waited) {
+    if (waited < std::max<std::chrono::nanoseconds>(kLong, worked)) {
+      penalty_ -= (penalty_ + 63) / 64;
+      return;
+    }
+    limit_ = std::max<int64_t>(1, size / 2);
+    rest_ = penalty_ = std::min<int64_t>(2 * penalty_ + 16, 2048);
+  }
+
+ private:
+  static constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  static constexpr std::chrono::microseconds kLong{500};
+
+  int64_t limit_ = kMost, rest_ = 0, penalty_ = 0;  // the latter two in regions
+};
+
+}  // namespace
+}  // namespace ctfp8
