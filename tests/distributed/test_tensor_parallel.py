@@ -1,4 +1,4 @@
-"""Two ranks compute what one process computes, each with its part of the weights, and save the file they came from."""
+"""Ranks compute what one process computes, each with its part of the weights, and save the file they came from."""
 
 from __future__ import annotations
 
@@ -9,27 +9,38 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DATA, SCHEMES, logits, relative_error
+from conftest import DATA, IDS, SCHEMES, logits, relative_error
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import families
+from support.families import Sizes
+from support.forge import forge
 from support.ranks import on_ranks
 from transformers.distributed import DistributedConfig
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile import passes
+from ctfp8_compile.hf.compat import cache_argument
 from ctfp8_compile.ops import FP8
 
 
 def run(folders: dict[str, Path], config: dict[str, Any], compiled: bool = False, out: Path | None = None) -> Any:
-    """On each rank, by name: relative logit error against one process, share of the FP8 bytes, same logits compiled."""
+    """On each rank, by name: relative logit error against one process in float64, share of the FP8 bytes held and read, then
+    the error of the compiled model and its number of graphs.
+    """
     found = {}
     for name, folder in folders.items():
-        one = ctfp8.from_pretrained(folder, dtype=torch.float32)
-        model = ctfp8.from_pretrained(folder, dtype=torch.float32, distributed_config=DistributedConfig(**config))
+        one = ctfp8.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+        with patch("transformers.modeling_utils.safe_open", _Counting):
+            _Counting.fp8_bytes = 0
+            model = ctfp8.from_pretrained(folder, dtype=torch.float32, distributed_config=DistributedConfig(**config))
         want = logits(one)
-        row = [relative_error(logits(model), want), _fp8_bytes(model) / _fp8_bytes(one)]
+        row = [relative_error(logits(model), want), *(n / _fp8_bytes(one) for n in (_fp8_bytes(model), _Counting.fp8_bytes))]
         if compiled:
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
@@ -42,6 +53,37 @@ def run(folders: dict[str, Path], config: dict[str, Any], compiled: bool = False
     return found
 
 
+class _Counting:
+    """safetensors' `safe_open` for transformers' loader; counts the bytes of FP8 weights that are taken from files."""
+
+    fp8_bytes = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._file = safe_open(*args, **kwargs)
+
+    def __exit__(self, *args: Any) -> None:
+        self._file.__exit__(*args)
+
+    def keys(self) -> list[str]:
+        return self._file.keys()
+
+    def metadata(self) -> dict[str, str]:
+        return self._file.metadata()
+
+    def get_slice(self, name: str) -> Any:
+        view = self._file.get_slice(name)
+
+        class Slice:
+            get_shape, get_dtype = view.get_shape, view.get_dtype
+
+            def __getitem__(self, index: Any) -> torch.Tensor:
+                part = view[index]
+                _Counting.fp8_bytes += part.nbytes if part.dtype == FP8 else 0
+                return part
+
+        return Slice()
+
+
 def _fp8_bytes(model: Any) -> int:
     return sum(p.nbytes for p in model.parameters() if p.dtype == FP8)
 
@@ -50,9 +92,9 @@ def _check(ranks: list[Any], cases: dict[str, Path], size: int) -> None:
     for found in ranks:
         assert isinstance(found, dict), found
         assert found.keys() == cases.keys()
-        for name, (error, share, *compiled) in found.items():
+        for name, (error, held, read, *compiled) in found.items():
             assert error <= 1e-6, name
-            assert share == pytest.approx(1 / size), name
+            assert (held, read) == (pytest.approx(1 / size), pytest.approx(1 / size)), name
             if compiled:
                 assert compiled[0] <= 1e-6, name
                 assert compiled[1] == 1, name
@@ -100,14 +142,21 @@ def test_a_rank_that_fails_ends_all(tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[-1, -1] = 0x7F  # rank 1 has the last row
     save_file(tensors, nan / "model.safetensors")
     heads = _copy(tmp_path / "heads", num_key_value_heads=1)
-    first, second = on_ranks(2, fail, [[nan, nan], [empty, good], [heads, heads], [good, good]], {"tp_size": 2})
+    short = _copy(tmp_path / "short")
+    tensors = load_file(short / "model.safetensors")
+    tensors["model.layers.0.mlp.gate_proj.weight"] = tensors["model.layers.0.mlp.gate_proj.weight"][:-8].contiguous()
+    save_file(tensors, short / "model.safetensors")
+    folders = [[nan, nan], [empty, good], [heads, heads], [good, short], [good, good]]
+    first, second = on_ranks(2, fail, folders, {"tp_size": 2})
     assert "up_proj.weight: holds NaN codes" in second[0]
     assert first[0].startswith("another rank failed, and so does this one; rank 1 says: model.layers.1.mlp.up_proj")
     assert "neither model.safetensors" in first[1]
     assert "rank 0 says" in second[1]
     assert first[2] == second[2]
     assert "num_key_value_heads is 1, which tp_size=2 does not divide" in first[2]
-    assert (first[3], second[3]) == ("", "")
+    assert "another rank failed" in first[3]
+    assert "gate_proj.weight (F8_E4M3 [248, 128] in model.safetensors): the model declares" in second[3]
+    assert (first[4], second[4]) == ("", "")
 
 
 def leave(folder: Path, out: Path) -> str:
@@ -156,6 +205,50 @@ def test_a_rank_that_cannot_save(tmp_path):
         assert found[1 - bad].startswith(f"RankError: another rank failed, and so does this one; rank {bad} says: ")
 
 
+def generate(folders: list[Path], config: dict[str, Any]) -> dict[str, tuple[bool, bool, bool, str]]:
+    """By name: same tokens as one process with a growing cache, with a static one, and compiled; the compiled graph."""
+    found = {}
+    prompt = IDS[:1, :7]
+    for folder in folders:
+        one = ctfp8.from_pretrained(folder, dtype=torch.float32)
+        model = ctfp8.from_pretrained(folder, dtype=torch.float32, distributed_config=DistributedConfig(**config))
+        want = one.generate(prompt, max_new_tokens=6, do_sample=False)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        shapes: list[str] = []
+        run_passes = passes.run
+
+        def run(graph: Any, *args: Any, shapes: list[str] = shapes, run: Any = run_passes, **kwargs: Any) -> Any:
+            report = run(graph, *args, **kwargs)
+            shapes.append("\n".join(f"{n.target} {getattr(n.meta.get('val'), 'shape', '')}" for n in graph.nodes))
+            return report
+
+        same = [torch.equal(model.generate(prompt, max_new_tokens=6, do_sample=False), want)]
+        for compiled in (False, True):
+            cache = ctfp8.static_cache(model, 1, 32)
+            if compiled:
+                passes.run = run  # type: ignore[assignment]
+                model.forward = torch.compile(model.forward, backend="ctfp8", fullgraph=True, dynamic=False)
+            tokens = model.generate(prompt, max_new_tokens=6, do_sample=False, **{cache_argument(model): cache})
+            same.append(torch.equal(tokens, want))
+        passes.run = run_passes
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # prompt, and a token
+        found["/".join(folder.parts[-2:])] = (*same, "\n\n".join(shapes))
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("experts", [False, True])
+def test_generation_and_one_graph_for_all_ranks(experts):
+    folders = [DATA / "mixtral/FP8"] if experts else [DATA / "llama/FP8_BLOCK", DATA / "qwen3/FP8_DYNAMIC"]
+    first, second = on_ranks(2, generate, folders, {"tp_size": 2} | ({"ep_size": 2} if experts else {}), seconds=900)
+    assert isinstance(first, dict), first
+    assert isinstance(second, dict), second
+    for name, (growing, static, compiled, graphs) in first.items():
+        assert (growing, static, compiled) == (True, True, True), name
+        assert graphs == second[name][-1] != "", name
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -186,3 +279,19 @@ def test_every_scheme_eager_compiled_and_saved(family, experts, tmp_path):
     _check(on_ranks(2, run, cases, config, True, tmp_path, seconds=900), cases, 2)
     for name, folder in cases.items():
         _same_bits(folder, tmp_path / name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "experts"), [("llama", False), ("qwen3", False), ("mixtral", True), ("qwen3moe", True)]
+)
+def test_four_ranks(family, experts, tmp_path, monkeypatch):
+    """With more key-value heads than the checkpoints under tests/data have."""
+    monkeypatch.setattr(families, "KV_HEADS", 4)
+    sizes = Sizes(hidden=256, intermediate=512, expert=256)
+    cases = {}
+    for scheme in SCHEMES:
+        forged = forge(family.replace("3moe", "3_moe"), scheme, tmp_path / scheme, sizes=sizes)
+        cases[f"{family}/{scheme}"] = forged.folder
+    config = {"tp_size": 4, "ep_size": 4} if experts else {"tp_size": 4}
+    _check(on_ranks(4, run, cases, config, True, seconds=900), cases, 4)
