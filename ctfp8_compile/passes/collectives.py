@@ -183,8 +183,13 @@ class _Parts:
             node.replace_all_uses_with(whole, delete_user_cb=users.__contains__, propagate_meta=False)
 
     def _call(self, like: fx.Node, op: Any, *args: Any) -> fx.Node:
-        if op is aten.reshape.default and list(value(args[0]).shape) == args[1]:
-            return args[0]
+        if op is aten.reshape.default:
+            x, shape = args
+            while x.target in _RESHAPES:  # Inductor's async TP looks for a matmul right beside its collective
+                x = arguments(x)[0]
+            if list(value(x).shape) == shape:
+                return x
+            args = (x, shape)
         return call(self.graph, op, *args, like=like)
 
 

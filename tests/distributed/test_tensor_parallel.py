@@ -40,7 +40,10 @@ def run(folders: dict[str, Path], config: dict[str, Any], compiled: bool = False
             _Counting.fp8_bytes = 0
             model = ctfp8.from_pretrained(folder, dtype=torch.float32, distributed_config=DistributedConfig(**config))
         want = logits(one)
-        row = [relative_error(logits(model), want), *(n / _fp8_bytes(one) for n in (_fp8_bytes(model), _Counting.fp8_bytes))]
+        row = [
+            relative_error(logits(model), want),
+            *(n / _fp8_bytes(one) for n in (_fp8_bytes(model), _Counting.fp8_bytes)),
+        ]
         if compiled:
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()

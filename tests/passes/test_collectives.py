@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as _symmetric_memory
 from conftest import DATA, fp8_config, logits, quantize, relative_error
 from support.ranks import on_ranks
 from torch import Tensor, nn
+from torch._inductor.fx_passes import micro_pipeline_tp
 from torch._inductor.utils import run_and_get_code
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.distributed import DistributedConfig
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile import passes
+from ctfp8_compile import compat, passes
 from ctfp8_compile.aot.lower import trace
 from ctfp8_compile.compat import functional_collectives
 from ctfp8_compile.graph import format_graph
@@ -71,15 +73,17 @@ class Gather(nn.Module):
         return self.up(functional_collectives.all_gather_tensor(x, 0, dist.group.WORLD))
 
 
-def program(module: nn.Module, args: tuple[Tensor, ...], collectives: str) -> Any:
+def program(
+    module: nn.Module, args: tuple[Tensor, ...], collectives: str, target: str = "cuda:sm90", lower: bool = False
+) -> Any:
     torch.manual_seed(0)
-    state: dict[str, Tensor] = {"weight": torch.rand(128)} if isinstance(module, Block) else {}
+    state: dict[str, Tensor] = {"weight": torch.rand(128).to(args[0].dtype)} if isinstance(module, Block) else {}
     for name, linear in module.named_children():
         state[f"{name}.weight"], state[f"{name}.weight_scale"] = quantize(
             torch.randn(linear.out_features, linear.in_features)
         )
     traced = trace(ctfp8.load_state_dict(module, state, fp8_config()), args, None, None)
-    passes.run(traced.graph, Target.parse("cuda:sm90"), lower=False, collectives=collectives)
+    passes.run(traced.graph, Target.parse(target), lower=lower, collectives=collectives)
     traced.graph.lint()
     traced.graph_module.recompile()
     return traced
@@ -127,6 +131,24 @@ def test_rows_are_quantized_where_they_are(two):
 def test_tokens_that_ranks_cannot_share_stay(two):
     odd = (torch.randn(1, 3, 64), torch.randn(1, 3, 128))
     assert _steps(program(Block(), odd, "tokens")) == _steps(program(Block(), odd, "as traced"))
+
+
+@pytest.mark.skipif(compat.release(torch.__version__) < (2, 12), reason="needs aten._scaled_mm for sm89: torch 2.12")
+def test_inductors_async_tp_finds_the_matmuls(two, monkeypatch):
+    """Its own pass, told that NCCL and symmetric memory are there, fuses every collective of codes and every sum."""
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(_symmetric_memory, "is_symm_mem_enabled_for_group", lambda group: True)
+    block, args = Block().bfloat16(), tuple(x.bfloat16() for x in BLOCK)
+    traced = program(block, args, "tokens", target="cuda:sm89", lower=True)
+    micro_pipeline_tp.micro_pipeline_tp_pass(traced.graph)
+    traced.graph.lint()
+    found = [str(node.target) for node in traced.graph.nodes if "symm_mem" in str(node.target)]
+    assert found == [
+        "symm_mem.fused_scaled_matmul_reduce_scatter.default",  # down
+        "symm_mem.fused_all_gather_scaled_matmul.default",  # up and gate
+        "symm_mem.fused_scaled_matmul_reduce_scatter.default",  # down
+    ]
+    assert not [n for n in traced.graph.nodes if n.target is torch.ops.aten._scaled_mm.default]
 
 
 def test_another_way_is_refused():
