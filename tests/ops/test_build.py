@@ -112,3 +112,14 @@ def test_a_folder_that_cannot_be_made_gives_way_to_a_private_one(real: Path, tmp
     assert "compiled" not in run(real, tmp_path / "file", TMPDIR=str(tmp_path / "tmp"))[0]
     library.parents[1].chmod(0o777)  # others can write there now
     assert "compiled" in run(real, tmp_path / "file", TMPDIR=str(tmp_path / "tmp"))[0]
+
+
+def test_openmp_of_apples_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build._openmp() == ["-fopenmp"]
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+    monkeypatch.setattr(build, "_HOMEBREW", (str(tmp_path),))
+    monkeypatch.setenv("OMP_PREFIX", str(tmp_path / "none"))
+    assert build._openmp() == []
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "omp.h").touch()
+    assert build._openmp() == ["-Xclang", "-fopenmp", f"-I{tmp_path}/include"]

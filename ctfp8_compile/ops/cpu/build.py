@@ -30,9 +30,25 @@ from ...errors import Ctfp8Error
 _FOLDER = Path(__file__).parent / "csrc"
 _SOURCES = sorted(_FOLDER.glob("*.cpp"))
 _HEADERS = sorted(_FOLDER.glob("*.h"))
-# -fopenmp makes at::parallel_for parallel. Only compiled, never linked, with it: the symbols come from the OpenMP library
-# that torch has loaded, so that there is one pool of threads.
-_FLAGS = ["-O3", "-std=c++20", "-Wno-psabi", "-fopenmp"]
+
+
+def _openmp() -> list[str]:
+    """What makes at::parallel_for parallel; without it the kernels have one thread.
+
+    Only compiled, never linked, with it: the symbols come from the OpenMP library that torch has loaded, so that there is one
+    pool of threads. Apple's compiler lacks the header, which conda and Homebrew have.
+    """
+    if sys.platform != "darwin":
+        return ["-fopenmp"]
+    for folder in (os.environ.get("OMP_PREFIX", sys.prefix), sys.prefix, *_HOMEBREW):
+        include = Path(folder) / "include"
+        if (include / "omp.h").is_file():
+            return ["-Xclang", "-fopenmp", f"-I{include}"]
+    return []
+
+
+_HOMEBREW = ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp")
+_FLAGS = ["-O3", "-std=c++20", "-Wno-psabi", *_openmp()]
 
 _loaded = False
 
@@ -47,7 +63,8 @@ def loaded() -> bool:
 
 
 def isa() -> str:
-    """The instruction set the kernels use: "avx512-bf16", "avx512", "avx2" or "portable", "+amx" where tiles are used."""
+    """The instruction set the kernels use: "avx512-bf16" ("+amx" where tiles are used), "avx512", "avx2", "neon-bf16", "neon" or
+    "portable"."""
     if not _loaded:
         raise RuntimeError("the CPU kernels are not loaded: call load() first")
     return str(torch.ops.ctfp8_cpu.isa())

@@ -12,7 +12,7 @@ namespace {
 constexpr int kTileCols = 64;
 
 // y[i * ldy + r] += scale * (x . tile) over `segments` segments of `padded` elements that lie next to each other.
-template <FloatVector V, int M, int R>
+template <TileVector V, int M, int R>
 inline void dot_tile(const typename V::X* tile, int64_t tile_stride, const typename V::X* x, int64_t x_stride, int64_t segments,
                      int64_t padded, const float* const* scale, float* y, int64_t ldy) {
   typename V::Acc sum[M][R];
@@ -36,7 +36,7 @@ inline void dot_tile(const typename V::X* tile, int64_t tile_stride, const typen
   }
 }
 
-template <FloatVector V, int R>
+template <TileVector V, int R>
 void dot_tile_rows(const typename V::X* tile, int64_t tile_stride, const typename V::X* x, int64_t x_stride, int64_t m,
                    int64_t segments, int64_t padded, const float* const* scale, float* y, int64_t ldy) {
   int64_t i = 0;
@@ -45,7 +45,56 @@ void dot_tile_rows(const typename V::X* tile, int64_t tile_stride, const typenam
   for (; i < m; ++i) dot_tile<V, 1, R>(tile, tile_stride, x + i * x_stride, x_stride, segments, padded, scale, y + i * ldy, ldy);
 }
 
-template <FloatVector V>
+// Where the chunk at column k of a row is stored: rows lie one after the other, or in pairs.
+template <TileVector V, class X>
+X* place(X* rows, int64_t stride, int64_t row, int64_t k) {
+  if constexpr (RowPairVector<V>) return rows + (row / 2 * stride + k) * 2 + row % 2 * 4;
+  return rows + row * stride + k;
+}
+
+template <TileVector V>
+void put(typename V::X* to, typename V::Chunk chunk) {
+  if constexpr (RowPairVector<V>)
+    V::store_half(to, chunk);
+  else
+    V::store(to, chunk);
+}
+
+// As dot_tile_rows, for up to P pairs of activation rows and Q pairs of weight rows.
+template <RowPairVector V, int P, int Q>
+void dot_pairs(const typename V::X* tile, int64_t tile_stride, const typename V::X* x, int64_t x_stride, int64_t m, int64_t n,
+               int64_t segments, int64_t padded, const float* const* scale, float* y, int64_t ldy) {
+  typename V::Acc sum[P][Q];
+  for (int64_t segment = 0; segment < segments; ++segment) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+      for (int q = 0; q < Q; ++q) sum[p][q] = V::zero();
+    for (int64_t k = segment * padded; k < (segment + 1) * padded; k += 4) {
+      decltype(V::load_pair(tile)) rows[Q];
+#pragma GCC unroll 16
+      for (int q = 0; q < Q; ++q) rows[q] = V::load_pair(tile + (q * tile_stride + k) * 2);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+        const auto xs = V::load_pair(x + (p * x_stride + k) * 2);
+#pragma GCC unroll 16
+        for (int q = 0; q < Q; ++q) sum[p][q] = V::multiply(sum[p][q], xs, rows[q]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+      for (int q = 0; q < Q; ++q) {
+        float sums[4];
+        V::store_sums(sums, sum[p][q]);
+        for (int i = 0; i < 2 && 2 * p + i < m; ++i)
+          for (int j = 0; j < 2 && 2 * q + j < n; ++j)
+            y[(2 * p + i) * ldy + 2 * q + j] += sums[2 * i + j] * (scale[2 * q + j][segment] * V::gain);
+      }
+  }
+}
+
+template <TileVector V>
 void gemm(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t m, float* y, int64_t ldy) {
   constexpr int R = V::registers >= 32 ? 4 : 2;
   constexpr int64_t kChunk = 4096 / sizeof(typename V::X) / V::step * V::step;  // 4 KiB of a row at a time
@@ -69,32 +118,45 @@ void gemm(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, i
           for (int64_t s = 0; s < segments; ++s) {
             const uint8_t* p = w.codes + (n0 + r) * w.row_stride + (first + s) * w.block_cols + offset;
             const int64_t left = w.length_of(first + s) - offset, length = left < padded ? left : padded;
-            typename V::X* q = tile + r * tile_stride + s * padded;
             const uint8_t* e = w.exponents ? w.exponents_of(n0 + r) + offset / kMxCols : nullptr;
             for (int64_t k = 0; k < padded; k += V::step) {
+              typename V::X* q = place<V>(tile, tile_stride, r, s * padded + k);
               if (k + V::step <= length) {
-                V::store(q + k, e ? V::shift(v.decode(p + k), e + k / kMxCols, false) : v.decode(p + k));
+                put<V>(q, e ? V::shift(v.decode(p + k), e + k / kMxCols, false) : v.decode(p + k));
               } else {
                 const auto chunk = k < length ? v.decode_tail(p + k, static_cast<int>(length - k)) : V::zeros();
-                V::store(q + k, e && k < length ? V::shift(chunk, e + k / kMxCols, false) : chunk);
+                put<V>(q, e && k < length ? V::shift(chunk, e + k / kMxCols, false) : chunk);
               }
             }
           }
         }
-        const typename V::X* xs = x + first * pad + offset;
-        const float* scale[R];
+        const typename V::X* xs = place<V>(x, x_stride, 0, first * pad + offset);
+        const float* scale[8];
         for (int64_t m0 = 0; m0 < m; m0 += 8) {
           const int64_t ms = m - m0 < 8 ? m - m0 : 8;
+          float* to = y + m0 * ldy + n0 - begin;
+          const auto* from = xs + m0 * x_stride;
           int64_t r = 0;
-          for (; r + R <= rows; r += R) {
-            for (int j = 0; j < R; ++j) scale[j] = w.scale_of(n0 + r + j) + first;
-            dot_tile_rows<V, R>(tile + r * tile_stride, tile_stride, xs + m0 * x_stride, x_stride, ms, segments, padded, scale,
-                                y + m0 * ldy + n0 - begin + r, ldy);
-          }
-          for (; r < rows; ++r) {
-            scale[0] = w.scale_of(n0 + r) + first;
-            dot_tile_rows<V, 1>(tile + r * tile_stride, tile_stride, xs + m0 * x_stride, x_stride, ms, segments, padded, scale,
-                                y + m0 * ldy + n0 - begin + r, ldy);
+          const auto take = [&](int64_t n) {
+            for (int64_t j = 0; j < n; ++j) scale[j] = w.scale_of(n0 + r + j) + first;
+            return tile + r * tile_stride;
+          };
+          if constexpr (RowPairVector<V>) {
+            for (; r < rows; r += 8) {
+              const int64_t n = rows - r < 8 ? rows - r : 8;
+              const auto* at = take(n);
+              if (ms > 4)
+                dot_pairs<V, 4, 4>(at, tile_stride, from, x_stride, ms, n, segments, padded, scale, to + r, ldy);
+              else if (ms > 2)
+                dot_pairs<V, 2, 4>(at, tile_stride, from, x_stride, ms, n, segments, padded, scale, to + r, ldy);
+              else
+                dot_pairs<V, 1, 4>(at, tile_stride, from, x_stride, ms, n, segments, padded, scale, to + r, ldy);
+            }
+          } else {
+            for (; r + R <= rows; r += R)
+              dot_tile_rows<V, R>(take(R), tile_stride, from, x_stride, ms, segments, padded, scale, to + r, ldy);
+            for (; r < rows; ++r)
+              dot_tile_rows<V, 1>(take(1), tile_stride, from, x_stride, ms, segments, padded, scale, to + r, ldy);
           }
         }
       }

@@ -89,6 +89,11 @@ const Kernels* portable();
 const Kernels* avx2();
 const Kernels* avx512();
 const Kernels* avx512_bf16();  // bfloat16 activations only; no dequantize, no attention
+const Kernels* neon();
+const Kernels* neon_bf16();  // likewise
+
+// Best first. One for bfloat16 only has others behind it.
+constexpr const Kernels* (*kAll[])() = {avx512_bf16, avx512, avx2, neon_bf16, neon, portable};
 
 // C[m, n] (+)= A[m, k] B[k, n] in bfloat16 with B in pairs of rows (VNNI): torch's, which uses AMX tiles where they exist.
 // While it is set, avx512_bf16 multiplies blocks of many rows with it.

@@ -45,16 +45,18 @@ struct Selection {
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
-  for (const Kernels* kernels : {avx512_bf16(), avx512(), avx2(), portable()}) {
-    if (kernels) found.push_back(kernels);
+  for (const auto get : kAll) {
+    if (const Kernels* kernels = get()) found.push_back(kernels);
   }
   return found;
 }
 
 Selection select(const std::string& name) {
   std::string names;
+  const Kernels* chosen = nullptr;
   for (const Kernels* kernels : available()) {
-    if (name.empty() || name == kernels->name) return {kernels, kernels->item == 2 ? avx512() : kernels};
+    if (!chosen && (name.empty() || name == kernels->name)) chosen = kernels;
+    if (chosen && kernels->item == 4) return {chosen, kernels};
     names += std::string(names.empty() ? "" : ", ") + kernels->name;
   }
   TORCH_CHECK(false, "ctfp8: this CPU has no instruction set called '", name, "'; choose one of: ", names);

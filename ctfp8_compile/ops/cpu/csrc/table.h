@@ -11,31 +11,40 @@
 namespace ctfp8 {
 namespace {
 
+// Whether `m` activation rows lie in pairs, and that is also how the weight is decoded.
 template <Vector V>
-void prepare_row(const Weight& w, const typename V::X* row, typename V::X* prepared) {
-  const int64_t pad = padded<V>(w);
-  for (int64_t segment = 0; segment < w.segments; ++segment) {
-    const typename V::X* from = row + segment * w.block_cols;
-    typename V::X* to = prepared + segment * pad;
-    const int64_t length = w.length_of(segment);
-    for (int64_t k = 0; k < pad; k += V::step) {
-      alignas(64) typename V::X chunk[V::step] = {};
-      if (k < length) std::memcpy(chunk, from + k, (length - k < V::step ? length - k : V::step) * sizeof(typename V::X));
-      V::arrange(chunk, to + k);
-    }
-  }
+bool in_pairs(int64_t m) {
+  return RowPairVector<V> && m > kFew;
 }
 
 template <Vector V>
 int64_t bytes(const Weight& w, int64_t m) {
-  return m * stride<V>(w) * static_cast<int64_t>(sizeof(typename V::X));
+  return (in_pairs<V>(m) ? (m + 7) / 8 * 8 : m) * stride<V>(w) * static_cast<int64_t>(sizeof(typename V::X));
 }
 
 template <Vector V>
-void prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t, void* prepared) {
+void prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
   using X = typename V::X;
-  for (int64_t i = 0; i < count; ++i)
-    prepare_row<V>(w, static_cast<const X*>(rows[i]), static_cast<X*>(prepared) + (begin + i) * stride<V>(w));
+  const int64_t pad = padded<V>(w), all = stride<V>(w);
+  X* to = static_cast<X*>(prepared);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t segment = 0; segment < w.segments; ++segment) {
+      const X* from = static_cast<const X*>(rows[i]) + segment * w.block_cols;
+      const int64_t length = w.length_of(segment);
+      for (int64_t k = 0; k < pad; k += V::step) {
+        alignas(64) X chunk[V::step] = {};
+        if (k < length) std::memcpy(chunk, from + k, (length - k < V::step ? length - k : V::step) * sizeof(X));
+        const int64_t at = segment * pad + k;
+        if constexpr (RowPairVector<V>) {
+          if (in_pairs<V>(m)) {
+            V::store_half(place<V>(to, all, begin + i, at), V::load(chunk));
+            continue;
+          }
+        }
+        V::arrange(chunk, to + (begin + i) * all + at);
+      }
+    }
+  }
 }
 
 template <Vector V>
@@ -55,7 +64,7 @@ void finish(const float* row, const float* bias, int64_t n, void* out, Dtype dty
   }
 }
 
-template <FloatVector V>
+template <TileVector V>
 void matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
   const auto* rows = static_cast<const typename V::X*>(prepared);
   if (m <= kFew) {

@@ -1,7 +1,7 @@
 // The contract of an instruction set: what each isa_*.cpp gives, as a class `V`, to the loops that are written once.
 //
 // `V` decodes codes a chunk at a time and accumulates products of a weight chunk and an activation chunk in float32. A new
-// instruction set is one file with such a class, an entry in kernels.h and one in the list of ops.cpp.
+// instruction set is one file with such a class and an entry in the list of kernels.h.
 #pragma once
 #include <concepts>
 #include <cstdint>
@@ -54,13 +54,30 @@ concept Vector =
       V::round_f16(row, row, int64_t{}, halves);
     };
 
-// Chunks are float32 in the order of the columns: what `gemm`, `dequantize` and `attention` need besides.
+// What `gemm` needs besides. Chunks have no more than 32 columns.
 template <class V>
-concept FloatVector = Vector<V> && std::same_as<typename V::X, float> && requires(float* to, typename V::Chunk chunk) {
-  // Writes a chunk to any address.
+concept TileVector = Vector<V> && (V::step <= 32) && requires(typename V::X* to, typename V::Chunk chunk) {
+  // Writes a chunk to where `load` reads it.
   V::store(to, chunk);
   // A chunk of zeros.
   { V::zeros() } -> std::same_as<typename V::Chunk>;
+};
+
+// A processor that multiplies pairs of rows at once, four columns of each: in memory, four of one row lie beside four of the
+// other.
+template <class V>
+concept RowPairVector = TileVector<V> && requires(typename V::X* to, float* sums, typename V::Acc sum, typename V::Chunk chunk) {
+  // Writes a chunk of one row of a pair, leaving the places of the other.
+  V::store_half(to, chunk);
+  // sum + [x0 w0, x0 w1, x1 w0, x1 w1], each a sum over four columns, of a pair of activation rows and one of weight rows.
+  { V::multiply(sum, V::load_pair(to), V::load_pair(to)) } -> std::same_as<typename V::Acc>;
+  // The four lanes of such a sum.
+  V::store_sums(sums, sum);
+};
+
+// Chunks are float32 in the order of the columns: what `dequantize` and `attention` need besides.
+template <class V>
+concept FloatVector = TileVector<V> && std::same_as<typename V::X, float> && requires(typename V::Chunk chunk) {
   // `step` bfloat16 from any address.
   { V::widen(static_cast<const uint16_t*>(nullptr)) } -> std::same_as<typename V::Chunk>;
   // A chunk times a number.
