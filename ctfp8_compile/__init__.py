@@ -3,7 +3,7 @@
 import ctfp8_compile as ctfp8
 
 model = ctfp8.from_pretrained("a-checkpoint-FP8-dynamic")
-model.forward = torch.compile(model.forward, backend="ctfp8")
+ctfp8.compile(model)
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .hf.hub import from_pretrained, prepare, save_pretrained
     from .hf.static_cache import StaticCacheDecoder, static_cache
     from .inductor.backend import backend, compiled_reports
+    from .inductor.recipe import compile
     from .model.state_dict import load_state_dict
     from .report import Entry, Report
     from .target import Target
@@ -52,6 +53,7 @@ __all__ = [
     "TargetError",
     "UsageError",
     "backend",
+    "compile",
     "compiled_reports",
     "dynamic_cache",
     "explain",
@@ -75,6 +77,7 @@ _HOMES = {
     ".hf.fp8_cache": ("dynamic_cache",),
     ".hf.static_cache": ("StaticCacheDecoder", "static_cache"),
     ".inductor.backend": ("backend", "compiled_reports"),
+    ".inductor.recipe": ("compile",),
     ".model.state_dict": ("load_state_dict",),
     ".report": ("Entry", "Report"),
     ".target": ("Target",),

@@ -39,6 +39,11 @@ PRIVATE = {
     "PT2ArchiveWriter": ("torch.export.pt2_archive._package.PT2ArchiveWriter", "2.11 2.13 2.14"),
     "package_pt2": ("torch.export.pt2_archive._package.package_pt2", "2.11 2.13 2.14"),
     "load_pt2": ("torch.export.pt2_archive._package.load_pt2", "2.11 2.13 2.14"),
+    "callback_handler": ("torch._dynamo.callback_handler", "2.11 2.13 2.14"),  # around each compilation
+    "dynamo_config": ("torch._dynamo.config", "2.11 2.13 2.14"),  # specialize_float
+    "CallbackTrigger": ("torch._dynamo.callback.CallbackTrigger", "2.11 2.13 2.14"),
+    "FailOnRecompileLimitHit": ("torch._dynamo.exc.FailOnRecompileLimitHit", "2.11 2.13 2.14"),
+    "guard_failures": ("torch._dynamo.guard_failures", "2.11 2.13 2.14"),  # of each code object
     "make_fx": ("torch.fx.experimental.proxy_tensor.make_fx", "2.11 2.13 2.14"),
     "functional_collectives": ("torch.distributed._functional_collectives", "2.11 2.13 2.14"),
     "resolve_process_group": ("torch.distributed.distributed_c10d._resolve_process_group", "2.11 2.13 2.14"),
@@ -51,6 +56,10 @@ PRIVATE = {
     "DisableTorchFunctionSubclass": ("torch._C.DisableTorchFunctionSubclass", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
 }
+RECOMPILE_LOGGER = (
+    "torch._dynamo.convert_frame"  # 2.11 2.13 2.14; warns as follows, with limit's name, limit, function, reason
+)
+AT_RECOMPILE_LIMIT = "torch._dynamo hit config."
 TRITON_LOGGER = "torch._library.triton"  # 2.11 2.13 2.14
 #: What the whole suite passed with; `pytest --record-tested` writes it, and the README's table.
 TESTED = Path(__file__).with_name("tested.json")

@@ -32,10 +32,10 @@ def main() -> None:
         print(f"a picture of it: {report.to_html(sys.argv[1])}")
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    compiled = torch.compile(model, backend="ctfp8", fullgraph=True)
+    ctfp8.compile(model, fullgraph=True)
     prompt = "Return a list of "
     with torch.no_grad():
-        logits = compiled(**tokenizer(prompt, return_tensors="pt"), use_cache=False).logits[0, -1]
+        logits = model(**tokenizer(prompt, return_tensors="pt"), use_cache=False).logits[0, -1]
     likely = logits.float().softmax(-1).topk(5)
     print(f"{prompt!r} goes on with", end=" ")
     print(", ".join(f"{tokenizer.decode(i)!r} ({p:.0%})" for p, i in zip(likely.values, likely.indices, strict=True)))

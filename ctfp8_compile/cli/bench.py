@@ -52,9 +52,8 @@ def compare(
     }
     vocabulary = min(way.model.config.get_text_config().vocab_size for way in ways.values())
     ids = torch.arange(prompt_tokens)[None] % min(vocabulary, 256)
-    for name, decoder in decoders.items():
-        with console.status(f"{name}: first run, which compiles what is to be compiled …"):
-            decoder.warm_up(ids)
+    for decoder in decoders.values():  # compiles what is to be compiled, and says so
+        decoder.warm_up(ids)
     texts: dict[str, Iterator[int]] = {}
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in track(range(rounds), "measuring, in turn", console=console, transient=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..hf.compat import cache_argument
 from ..hf.fp8_cache import CacheDtype
 from ..hf.static_cache import static_cache
+from ..inductor.recipe import Compiled
 
 
 class Decoder:
@@ -46,9 +47,8 @@ class Decoder:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._extra["logits_to_keep"] = 1
         self._device = model.device
-        self._forward = (
-            model.forward if backend is None else torch.compile(model.forward, backend=backend, dynamic=dynamic)
-        )
+        compiled = {"backend": backend, "dynamic": dynamic}
+        self._forward = model.forward if backend is None else Compiled(model.forward, compiled)
 
     @property
     def tokens_per_second(self) -> float:

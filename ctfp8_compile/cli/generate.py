@@ -42,8 +42,7 @@ def generate(
     room = 1 << (length - 1).bit_length()  # so that Inductor's cache of compiled code serves many lengths
     decoder = Decoder(model, room, None if eager else "ctfp8")
     if not eager:
-        with console.status("compiling for prompt and decode (cached by Inductor for the next time) …"):
-            decoder.warm_up(ids)
+        decoder.warm_up(ids)
     set_seed(seed)
     ends = model.generation_config.eos_token_id
     shown = prompt

@@ -15,6 +15,7 @@ from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, SchemeError, UsageError
+from ..inductor import recipe
 from ..model.freeze import dequantize_, freeze
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
@@ -38,6 +39,7 @@ def from_pretrained(
     dequantize: bool = False,
     in_memory: bool = False,
     strict: bool = False,
+    compile: bool | dict[str, Any] = False,
     **transformers_kwargs: Any,
 ) -> Any:
     """Loads an FP8 checkpoint with its weights, MoE experts included, left in float8_e4m3fn.
@@ -52,6 +54,7 @@ def from_pretrained(
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
         strict: refuse a file with weights in other formats than FP8 (INT8, packed INT4, NVFP4). By default they are
             decompressed while loading, as compressed-tensors does it, and a warning says how many bytes that costs.
+        compile: also do what `ctfp8.compile(model)` does, with a dict of its arguments if one is given.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
             `dtype` is what FP8 weights dequantize to and what the other weights are loaded in. With
             `distributed_config=DistributedConfig(tp_size=N)`, on N processes started by torchrun, each has a part.
@@ -89,6 +92,8 @@ def from_pretrained(
     if dequantize:
         dequantize_(model)
         model.hf_quantizer.remove_quantization_config(model)
+    if compile is not False:
+        recipe.compile(model, **({} if compile is True else compile))
     return (model, info) if with_info else model
 
 
