@@ -60,7 +60,7 @@ def compile(model: Model, **torch_compile_arguments: Any) -> Model:
     if model.training:
         raise UsageError("this model is in training mode, and ctfp8 compiles for inference. Call model.eval() first.")
     # an adapter's wrapper calls the model, which is also what generates
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
     plain = inner.forward
     while hasattr(plain, "_torchdynamo_orig_callable"):
         plain = plain._torchdynamo_orig_callable
@@ -115,8 +115,8 @@ class Compiled:
 
     def reached(self, limit: int, function: str, last_reason: str) -> None:
         """torch compiles no more: `function` is what it names, `last_reason` why the newest graph does not fit."""
-        failed = next((why for code, why in guard_failures.items() if _named(code) == function), [])[-limit:]
-        self._at_limit = _why(limit, failed or [last_reason])
+        failed = [why for code, reasons in guard_failures.items() if _named(code) == function for why in reasons]
+        self._at_limit = _why(limit, failed[-limit:] or [last_reason])
         if not self.arguments.get("fullgraph"):
             warnings.warn(
                 f"{self._at_limit} From now on, what fits none of them runs uncompiled, and slowly.", stacklevel=2
