@@ -143,5 +143,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    if config.getoption("--record-tested") and exitstatus == 0:
+    worker = hasattr(config, "workerinput")  # one of pytest-xdist's processes, which sees a part of the suite
+    if config.getoption("--record-tested") and exitstatus == 0 and not worker:
         tested.record(len(terminalreporter.stats["passed"]))

@@ -11,6 +11,7 @@ import types
 import warnings
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import transformers
@@ -108,6 +109,16 @@ def test_the_versions_of_a_package_on_the_path_that_is_not_installed(monkeypatch
 
 def test_the_readme_lists_the_combinations_of_the_record():
     assert rendered(json.loads(compat.TESTED.read_text())) in README.read_text()
+
+
+@pytest.mark.parametrize(("worker", "status", "recorded"), [(False, 0, [2]), (True, 0, []), (False, 1, [])])
+def test_only_a_whole_suite_that_passed_is_recorded(monkeypatch, worker, status, recorded):
+    """One of pytest-xdist's processes sees a part of it."""
+    found: list[int] = []
+    monkeypatch.setattr(conftest.tested, "record", found.append)
+    config = types.SimpleNamespace(getoption=lambda name: True, **({"workerinput": {}} if worker else {}))
+    conftest.pytest_terminal_summary(types.SimpleNamespace(stats={"passed": [1, 2]}), status, config)
+    assert found == recorded
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

@@ -29,9 +29,10 @@ def test_a_scale_for_the_whole_matrix_stays_one():
     module = three("tensor", "tensor")
     assert {tuple(scale.shape) for scale in scales_of(module).values()} == {(1, 1)}
     program = ctfp8.lower(module, (X,), target="cuda:sm90")
-    rowwise, tensorwise = (n for n in program.graph.nodes if n.target is aten._scaled_mm.default)
-    assert [n.args[3].meta["val"].shape for n in (rowwise, tensorwise)] == [(1, 128), (1, 1)]  # q, k, v differ; o
-    assert [n.args[2].meta["val"].shape for n in (rowwise, tensorwise)] == [(15, 1), (1, 1)]
+    (rowwise,) = (n for n in program.graph.nodes if "f8f8bf16_rowwise" in str(n.target))  # q, k, v: their scales differ
+    (tensorwise,) = (n for n in program.graph.nodes if n.target is aten._scaled_mm.default)  # o
+    assert [n.args[3].meta["val"].shape for n in (rowwise, tensorwise)] == [(128,), (1, 1)]
+    assert [n.args[2].meta["val"].shape for n in (rowwise, tensorwise)] == [(15,), (1, 1)]
     joined = program.state_dict["q.parametrizations.weight.0.weight_scale_laid_out"]
     q, k, v = (scales_of(module)[f"{name}.weight"] for name in "qkv")
     assert torch.equal(joined[:, 0], torch.cat([q.expand(64, 1), k.expand(32, 1), v.expand(32, 1)])[:, 0])
