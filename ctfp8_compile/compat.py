@@ -11,9 +11,10 @@ import importlib
 import importlib.metadata
 import json
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ PRIVATE = {
     "_Union": ("torch._export.serde.union._Union", "2.11 2.13 2.14"),
     "deserialize_scalar_type": ("torch._export.serde.serialize.deserialize_scalar_type", "2.11 2.13 2.14"),
     "ExportedProgramDeserializer": ("torch._export.serde.serialize.ExportedProgramDeserializer", "2.11 2.13 2.14"),
+    "GraphModuleDeserializer": ("torch._export.serde.serialize.GraphModuleDeserializer", "2.11 2.13 2.14"),
     "PT2ArchiveWriter": ("torch.export.pt2_archive._package.PT2ArchiveWriter", "2.11 2.13 2.14"),
     "package_pt2": ("torch.export.pt2_archive._package.package_pt2", "2.11 2.13 2.14"),
     "load_pt2": ("torch.export.pt2_archive._package.load_pt2", "2.11 2.13 2.14"),
@@ -60,6 +62,7 @@ RECOMPILE_LOGGER = (
     "torch._dynamo.convert_frame"  # 2.11 2.13 2.14; warns as follows, with limit's name, limit, function, reason
 )
 AT_RECOMPILE_LIMIT = "torch._dynamo hit config."
+_reading = threading.Lock()
 TRITON_LOGGER = "torch._library.triton"  # 2.11 2.13 2.14
 #: What the whole suite passed with; `pytest --record-tested` writes it, and the README's table.
 TESTED = Path(__file__).with_name("tested.json")
@@ -115,6 +118,26 @@ def small_loops_alone(threads: int) -> dict[str, Any]:
 def following(program: ExportedProgram) -> AbstractContextManager[Any]:
     """While nodes are replaced, the program's signature, which names those that are outputs, follows."""
     return program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook())
+
+
+@contextmanager
+def values_made_once() -> Iterator[None]:
+    """While a graph is deserialized, values described alike are one: their sizes are parsed by sympy once, not at each node."""
+    reader, made = __getattr__("GraphModuleDeserializer"), {}
+    plain = reader.deserialize_tensor_meta
+
+    def once(self: Any, described: Any) -> Any:
+        key = id(self), repr(described)
+        if key not in made:
+            made[key] = plain(self, described)
+        return made[key]
+
+    with _reading:
+        reader.deserialize_tensor_meta = once
+        try:
+            yield
+        finally:
+            reader.deserialize_tensor_meta = plain
 
 
 def forget_example_inputs(program: ExportedProgram) -> None:

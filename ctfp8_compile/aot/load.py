@@ -19,7 +19,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from .. import lowering, passes
-from ..compat import ExportedProgramDeserializer, PT2ArchiveWriter, load_pt2
+from ..compat import ExportedProgramDeserializer, PT2ArchiveWriter, load_pt2, values_made_once
 from ..errors import ArtifactError, Ctfp8Error, TargetError
 from ..report import Report
 from ..target import Target
@@ -62,7 +62,8 @@ def load(path: str | Path, device: torch.device | str | None = None, trust: bool
             return _load_aoti(archive, manifest, device, trust)
         checked = read_program(archive, target.device)
     with _torchs_errors(path):
-        program = ExportedProgramDeserializer().deserialize(checked.graph, checked.weights, checked.constants)
+        with values_made_once():
+            program = ExportedProgramDeserializer().deserialize(checked.graph, checked.weights, checked.constants)
         try:
             bind(program.graph, manifest.ranks)
         except ArtifactError as problem:

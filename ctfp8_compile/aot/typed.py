@@ -44,7 +44,7 @@ def build(cls: Any, data: Any, checks: Checks = types.MappingProxyType({}), wher
     Raises:
         Misfit: naming the first place where the two do not fit.
     """
-    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    origin, args, members = _shape(cls)
     if origin is typing.Annotated:
         return build(args[0], data, checks, where)
     if origin in (typing.Union, types.UnionType):
@@ -63,8 +63,8 @@ def build(cls: Any, data: Any, checks: Checks = types.MappingProxyType({}), wher
         return {k: build(args[1], v, checks, f"{where}.{k}") for k, v in _is(dict, data, where).items()}
     if dataclasses.is_dataclass(cls) and isinstance(cls, type):
         return checks.get(cls, _same)(_fields(cls, _is(dict, data, where), checks, where))
-    if isinstance(cls, type) and issubclass(cls, IntEnum):
-        if type(data) is not int or data not in {int(member) for member in cls}:
+    if members is not None:
+        if type(data) is not int or data not in members:
             raise Misfit(f"{where} is {short(data)}, no {cls.__name__}")
         return cls(data)
     return _plain(cls, data, where)
@@ -85,6 +85,13 @@ def _fields(cls: Any, data: dict[str, Any], checks: Checks, where: str) -> Any:
         if needed and field.name not in data:
             raise Misfit(f"{where} lacks {field.name!r}")
     return cls(**{key: build(hints[key], value, checks, f"{where}.{key}") for key, value in data.items()})
+
+
+@functools.cache
+def _shape(cls: Any) -> tuple[Any, tuple[Any, ...], frozenset[int] | None]:
+    """Origin and arguments of a generic type; of an enum its values. A graph asks for them a hundred thousand times."""
+    enum = isinstance(cls, type) and issubclass(cls, IntEnum)
+    return typing.get_origin(cls), typing.get_args(cls), frozenset(map(int, cls)) if enum else None
 
 
 @functools.cache

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -78,17 +81,31 @@ def read_program(archive: Archive, device: str) -> Program:
         raise ArtifactError(
             f"{archive.path}: holds pickled sample inputs, which could run code. It was edited; not loaded."
         )
-    devices = {"cpu", device}
-    weights = read_tensors(archive, "data/weights/", "weight_", "model_weights_config.json", devices)
-    constants = read_tensors(archive, "data/constants/", "tensor_", "model_constants_config.json", devices)
-    try:
-        graph = typed.build(schema.ExportedProgram, typed.parse(archive.read(MODEL)), checks(devices), "the graph")
+    devices, text = {"cpu", device}, archive.read(MODEL)
+
+    def tensors() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        return (
+            read_tensors(archive, "data/weights/", "weight_", "model_weights_config.json", devices),
+            read_tensors(archive, "data/constants/", "tensor_", "model_constants_config.json", devices),
+        )
+
+    with ThreadPoolExecutor(1) as reader, _naming(archive):  # reading and its checksums leave Python to the graph
+        reading = reader.submit(tensors)
+        graph = typed.build(schema.ExportedProgram, typed.parse(text), checks(devices), "the graph")
+    weights, constants = reading.result()
+    with _naming(archive):
         _check_signature(graph.graph_module, weights, constants)
+    return Program(graph, weights, constants)
+
+
+@contextmanager
+def _naming(archive: Archive) -> Iterator[None]:
+    try:
+        yield
     except (Misfit, RecursionError) as problem:
         raise ArtifactError(f"{archive.path}: {problem}. It was edited or damaged; not loaded.") from None
     except ArtifactError as problem:
         raise ArtifactError(f"{archive.path}: {problem}") from None
-    return Program(graph, weights, constants)
 
 
 def _check_signature(

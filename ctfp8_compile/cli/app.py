@@ -204,24 +204,35 @@ def export(
 
 @_command
 def generate(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint folder, a hub id, or a .pt2 of ctfp8 export --cache.", metavar="CKPT")
+    ],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token at each step.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature > 0.")] = 0,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, runs slower.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="The folder with the tokenizer, if not CKPT.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Of a .pt2 with machine code: run it.")] = False,
     tp: Spread = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text with the compiled model; says how fast.
+    """Continue a text with the compiled model; says how fast. A .pt2 starts at once.
 
-    [dim]ctfp8 generate examples/models/llama --prompt "Return a list of "[/]
+    [dim]ctfp8 generate examples/models/llama --prompt "Return a list of "
+    ctfp8 generate llama.pt2 --tokenizer examples/models/llama --prompt "Return a list of "[/]
     """
     from .generate import generate
-    from .loading import load, load_tokenizer
 
-    tokenizer = load_tokenizer(checkpoint)
-    generate(load(checkpoint, _debug, tp), tokenizer, prompt, max_new_tokens, temperature, seed, eager, as_json)
+    if checkpoint.endswith(".pt2"):
+        from .artifact import of_artifact
+
+        text = of_artifact(Path(checkpoint), tokenizer, prompt, max_new_tokens, trust)
+    else:
+        from .decoder import of_checkpoint
+
+        text = of_checkpoint(checkpoint, tokenizer, prompt, max_new_tokens, eager, _debug, tp)
+    generate(text, max_new_tokens, temperature, seed, as_json)
 
 
 @_command

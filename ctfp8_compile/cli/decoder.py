@@ -1,23 +1,24 @@
-"""Generation with a static cache, timed: what `ctfp8 generate` shows and `ctfp8 bench` compares."""
+"""A transformers model with a static cache, and its forward pass, compiled."""
 
 from __future__ import annotations
 
 import inspect
-import statistics
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..hf.compat import cache_argument
 from ..hf.fp8_cache import CacheDtype
 from ..hf.static_cache import static_cache
 from ..inductor.recipe import Compiled
+from .loading import load, load_tokenizer
+from .steps import Steps, Text, ends_of
+from .terminal import err
 
 
-class Decoder:
+class Decoder(Steps):
     """A causal language model with a cache for one text, and its forward pass, compiled.
 
     Args:
@@ -25,10 +26,6 @@ class Decoder:
         backend: of torch.compile; None runs eagerly.
         dynamic: whether one compilation serves prompts of all lengths.
         dtype: of the cache.
-
-    Attributes:
-        prefill_seconds: what the last text's prompt took.
-        step_seconds: what each token after it took.
     """
 
     def __init__(
@@ -39,10 +36,9 @@ class Decoder:
         dynamic: bool = True,
         dtype: CacheDtype = "auto",
     ):
+        super().__init__()
         name = cache_argument(model)
         self.cache = static_cache(model, 1, max_length, dtype)
-        self.prefill_seconds = 0.0
-        self.step_seconds: list[float] = []
         self._extra: dict[str, Any] = {name: self.cache}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._extra["logits_to_keep"] = 1
@@ -50,37 +46,42 @@ class Decoder:
         compiled = {"backend": backend, "dynamic": dynamic}
         self._forward = model.forward if backend is None else Compiled(model.forward, compiled)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """From the median of the steps after the prompt; 0 before there was one."""
-        return 1 / statistics.median(self.step_seconds) if self.step_seconds else 0.0
+    def begin(self) -> None:
+        self.cache.reset()
+
+    def logits(self, ids: Tensor, position: int) -> Tensor:
+        positions = torch.arange(position, position + ids.shape[1], device=self._device)[None]
+        return self._forward(ids.to(self._device), position_ids=positions, **self._extra).logits[0, -1]
 
     def warm_up(self, ids: Tensor) -> None:
         """Compiles for the prompt and for the tokens after it."""
         list(self.tokens(ids, 3))
 
-    @torch.no_grad()
-    def tokens(self, ids: Tensor, number: int, temperature: float = 0.0) -> Iterator[int]:
-        """Continues a text.
 
-        Args:
-            ids: the prompt, `[1, tokens]`.
-            number: of tokens to make.
-            temperature: 0 takes the likeliest token; else torch's global generator draws one.
-        """
-        self.cache.reset()
-        self.step_seconds = []
-        length = ids.shape[1]
-        ids, position = ids.to(self._device), torch.arange(length, device=self._device)[None]
-        for step in range(number):
-            start = time.perf_counter()
-            out = self._forward(ids, position_ids=position, **self._extra)
-            logits = out.logits[0, -1].float()
-            token = torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else logits.argmax()[None]
-            yielded = int(token)  # waits for the device
-            if step:
-                self.step_seconds.append(time.perf_counter() - start)
-            else:
-                self.prefill_seconds = time.perf_counter() - start
-            yield yielded
-            ids, position = token[None], torch.full((1, 1), length + step, device=self._device)
+def of_checkpoint(
+    checkpoint: str, tokenizer: str | None, prompt: str, max_new_tokens: int, eager: bool, debug: bool, tp: bool
+) -> Text:
+    """A prompt for the model of a checkpoint, compiled if it is to be.
+
+    Raises:
+        UsageError: the prompt has no tokens.
+    """
+    tokens = load_tokenizer(tokenizer or checkpoint)
+    ids = tokens(prompt, return_tensors="pt").input_ids
+    if not ids.numel():
+        raise UsageError(
+            "the prompt is empty, and this tokenizer begins no text by itself. Give --prompt at least a character."
+        )
+    model = load(checkpoint, debug, tp)
+    length = ids.shape[1] + max_new_tokens
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        err().print(
+            f"warning: {ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the {positions} positions "
+            "this model was made for; text beyond them may make no sense."
+        )
+    room = 1 << (length - 1).bit_length()  # so that Inductor's cache of compiled code serves many lengths
+    decoder = Decoder(model, room, None if eager else "ctfp8")
+    if not eager:
+        decoder.warm_up(ids)
+    return Text(prompt, decoder, ids, tokens.decode, ends_of(model.generation_config.eos_token_id))

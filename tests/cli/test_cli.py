@@ -342,3 +342,32 @@ def test_as_a_program():
     assert not run.stderr
     version = subprocess.run([sys.executable, "-m", "ctfp8_compile", "--version"], capture_output=True, text=True)
     assert version.stdout == f"ctfp8 {ctfp8.__version__}\n"
+
+
+def test_an_artifact_generates_what_its_model_does_without_transformers(tmp_path):
+    """In a process of its own, which imports neither transformers nor the compiler's passes of Inductor."""
+    file = tmp_path / "llama.pt2"
+    ctfp8_command("export", SHIPPED / "llama", file, "--cache", 64, "--json")
+    arguments = ("--prompt", "Return a list of ", "--max-new-tokens", 12, "--json")
+    want = json.loads(ctfp8_command("generate", SHIPPED / "llama", "--eager", *arguments).stdout)
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['compressed_tensors'] = None\n"
+        "from ctfp8_compile.cli.app import app; app(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "generate", file, "--tokenizer", SHIPPED / "llama", *arguments]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    got = json.loads(run.stdout)
+    assert (got["text"], got["new_tokens"]) == (want["text"], want["new_tokens"])
+    too_many = ctfp8_command("generate", file, "--tokenizer", SHIPPED / "llama", "--prompt", "x" * 60, code=1)
+    assert "has room for 64 tokens; the prompt has 60" in too_many.stderr
+    assert "holds no tokenizer" in ctfp8_command("generate", file, "--prompt", "x", code=1).stderr
+
+
+def test_an_artifact_without_a_cache_does_not_generate(tmp_path):
+    file = tmp_path / "llama.pt2"
+    ctfp8_command("export", DATA / "llama/FP8", file, "--json")
+    refused = ctfp8_command("generate", file, "--tokenizer", SHIPPED / "llama", "--prompt", "x", code=1)
+    assert "has no key-value cache inside" in refused.stderr
+    refused = ctfp8_command("generate", file, "--tokenizer", tmp_path, "--prompt", "x", code=1)
+    assert "not a readable tokenizer" in refused.stderr
