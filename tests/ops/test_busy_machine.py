@@ -27,9 +27,11 @@ using namespace std::chrono_literals;
 int main() {
   ctfp8::Team team;
   CHECK(team.size(16) == 16);
-  for (int i = 0; i < 1000; ++i) team.ended(16, 100us, 400us), team.ended(16, 9ms, 8ms);  // neither is long
+  for (int i = 0; i < 1000; ++i) team.ended(16, 100us, 90us), team.ended(16, 9ms, 5ms);
+  for (int i = 0; i < 1000; ++i) team.ended(16, 300us, i % 30 ? 5us : 5ms);  // now and then one is late
   CHECK(team.size(16) == 16);
-  team.ended(16, 100us, 3ms);
+  for (int i = 0; i < 100; ++i) team.ended(16, 100us, 1us);
+  for (int i = 0; i < 3; ++i) team.ended(16, 100us, 3ms);
   CHECK(team.size(16) == 8 && team.size(4) == 4);
   team.ended(8, 100us, 3ms);
   CHECK(team.size(16) == 4);
@@ -39,7 +41,7 @@ int main() {
   while (team.size(16) == 1) ++regions;
   CHECK(regions > 200 && team.size(16) == 16);  // after five long waits
   for (int i = 0; i < 1000; ++i) team.ended(16, 100us, 1us);  // all is well
-  team.ended(16, 100us, 3ms);
+  for (int i = 0; team.size(16) == 16; ++i) team.ended(16, 100us, 3ms);
   for (regions = 0; team.size(16) == 8; ++regions) {}
   CHECK(regions < 20);
   for (int i = 0; i < 100; ++i) team.ended(2, 100us, 3ms);

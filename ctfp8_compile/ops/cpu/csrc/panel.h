@@ -11,10 +11,17 @@
 namespace ctfp8 {
 namespace {
 
-constexpr int64_t kPanelCols = 96;  // weight rows of a tile: a multiple of the 24, 12, 8 and 6 of `panel_rows`
+constexpr int64_t kPanelCols = 96;  // weight rows that a thread takes at a time
 constexpr int64_t kPanel = 64;      // activation rows of a panel
 constexpr int64_t kPiece = 128;     // columns multiplied at a time: a panel of them fits the first-level cache
-constexpr int64_t kGroup = 4;       // pieces decoded at a time, so that memory is read in longer runs
+
+// A tile of decoded weights: with AMX what suits torch's brgemm, read in longer runs; without, what fits the first-level cache.
+template <bool amx>
+struct Tile {
+  static constexpr int64_t rows = amx ? kPanelCols : 24;  // a multiple of the 24, 12, 8 and 6 of `panel_rows`
+  static constexpr int64_t group = amx ? 4 : 1;           // pieces decoded at a time
+  static constexpr int64_t stride = group * kPiece + 32;  // no power of two, so that rows use different cache sets
+};
 
 // What this file needs besides `Vector`: bfloat16 pairs in sixteen lanes.
 template <class V>
@@ -29,21 +36,18 @@ concept PairVector = Vector<V> && requires(const V v, const uint8_t* codes, uint
 
 Brgemm brgemm = nullptr;
 
-// Activation rows, at most, for which the weight is decoded in registers. AMX, and scales within a row, ask for fewer.
-int64_t few(const Weight& w) { return brgemm || w.segments > 1 ? kFew : 32; }
-
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t pairs(const Weight& w) { return (w.block_cols + 1) / 2; }  // of a segment
 
 template <PairVector V>
 int64_t panel_bytes(const Weight& w, int64_t m) {
-  return m <= few(w) ? bytes<V>(w, m) : round_up(m, 16) * w.segments * pairs(w) * 4;
+  return m <= kFew ? bytes<V>(w, m) : round_up(m, 16) * w.segments * pairs(w) * 4;
 }
 
 // Panel p of a block begins at pair 64 p * segments * pairs; in it, pair q of all its rows is one line of `width` pairs.
 template <PairVector V>
 void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
-  if (m <= few(w)) return prepare<V>(w, rows, begin, count, m, prepared);
+  if (m <= kFew) return prepare<V>(w, rows, begin, count, m, prepared);
   const int64_t panel = begin / kPanel, left = round_up(m, 16) - panel * kPanel, width = left < kPanel ? left : kPanel;
   auto* out = static_cast<uint32_t*>(prepared) + panel * kPanel * w.segments * pairs(w) + begin % kPanel;
   for (int64_t segment = 0; segment < w.segments; ++segment) {
@@ -64,10 +68,17 @@ void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int6
   }
 }
 
-// sums[r, :] += scale[r] * (tile[r, :] . panel) for R weight rows and Z * 16 activation rows.
+// Codes that will be decoded soon, of the weight rows that are being multiplied or of those after them.
+struct Ahead {
+  const uint8_t* codes;
+  int64_t row_stride;
+};
+
+// sums[r, :] += scale[r] * (tile[r, :] . panel) for R weight rows and Z * 16 activation rows. Meanwhile two cache lines of each
+// of R rows of codes are asked for: memory would otherwise rest.
 template <PairVector V, int R, int Z>
-inline void panel_block(const uint16_t* tile, int64_t tile_stride, const uint32_t* x, int64_t count, const float* scale,
-                        float* sums, int64_t sums_stride) {
+inline void panel_block(const uint16_t* tile, const uint32_t* x, int64_t count, const float* scale, float* sums,
+                        int64_t sums_stride, Ahead ahead) {
   __m512 sum[R][Z];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
@@ -77,10 +88,11 @@ inline void panel_block(const uint16_t* tile, int64_t tile_stride, const uint32_
     __m512i xs[Z];
 #pragma GCC unroll 4
     for (int z = 0; z < Z; ++z) xs[z] = _mm512_loadu_si512(x + pair * Z * 16 + z * 16);
+    if (pair < 2 * R) V::prefetch(ahead.codes + pair / 2 * ahead.row_stride + pair % 2 * 64);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
       int32_t both;
-      std::memcpy(&both, tile + r * tile_stride + pair * 2, 4);
+      std::memcpy(&both, tile + r * Tile<false>::stride + pair * 2, 4);
       const __m512i weight = _mm512_set1_epi32(both);
 #pragma GCC unroll 4
       for (int z = 0; z < Z; ++z) sum[r][z] = V::dot(sum[r][z], weight, xs[z]);
@@ -96,17 +108,18 @@ inline void panel_block(const uint16_t* tile, int64_t tile_stride, const uint32_
 }
 
 template <PairVector V, int Z>
-void panel_rows(const uint16_t* tile, int64_t tile_stride, int64_t rows, const uint32_t* x, int64_t count, const float* scale,
-                float* sums, int64_t sums_stride) {
+void panel_rows(const uint16_t* tile, int64_t rows, const uint32_t* x, int64_t count, const float* scale, float* sums,
+                int64_t sums_stride, Ahead ahead) {
   constexpr int R = 24 / Z;
   for (int64_t r = 0; r < rows; r += R)
-    panel_block<V, R, Z>(tile + r * tile_stride, tile_stride, x, count, scale + r, sums + r * sums_stride, sums_stride);
+    panel_block<V, R, Z>(tile + r * Tile<false>::stride, x, count, scale + r, sums + r * sums_stride, sums_stride,
+                         {ahead.codes + r * ahead.row_stride, ahead.row_stride});
 }
 
-void brgemm_rows(const uint16_t* tile, int64_t tile_stride, int64_t rows, const uint32_t* x, int64_t width, int64_t count,
-                 const float* scale, float* sums, int64_t sums_stride) {
+void brgemm_rows(const uint16_t* tile, int64_t rows, const uint32_t* x, int64_t width, int64_t count, const float* scale,
+                 float* sums, int64_t sums_stride) {
   alignas(64) float product[kPanelCols * kPanel];
-  brgemm(rows, width, count * 2, tile_stride, width, width, tile, x, product);
+  brgemm(rows, width, count * 2, Tile<true>::stride, width, width, tile, x, product);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < width; ++i) sums[r * sums_stride + i] += product[r * width + i] * scale[r];
 }
@@ -117,7 +130,7 @@ struct Piece {
 };
 
 // Each piece of a weight row to its own place in the tile, with zeros to a multiple of 64.
-template <PairVector V>
+template <PairVector V, bool amx>
 inline void decode_pieces(const V& v, const Weight& w, int64_t row, const Piece* pieces, int64_t count, uint16_t* to) {
   for (int64_t g = 0; g < count; ++g) {
     const uint8_t* p = w.codes + row * w.row_stride + pieces[g].segment * w.block_cols + pieces[g].offset;
@@ -126,7 +139,7 @@ inline void decode_pieces(const V& v, const Weight& w, int64_t row, const Piece*
     uint16_t* q = to + g * kPiece;
     int64_t k = 0;
     for (; k + 64 <= pieces[g].length; k += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(p + k + kGroup * kPiece), _MM_HINT_T1);
+      if constexpr (amx) V::prefetch(p + k + Tile<amx>::group * kPiece);
       v.decode_in_order(_mm512_loadu_si512(p + k), at(k), true, q + k);
     }
     const int64_t left = pieces[g].length - k;
@@ -134,25 +147,26 @@ inline void decode_pieces(const V& v, const Weight& w, int64_t row, const Piece*
   }
 }
 
-template <PairVector V>
+template <PairVector V, bool amx>
 void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y, int64_t ldy) {
   static thread_local Buffer sums_buffer;
-  alignas(64) static thread_local uint16_t tile[kPanelCols * (kGroup * kPiece + 32)];
-  constexpr int64_t tile_stride = kGroup * kPiece + 32;  // not a power of two: rows use different cache sets
+  constexpr int64_t most_rows = Tile<amx>::rows, tile_stride = Tile<amx>::stride, group = Tile<amx>::group;
+  alignas(64) static thread_local uint16_t tile[most_rows * tile_stride];
   const V v;
   const int64_t rows = end - begin, wide = round_up(m, 16), segment_pairs = pairs(w);
-  auto* sums = static_cast<float*>(sums_buffer.get(kPanelCols * wide * 4));
-  std::memset(sums, 0, static_cast<size_t>(kPanelCols * wide * 4));
+  const int64_t sums_bytes = (most_rows + 15) / 16 * 16 * wide * 4;  // transposed sixteen rows at a time
+  auto* sums = static_cast<float*>(sums_buffer.get(sums_bytes));
+  std::memset(sums, 0, static_cast<size_t>(sums_bytes));
   // Rows past the end are multiplied too.
-  if (rows < kPanelCols) std::memset(tile + rows * tile_stride, 0, static_cast<size_t>((kPanelCols - rows) * tile_stride * 2));
-  const float* scales[kPanelCols];
+  if (rows < most_rows) std::memset(tile + rows * tile_stride, 0, static_cast<size_t>((most_rows - rows) * tile_stride * 2));
+  const float* scales[most_rows];
   for (int64_t r = 0; r < rows; ++r) scales[r] = w.scale_of(begin + r);
-  float scale[kPanelCols] = {};
+  float scale[most_rows] = {};
 
   // brgemm blocks for the caches itself, and a call of it is not cheap.
-  const bool whole = brgemm && w.block_cols > kPiece;
-  const int64_t step = whole ? kGroup * kPiece : kPiece, most = whole ? 1 : kGroup;
-  Piece pieces[kGroup];
+  const bool whole = amx && w.block_cols > kPiece;
+  const int64_t step = whole ? group * kPiece : kPiece, most = whole ? 1 : group;
+  Piece pieces[group];
   int64_t segment = 0, offset = 0;  // of the next piece
   while (segment < w.segments) {
     int64_t count = 0;
@@ -162,26 +176,30 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
       offset += step;
       if (left <= step) ++segment, offset = 0;
     }
-    for (int64_t r = 0; r < rows; ++r) decode_pieces(v, w, begin + r, pieces, count, tile + r * tile_stride);
+    for (int64_t r = 0; r < rows; ++r) decode_pieces<V, amx>(v, w, begin + r, pieces, count, tile + r * tile_stride);
     for (int64_t g = 0; g < count; ++g) {
       const Piece& piece = pieces[g];
       const int64_t piece_pairs = (piece.length + 1) / 2;
       for (int64_t r = 0; r < rows; ++r) scale[r] = scales[r][piece.segment];
       const uint16_t* from = tile + g * kPiece;
+      // Two pieces on, for one is not long enough; behind the last column, the first of the next rows.
+      const int64_t next = piece.segment * w.block_cols + piece.offset + 2 * kPiece;
+      const Ahead ahead{w.codes + (next < w.cols ? begin * w.row_stride + next : end * w.row_stride + next - w.cols),
+                        w.row_stride};
       for (int64_t i = 0; i < wide; i += kPanel) {
         const int64_t width = wide - i < kPanel ? wide - i : kPanel;
         const uint32_t* xs = x + i * w.segments * segment_pairs + (piece.segment * segment_pairs + piece.offset / 2) * width;
         float* to = sums + i;
-        if (brgemm) {
-          brgemm_rows(from, tile_stride, rows, xs, width, piece_pairs, scale, to, wide);
+        if constexpr (amx) {
+          brgemm_rows(from, rows, xs, width, piece_pairs, scale, to, wide);
         } else if (width == 64) {
-          panel_rows<V, 4>(from, tile_stride, rows, xs, piece_pairs, scale, to, wide);
+          panel_rows<V, 4>(from, rows, xs, piece_pairs, scale, to, wide, ahead);
         } else if (width == 48) {
-          panel_rows<V, 3>(from, tile_stride, rows, xs, piece_pairs, scale, to, wide);
+          panel_rows<V, 3>(from, rows, xs, piece_pairs, scale, to, wide, ahead);
         } else if (width == 32) {
-          panel_rows<V, 2>(from, tile_stride, rows, xs, piece_pairs, scale, to, wide);
+          panel_rows<V, 2>(from, rows, xs, piece_pairs, scale, to, wide, ahead);
         } else {
-          panel_rows<V, 1>(from, tile_stride, rows, xs, piece_pairs, scale, to, wide);
+          panel_rows<V, 1>(from, rows, xs, piece_pairs, scale, to, wide, ahead);
         }
       }
     }
@@ -199,11 +217,17 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
 
 template <PairVector V>
 void panel_matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
-  if (m <= few(w)) return gemv<V>(w, begin, end, static_cast<const typename V::X*>(prepared), m, y, ldy);
-  for (int64_t n = begin; n < end; n += kPanelCols) {
-    panel_multiply<V>(w, n, end - n < kPanelCols ? end : n + kPanelCols, static_cast<const uint32_t*>(prepared), m, y + n - begin,
-                      ldy);
-  }
+  if (m <= kFew) return gemv<V>(w, begin, end, static_cast<const typename V::X*>(prepared), m, y, ldy);
+  const auto multiply = [&]<bool amx>() {
+    for (int64_t n = begin; n < end; n += Tile<amx>::rows) {
+      const int64_t last = end - n < Tile<amx>::rows ? end : n + Tile<amx>::rows;
+      panel_multiply<V, amx>(w, n, last, static_cast<const uint32_t*>(prepared), m, y + n - begin, ldy);
+    }
+  };
+  if (brgemm)
+    multiply.template operator()<true>();
+  else
+    multiply.template operator()<false>();
 }
 
 }  // namespace
