@@ -35,7 +35,7 @@ class Case:
     Attributes:
         model: `llama/FP8`: a checkpoint of tests/data; `forged:llama/FP8`: one that support.forge writes, with widths of
             several blocks; `own:views/FP8`: a module of `modules.py`.
-        part: `layer` (the first decoder layer) or `model`; of a module of ours there is but one.
+        part: `layer` (the first decoder layer), `model`, or `decoder` (with a static FP8 cache inside); of a module of ours there is but one.
         rows: tokens; None compiles for any number, and runs with 23.
         experts: how transformers runs experts.
         options: for torch.compile.

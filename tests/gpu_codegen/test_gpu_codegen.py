@@ -355,6 +355,19 @@ def test_the_whole_matrix(gpu):
         check(gpu, result)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("gpu", [Gpu("cuda:sm80"), Gpu("cuda:sm90", fbgemm=True), Gpu("xpu")], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize(("scheme", "width"), [("FP8_DYNAMIC", 33), ("FP8_DYNAMIC_KV", 32)])
+def test_a_decode_step_with_an_fp8_cache(gpu: Gpu, scheme: str, width: int) -> None:
+    """Each layer's keys and values are written and read as bytes, by kernels that build; none of them is copied."""
+    case = Case(f"llama/{scheme}", "decoder", rows=1, build="no" if gpu.target == "xpu" else "first")
+    (result,) = compiled(gpu, (case,)).values()
+    check(gpu, result)
+    cached = [("uint8", [1, 2, 64, width]), ("float8_e4m3fn", [1, 2, 64, width])]
+    taken = [n for n in result.launches for dtype, shape, _ in n.operands.values() if (dtype, shape) in cached]
+    assert len(taken) == 2 * 2 * 2, result.text  # layers; keys and values; written and read
+
+
 def check(gpu: Gpu, result: Result) -> None:
     where = f"{gpu.name}, {result.case.name}:\n{result.text}\n"
     names = [launch.name for launch in result.launches]

@@ -57,7 +57,7 @@ def compiled(case: Case, device: str, kernels: str) -> dict[str, Any]:
     packed.Adjacent.__call__ = lambda self, *args: self.compiled(*args)
     laid_out.WithLaidOut.values = lambda self, tensors: self._make(tensors).values
     torch._dynamo.reset()
-    model, mode = _model(case.model, case.experts, device)
+    model, mode = _model(case.model, case.experts, case.part, device)
     module, args, kwargs = _call(model, case, mode, device)
     before = len(ctfp8.compiled_reports())
     with mode, torch.no_grad(), played.playing(device) as (launches, modules):
@@ -89,7 +89,7 @@ def _body(module: str) -> str:
 
 
 @functools.cache
-def _model(name: str, experts: str | None, device: str) -> tuple[nn.Module, FakeTensorMode]:
+def _model(name: str, experts: str | None, part: str, device: str) -> tuple[nn.Module, FakeTensorMode]:
     """A model whose tensors are on the device, and the mode that keeps them."""
     import ctfp8_compile as ctfp8
 
@@ -110,6 +110,10 @@ def _model(name: str, experts: str | None, device: str) -> tuple[nn.Module, Fake
         model = own(family, scheme)
     else:
         model = ctfp8.from_pretrained(DATA / family / scheme, **options)
+    if part == "decoder":
+        model = ctfp8.StaticCacheDecoder(model, 1, 64, dtype="fp8")
+        for layer in model.cache.layers:
+            layer.device = torch.device(device)
     mode = FakeTensorMode()
     on_device(model, mode, device)
     return model, mode
@@ -143,6 +147,9 @@ def _call(
         if case.part == "model":
             ids = torch.empty((1, rows), dtype=torch.int64, device=device)
             return model, (ids,), {"use_cache": False}
+        if case.part == "decoder":
+            ids = torch.empty((1, rows), dtype=torch.int64, device=device)
+            return model, (ids, torch.empty((), dtype=torch.int64, device=device)), {}
         config = model.config.get_text_config()
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         hidden = torch.empty((1, rows, config.hidden_size), dtype=torch.bfloat16, device=device)

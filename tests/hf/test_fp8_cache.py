@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DATA, relative_error
 from safetensors.torch import load_file
+from support.fresh import continue_fresh
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -165,22 +166,32 @@ def test_saving_keeps_the_scales(calibrated, tmp_path) -> None:
 
 
 def test_an_artifact_keeps_an_fp8_cache(calibrated, tmp_path) -> None:
+    """Loaded in a new process it continues two texts with the tokens that the model gives with such a cache."""
     decoder = ctfp8.StaticCacheDecoder(calibrated, 1, 64)
     ids = ids_for(calibrated)
-    want = steps(calibrated, calibrated, ctfp8.static_cache(calibrated, 1, 64), ids, (9, 1, 1, 1))
     tokens = torch.export.Dim("tokens", max=64)
     ctfp8.export(decoder, (ids, torch.tensor(0)), path=tmp_path / "m.pt2", dynamic_shapes=({1: tokens}, None))
-    loaded = ctfp8.load(tmp_path / "m.pt2")
-    assert {(e.rule, e.kernel) for e in loaded.report.attention} == {("attention to an FP8 cache", "fused attention")}
-    got = [loaded(ids[:, :9], torch.tensor(0)), *(loaded(ids[:, i : i + 1], torch.tensor(i)) for i in (9, 10, 11))]
-    assert relative_error(torch.cat(got, 1), want) < 1e-4
+    *texts, report = continue_fresh(tmp_path / "m.pt2", ids, tmp_path)
+    assert {(e["rule"], e["kernel"]) for e in report["attention"]} == {("attention to an FP8 cache", "fused attention")}
+    cache = {cache_argument(calibrated): ctfp8.static_cache(calibrated, 1, 64)}
+    want = calibrated.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, **cache)[:, ids.shape[1] :]
+    assert all(torch.equal(text, want) for text in texts)
 
-    program = ctfp8.lower(decoder, (ids, torch.tensor(0)), target="xpu")
+
+@pytest.mark.parametrize("target", ["cuda:sm90", "xpu"])
+def test_on_a_gpu_the_cache_stays_fp8_and_its_reading_is_plain_operations(calibrated, target: str) -> None:
+    """What it computes: tests/passes/test_golden_targets.py; that it compiles for one: tests/gpu_codegen."""
+    call = ctfp8.StaticCacheDecoder(calibrated, 1, 64), (ids_for(calibrated), torch.tensor(0))
+    program = ctfp8.lower(*call, target=target)
+    layers = range(calibrated.config.num_hidden_layers)
+    names = {f"{which}_{i}" for which in ("keys", "values", "cumulative_length") for i in layers}
+    assert set(program.graph_signature.buffers_to_mutate.values()) == names
+    assert {program.constants[name].dtype for name in names if "length" not in name} == {torch.uint8}
     assert not any("ctfp8.cached" in str(n.target) for n in program.graph.nodes)
-    report = ctfp8.explain(decoder, (ids, torch.tensor(0)), target="xpu")
-    assert {e.reason for e in report.attention} == {
-        "there is no kernel for attention to an FP8 cache on xpu: it is dequantized in the graph"
-    }
+    report = ctfp8.explain(*call, target=target)
+    reason = f"there is no kernel for attention to an FP8 cache on {target}: it is dequantized in the graph"
+    assert [e.reason for e in report.attention] == [reason] * len(layers)
+    assert f"{len(layers)} attention to an FP8 cache → {reason}" in report.summary()
 
 
 @pytest.mark.long

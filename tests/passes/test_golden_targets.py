@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unittest
 
+import pytest
 import torch
 from conftest import DATA
 from expecttest import TestCase
@@ -13,6 +14,9 @@ from ctfp8_compile import passes
 from ctfp8_compile.passes import scales, side_by_side
 from ctfp8_compile.graph import format_graph
 from ctfp8_compile.target import Target
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint was calibrated")
 
 
 def _layer(name, **kwargs):
@@ -33,8 +37,167 @@ def _experts(form, target):
     return format_graph(ctfp8.lower(experts, (hidden, ids, weights), target=target).graph)
 
 
+class _Attention(torch.nn.Module):
+    """Attention of new tokens to a layer of an FP8 cache, whose tensors are buffers."""
+
+    def __init__(self, calibrated: bool):
+        super().__init__()
+        name = "llama/FP8_DYNAMIC_KV" if calibrated else "llama/FP8_DYNAMIC"
+        decoder = ctfp8.StaticCacheDecoder(ctfp8.from_pretrained(DATA / name), 1, 16, dtype="fp8")
+        self.layer = decoder.cache.layers[0]
+        for which in ("keys", "values", "cumulative_length"):
+            self.register_buffer(which, getattr(self.layer, which))
+
+    def forward(self, query, keys, values, mask):
+        for which, buffer in self.named_buffers():
+            setattr(self.layer, which, buffer)
+        keys, values = self.layer.update(keys, values)
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
+
+
+_STATES = (*(torch.randn(1, heads, 1, 32, dtype=torch.bfloat16) for heads in (4, 2, 2)), torch.ones(1, 1, 1, 16) > 0)
+
+
+def _cached(calibrated, target):
+    return format_graph(ctfp8.lower(_Attention(calibrated), _STATES, target=target).graph)
+
+
 class Golden(TestCase):
     maxDiff = None
+
+    def test_a_lowered_cache_is_read_as_it_was_written(self):
+        for calibrated in (False, True):
+            module, program = _Attention(calibrated), ctfp8.lower(_Attention(calibrated), _STATES, target="xpu").module()
+            for _ in range(3):  # the mask shows what the steps before left
+                torch.testing.assert_close(program(*_STATES), module(*_STATES))
+
+    def test_an_fp8_cache_on_cuda(self):
+        self.assertExpectedInline(_cached(False, "cuda:sm90"), """\
+%0 = placeholder : torch.uint8[1, 2, 16, 33]
+%1 = placeholder : torch.uint8[1, 2, 16, 33]
+%2 = placeholder : i64[]
+%3 = placeholder : bf16[1, 4, 1, 32]
+%4 = placeholder : bf16[1, 2, 1, 32]
+%5 = placeholder : bf16[1, 2, 1, 32]
+%6 = placeholder : b1[1, 1, 1, 16]
+%7 = convert_element_type(%4, float32) : f32[1, 2, 1, 32]
+%8 = abs(%7) : f32[1, 2, 1, 32]
+%9 = amax(%8, [-1], True) : f32[1, 2, 1, 1]
+%10 = clamp_min(%9, 1e-12) : f32[1, 2, 1, 1]
+%11 = div(%10, 448.0) : f32[1, 2, 1, 1]
+%12 = view(%11, int32) : i32[1, 2, 1, 1]
+%13 = detach(%12) : i32[1, 2, 1, 1]
+%14 = add(%13, 8388607) : i32[1, 2, 1, 1]
+%15 = bitwise_right_shift(%14, 23) : i32[1, 2, 1, 1]
+%16 = clamp_max(%15, 254) : i32[1, 2, 1, 1]
+%17 = convert_element_type(%16, uint8) : torch.uint8[1, 2, 1, 1]
+%18 = convert_element_type(%17, int32) : i32[1, 2, 1, 1]
+%19 = mul(%18, 8388608) : i32[1, 2, 1, 1]
+%20 = clamp_min(%19, 4194304) : i32[1, 2, 1, 1]
+%21 = view(%20, float32) : f32[1, 2, 1, 1]
+%22 = detach(%21) : f32[1, 2, 1, 1]
+%23 = div(%7, %22) : f32[1, 2, 1, 32]
+%24 = clamp_min(%23, -448.0) : f32[1, 2, 1, 32]
+%25 = clamp_max(%24, 448.0) : f32[1, 2, 1, 32]
+%26 = convert_element_type(%25, float8_e4m3fn) : f8e4m3[1, 2, 1, 32]
+%27 = view(%26, uint8) : torch.uint8[1, 2, 1, 32]
+%28 = detach(%27) : torch.uint8[1, 2, 1, 32]
+%29 = cat([%28, %17], -1) : torch.uint8[1, 2, 1, 33]
+%30 = convert_element_type(%5, float32) : f32[1, 2, 1, 32]
+%31 = abs(%30) : f32[1, 2, 1, 32]
+%32 = amax(%31, [-1], True) : f32[1, 2, 1, 1]
+%33 = clamp_min(%32, 1e-12) : f32[1, 2, 1, 1]
+%34 = div(%33, 448.0) : f32[1, 2, 1, 1]
+%35 = view(%34, int32) : i32[1, 2, 1, 1]
+%36 = detach(%35) : i32[1, 2, 1, 1]
+%37 = add(%36, 8388607) : i32[1, 2, 1, 1]
+%38 = bitwise_right_shift(%37, 23) : i32[1, 2, 1, 1]
+%39 = clamp_max(%38, 254) : i32[1, 2, 1, 1]
+%40 = convert_element_type(%39, uint8) : torch.uint8[1, 2, 1, 1]
+%41 = convert_element_type(%40, int32) : i32[1, 2, 1, 1]
+%42 = mul(%41, 8388608) : i32[1, 2, 1, 1]
+%43 = clamp_min(%42, 4194304) : i32[1, 2, 1, 1]
+%44 = view(%43, float32) : f32[1, 2, 1, 1]
+%45 = detach(%44) : f32[1, 2, 1, 1]
+%46 = div(%30, %45) : f32[1, 2, 1, 32]
+%47 = clamp_min(%46, -448.0) : f32[1, 2, 1, 32]
+%48 = clamp_max(%47, 448.0) : f32[1, 2, 1, 32]
+%49 = convert_element_type(%48, float8_e4m3fn) : f8e4m3[1, 2, 1, 32]
+%50 = view(%49, uint8) : torch.uint8[1, 2, 1, 32]
+%51 = detach(%50) : torch.uint8[1, 2, 1, 32]
+%52 = cat([%51, %40], -1) : torch.uint8[1, 2, 1, 33]
+%53 = arange(1, device=cpu, pin_memory=False) : i64[1]
+%54 = add(%53, %2) : i64[1]
+%55 = add(%2, 1) : i64[]
+%56 = index_copy(%0, 2, %54, %29) : torch.uint8[1, 2, 16, 33]
+%57 = index_copy(%1, 2, %54, %52) : torch.uint8[1, 2, 16, 33]
+%58 = slice(%56, 3, 0, 32) : torch.uint8[1, 2, 16, 32]
+%59 = slice(%56, 3, 32, 33) : torch.uint8[1, 2, 16, 1]
+%60 = convert_element_type(%59, int32) : i32[1, 2, 16, 1]
+%61 = mul(%60, 8388608) : i32[1, 2, 16, 1]
+%62 = clamp_min(%61, 4194304) : i32[1, 2, 16, 1]
+%63 = view(%62, float32) : f32[1, 2, 16, 1]
+%64 = view(%58, float8_e4m3fn) : f8e4m3[1, 2, 16, 32]
+%65 = convert_element_type(%64, float32) : f32[1, 2, 16, 32]
+%66 = mul(%65, %63) : f32[1, 2, 16, 32]
+%67 = convert_element_type(%66, bfloat16) : bf16[1, 2, 16, 32]
+%68 = slice(%57, 3, 0, 32) : torch.uint8[1, 2, 16, 32]
+%69 = slice(%57, 3, 32, 33) : torch.uint8[1, 2, 16, 1]
+%70 = convert_element_type(%69, int32) : i32[1, 2, 16, 1]
+%71 = mul(%70, 8388608) : i32[1, 2, 16, 1]
+%72 = clamp_min(%71, 4194304) : i32[1, 2, 16, 1]
+%73 = view(%72, float32) : f32[1, 2, 16, 1]
+%74 = view(%68, float8_e4m3fn) : f8e4m3[1, 2, 16, 32]
+%75 = convert_element_type(%74, float32) : f32[1, 2, 16, 32]
+%76 = mul(%75, %73) : f32[1, 2, 16, 32]
+%77 = convert_element_type(%76, bfloat16) : bf16[1, 2, 16, 32]
+%78 = scaled_dot_product_attention(%3, %67, %77, %6, enable_gqa=True) : bf16[1, 4, 1, 32]
+return [%56, %57, %55, %78]""")
+
+    def test_a_calibrated_cache_on_xpu(self):
+        self.assertExpectedInline(_cached(True, "xpu"), """\
+%0 = placeholder : torch.uint8[1, 2, 16, 32]
+%1 = placeholder : torch.uint8[1, 2, 16, 32]
+%2 = placeholder : i64[]
+%3 = placeholder : f32[1]
+%4 = placeholder : f32[1]
+%5 = placeholder : bf16[1, 4, 1, 32]
+%6 = placeholder : bf16[1, 2, 1, 32]
+%7 = placeholder : bf16[1, 2, 1, 32]
+%8 = placeholder : b1[1, 1, 1, 16]
+%9 = convert_element_type(%6, float32) : f32[1, 2, 1, 32]
+%10 = view(%3, [1, -1, 1, 1]) : f32[1, 1, 1, 1]
+%11 = div(%9, %10) : f32[1, 2, 1, 32]
+%12 = clamp_min(%11, -448.0) : f32[1, 2, 1, 32]
+%13 = clamp_max(%12, 448.0) : f32[1, 2, 1, 32]
+%14 = convert_element_type(%13, float8_e4m3fn) : f8e4m3[1, 2, 1, 32]
+%15 = view(%14, uint8) : torch.uint8[1, 2, 1, 32]
+%16 = detach(%15) : torch.uint8[1, 2, 1, 32]
+%17 = convert_element_type(%7, float32) : f32[1, 2, 1, 32]
+%18 = view(%4, [1, -1, 1, 1]) : f32[1, 1, 1, 1]
+%19 = div(%17, %18) : f32[1, 2, 1, 32]
+%20 = clamp_min(%19, -448.0) : f32[1, 2, 1, 32]
+%21 = clamp_max(%20, 448.0) : f32[1, 2, 1, 32]
+%22 = convert_element_type(%21, float8_e4m3fn) : f8e4m3[1, 2, 1, 32]
+%23 = view(%22, uint8) : torch.uint8[1, 2, 1, 32]
+%24 = detach(%23) : torch.uint8[1, 2, 1, 32]
+%25 = arange(1, device=cpu, pin_memory=False) : i64[1]
+%26 = add(%25, %2) : i64[1]
+%27 = add(%2, 1) : i64[]
+%28 = index_copy(%0, 2, %26, %16) : torch.uint8[1, 2, 16, 32]
+%29 = index_copy(%1, 2, %26, %24) : torch.uint8[1, 2, 16, 32]
+%30 = reshape(%3, [1, -1, 1, 1]) : f32[1, 1, 1, 1]
+%31 = view(%28, float8_e4m3fn) : f8e4m3[1, 2, 16, 32]
+%32 = convert_element_type(%31, float32) : f32[1, 2, 16, 32]
+%33 = mul(%32, %30) : f32[1, 2, 16, 32]
+%34 = convert_element_type(%33, bfloat16) : bf16[1, 2, 16, 32]
+%35 = reshape(%4, [1, -1, 1, 1]) : f32[1, 1, 1, 1]
+%36 = view(%29, float8_e4m3fn) : f8e4m3[1, 2, 16, 32]
+%37 = convert_element_type(%36, float32) : f32[1, 2, 16, 32]
+%38 = mul(%37, %35) : f32[1, 2, 16, 32]
+%39 = convert_element_type(%38, bfloat16) : bf16[1, 2, 16, 32]
+%40 = scaled_dot_product_attention(%5, %34, %39, %8, enable_gqa=True) : bf16[1, 4, 1, 32]
+return [%28, %29, %27, %40]""")
 
     def test_llama_block_before_lowering(self):
         hidden, rotary = torch.zeros(1, 5, 128, dtype=torch.bfloat16), torch.zeros(1, 5, 32, dtype=torch.bfloat16)
