@@ -125,6 +125,10 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
 def explain(
     checkpoint: Checkpoint,
     target: Target = None,
+    cache: Annotated[
+        int | None,
+        typer.Option(help="With a static key-value cache for this many tokens; its attention is counted, too."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the picture of it, one self-contained page.")] = None,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also the weights; layers alike share a line.")
@@ -135,6 +139,9 @@ def explain(
 
     [dim]ctfp8 explain examples/models/moe --target cuda:sm90 --html moe.html[/]
     """
+    import torch
+
+    from .. import StaticCacheDecoder
     from .. import Target as Machine
     from .. import explain as explain_model
     from .loading import example, load
@@ -144,8 +151,12 @@ def explain(
     if html is not None:
         _check_place(html)
     model = load(checkpoint, _debug)
+    args, kwargs = example(model)
+    if cache is not None:
+        model, kwargs = StaticCacheDecoder(model, 1, cache), {}
+        args = (args[0][:, :1], torch.tensor(0))
     with err().status("tracing …"):
-        report = explain_model(model, *example(model), target=target)
+        report = explain_model(model, args, kwargs, target)
     if html is not None:
         report.to_html(html)
         err().print(f"wrote {html}")

@@ -138,6 +138,11 @@ class StaticCacheDecoder(nn.Module):
                 self.register_buffer(f"{name}_{i}", getattr(layer, name), persistent=False)
         self.eval()
 
+    @property
+    def config(self) -> Any:
+        """The model's: by it reports name what they are of."""
+        return self.model.config
+
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
         """Logits of all tokens given.
 

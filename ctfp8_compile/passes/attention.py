@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import CACHED, arguments, before, call, module_name, value
+from ..graph import CACHED, arguments, before, call, module_name, op_name, value
 from ..lowering import attention_gate
 from ..report import Entry
 from ..target import Target
@@ -47,9 +47,12 @@ class _Found:
     def entry(self) -> Entry:
         kernel = "" if self.reason else "fused attention"
         rule = "attention to an FP8 cache" if _stored(self.keys) else "attention to a cache"
-        sizes = value(_stored(self.keys) or self.keys).shape
-        shape = tuple(size if isinstance(size, int) else 0 for size in sizes)  # 0: any
-        return Entry(module_name(self.node), rule, kernel, self.reason, shape, (), "none")
+        keys, values = (value(_stored(node) or node) for node in (self.keys, self.values))
+        shape = tuple(size if isinstance(size, int) else 0 for size in keys.shape)  # 0: any
+        read = keys.nbytes + values.nbytes if all(shape) else 0
+        before, after = (op_name(self.node),), ("ctfp8.attention",) if kernel else ()
+        return Entry(module_name(self.node), rule, kernel, self.reason, shape, (), "none",
+                     before=before, after=after, cache_bytes=read)  # fmt: skip
 
 
 def attention(graph: fx.Graph, target: Target) -> list[Entry]:

@@ -1,7 +1,7 @@
 """The picture of a rewrite: one self-contained HTML page, a bar a layer, coloured by kernel; a layer opens to its weights.
 
-Layers that follow each other and hold the same weights, with the same outcome, are drawn once. `read` is what one decoded
-token reads: all bytes of a dense weight, and of stacked experts those of the experts it is routed to.
+Layers that hold the same weights and attention, with the same outcome, are drawn once, wherever they are. `read` is what one
+decoded token reads of weights: all bytes of a dense one, and of stacked experts those of the experts it is routed to.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import html
 import math
 import re
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -23,9 +22,9 @@ _KEPT = "#d98a1f"
 
 
 class _Row(NamedTuple):
-    """One layer, or several alike: `names` of the first and the last, and the entries of one."""
+    """One layer, or `alike` of them, by what `name` says; and the entries of one."""
 
-    names: tuple[str, str]
+    name: str
     alike: int
     entries: tuple[tuple[str, Entry], ...]
 
@@ -33,12 +32,11 @@ class _Row(NamedTuple):
 def page(report: Report) -> str:
     """The whole document."""
     entries = [*report.rewritten, *report.kept]
-    colours = {
-        kernel: _COLOURS[i % len(_COLOURS)]
-        for i, kernel in enumerate(dict.fromkeys(e.kernel for e in report.rewritten))
-    }
+    every = [*entries, *report.attention]
+    kernels = dict.fromkeys(e.kernel for e in every if e.kernel)
+    colours = {kernel: _COLOURS[i % len(_COLOURS)] for i, kernel in enumerate(kernels)}
     colours[""] = _KEPT
-    rows = list(_rows(entries))
+    rows = list(_rows(every))
     widest = max((sum(e.nbytes for _, e in row.entries) for row in rows), default=1)
     stored, plain = sum(e.nbytes for e in entries), sum(2 * math.prod(e.shape) for e in entries)
     read = sum(_read(report, e) for e in entries)
@@ -49,20 +47,23 @@ def page(report: Report) -> str:
         (_size(stored), f"stored ({stored / plain:.2f}× of bf16)" if plain else "stored"),
         (_size(read), "read a token"),
     ]
-    used = dict.fromkeys(e.kernel for e in entries)
+    if report.attention:
+        full = sum(e.cache_bytes for e in report.attention)
+        facts.append((str(len(report.attention)), f"attentions to a cache{f' of {_size(full)}' * bool(full)}"))
+    used = dict.fromkeys(e.kernel for e in every)
     return _PAGE.format(
         title=html.escape(f"{report.model} on {report.target}" if report.model else report.target),
         facts="".join(f"<div><b>{html.escape(n)}</b>{html.escape(what)}</div>" for n, what in facts),
         legend="".join(
-            f'<span><i style="background:{colours[k]}"></i>{html.escape(k or "dequantized, then the plain operation")}</span>'
+            f'<span><i style="background:{colours[k]}"></i>{html.escape(k or "the plain operation, on what is dequantized")}</span>'
             for k in used
         ),
-        rows="".join(_layer(report, row, colours, widest) for row in rows),
+        rows="".join(_layer(report, row, colours, widest, stored) for row in rows),
     )
 
 
 def _rows(entries: Sequence[Entry]) -> Iterable[_Row]:
-    """Layers in their numeric order, alike ones together; weights outside any layer come last, each by itself."""
+    """Layers in their numeric order, alike ones at the place of the first; what is outside any layer comes last."""
     layers: dict[tuple[str, int], list[tuple[str, Entry]]] = {}
     outside: list[_Row] = []
     for entry in entries:
@@ -70,18 +71,27 @@ def _rows(entries: Sequence[Entry]) -> Iterable[_Row]:
         if match:
             layers.setdefault((match[1], int(match[2])), []).append((match[3], entry))
         else:
-            outside.append(_Row((entry.name, entry.name), 1, ((entry.name, entry),)))
-    ordered = [(key, tuple(sorted(layers[key], key=lambda part: part[0]))) for key in sorted(layers)]
-
-    def look(item: tuple[tuple[str, int], tuple[tuple[str, Entry], ...]]) -> object:
-        (prefix, _), parts = item
-        return prefix, [(n, e.shape, e.block, e.activation, e.kernel, e.reason, e.after) for n, e in parts]
-
-    for _, group in groupby(ordered, key=look):
-        alike = list(group)
-        first, last = (f"{prefix}.{number}" for prefix, number in (alike[0][0], alike[-1][0]))
-        yield _Row((first, last), len(alike), alike[0][1])
+            outside.append(_Row(entry.name, 1, ((entry.name, entry),)))
+    alike: dict[object, tuple[list[int], tuple[tuple[str, Entry], ...]]] = {}
+    for prefix, number in sorted(layers):
+        parts = tuple(sorted(layers[prefix, number], key=lambda part: part[0]))
+        look = prefix, tuple((n, e.shape, e.block, e.activation, e.kernel, e.reason, e.after) for n, e in parts)
+        alike.setdefault(look, ([], parts))[0].append(number)
+    for (prefix, _), (numbers, parts) in alike.items():  # type: ignore[misc]
+        yield _Row(f"{prefix}.{_ranges(numbers)}", len(numbers), parts)
     yield from outside
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0 … 6, 8, 10 … 79`; beyond a few of them only the first and the last."""
+    ends: list[list[int]] = []
+    for number in numbers:
+        if ends and ends[-1][1] == number - 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    texts = [str(a) if a == b else f"{a} … {b}" for a, b in ends]
+    return ", ".join(texts if len(texts) <= 4 else [*texts[:2], "…", texts[-1]])
 
 
 def _read(report: Report, entry: Entry) -> int:
@@ -91,44 +101,54 @@ def _read(report: Report, entry: Entry) -> int:
     return round(entry.nbytes * share)
 
 
-def _layer(report: Report, row: _Row, colours: dict[str, str], widest: int) -> str:
+def _layer(report: Report, row: _Row, colours: dict[str, str], widest: int, stored: int) -> str:
     total = sum(e.nbytes for _, e in row.entries)
     bar = "".join(
         f'<i style="width:{100 * e.nbytes / widest:.3f}%;background:{colours[e.kernel]}"'
         f' title="{html.escape(n, True)}: {_size(e.nbytes)}"></i>'
         for n, e in sorted(row.entries, key=lambda part: (part[1].kernel, part[0]))
+        if e.nbytes
     )
-    first, last = row.names
-    name = first if row.alike == 1 else f"{first} … {last.rpartition('.')[2]}"
-    kept = sum(not e.kernel for _, e in row.entries)
+    kept = sum(not e.kernel and bool(e.block) for _, e in row.entries)
     note = f"<em>{kept} dequantized</em>" if kept else ""
     times = f"<small>{row.alike} alike</small>" if row.alike > 1 else ""
-    weights = "".join(_weight(report, n, e, colours) for n, e in row.entries)
+    weights = "".join(_weight(report, n, e, colours, row.alike, stored) for n, e in row.entries)
     return (
-        f'<details class="layer"><summary><span class="name">{html.escape(name)} {times}</span>'
+        f'<details class="layer"><summary><span class="name">{html.escape(row.name)} {times}</span>'
         f'<span class="bar">{bar}</span><span class="size">{_size(total)}</span>'
         f'<span class="size">{_size(sum(_read(report, e) for _, e in row.entries))}</span>'
         f'<span class="note">{note}</span></summary><div class="weights">{weights}</div></details>\n'
     )
 
 
-def _weight(report: Report, name: str, e: Entry, colours: dict[str, str]) -> str:
-    block = " × ".join(str(b) if b else "all" for b in e.block)
-    facts = f"{'×'.join(map(str, e.shape))}, scales per {block}, activations {e.activation}, {_size(e.nbytes)}"
-    if _read(report, e) != e.nbytes:
-        facts += f", {_size(_read(report, e))} a token"
-    weight = "weight (float8)"
-    before = _steps((weight, *e.before), "")
+def _weight(report: Report, name: str, e: Entry, colours: dict[str, str], alike: int, stored: int) -> str:
+    shape = "×".join(str(size or "any") for size in e.shape)
+    if e.block:
+        block = " × ".join(str(b) if b else "all" for b in e.block)
+        facts, what = f"{shape}, scales per {block}, activations {e.activation}", "weight (float8)"
+        cost = _cost(e.nbytes, alike, stored)
+        if _read(report, e) != e.nbytes:
+            cost += f", {_size(_read(report, e))} a token"
+    else:
+        facts, what = f"{e.rule}: keys {shape}", "keys, values"
+        cost = _cost(e.cache_bytes, alike, 0) + " of cache" if e.cache_bytes else ""
     if e.kernel:
-        after = _steps(("input", *(e.after or (e.kernel,))), colours[e.kernel], weight)
+        after = _steps(("input", *(e.after or (e.kernel,))), colours[e.kernel], what)
         outcome = f'<span class="kernel" style="color:{colours[e.kernel]}">{html.escape(e.kernel)}</span>'
     else:
-        after = _steps((weight, "× weight_scale", *e.before[1:]), _KEPT)
+        after = _steps((what, "× scale", *e.before[1:]), _KEPT)
         outcome = f'<span class="why">{html.escape(e.reason)}</span>'
     return (
-        f'<div class="weight"><div><b>{html.escape(name)}</b> {outcome}<small>{html.escape(facts)}</small></div>'
-        f'<div class="steps"><label>before</label>{before}<label>after</label>{after}</div></div>'
+        f'<div class="weight"><div><b>{html.escape(name)}</b> <span class="cost">{html.escape(cost)}</span>{outcome}'
+        f"<small>{html.escape(facts)}</small></div>"
+        f'<div class="steps"><label>before</label>{_steps((what, *e.before), "")}<label>after</label>{after}</div></div>'
     )
+
+
+def _cost(nbytes: int, alike: int, stored: int) -> str:
+    """`4.19 MB (0.31 %), 335 MB (25 %) in 80 layers`: shares are of what is stored of FP8 weights."""
+    one, every = (_size(n) + (f" ({100 * n / stored:.2g} %)" if stored else "") for n in (nbytes, nbytes * alike))
+    return one if alike == 1 else f"{one}, {every} in {alike} layers"
 
 
 def _steps(names: Sequence[str], colour: str, second: str = "") -> str:
@@ -184,6 +204,7 @@ small {{ color: var(--soft); }}
 .weights {{ padding: .3rem 0 .8rem 1rem; }}
 .weight {{ display: grid; grid-template-columns: minmax(0, 22rem) minmax(0, 1fr); gap: .4rem 1.2rem; padding: .5rem 0;
            border-bottom: 1px dotted var(--line); }}
+.cost {{ font-variant-numeric: tabular-nums; }}
 .kernel, .why {{ display: block; font-size: .85rem; }}
 .why {{ color: {kept}; }}
 .steps {{ display: grid; grid-template-columns: 3.2rem minmax(0, 1fr); gap: .25rem; align-items: baseline; }}

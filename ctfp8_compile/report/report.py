@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Entry:
-    """One FP8 parameter.
+    """One FP8 parameter, or one attention to a key-value cache.
 
     Attributes:
         name: the model's name of the parameter.
@@ -34,6 +34,7 @@ class Entry:
             where nothing was.
         declined: why kernels that come before this one for its target declined.
         part: where a model is spread over processes, which part of the weight this one has, and what a cut block costs.
+        cache_bytes: of the keys and values that an attention reads of a full cache; 0 where their number is any.
     """
 
     name: str
@@ -48,10 +49,13 @@ class Entry:
     after: tuple[str, ...] = ()
     declined: str = ""
     part: str = ""
+    cache_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the FP8 weight and its float32 scales."""
+        """Bytes of the FP8 weight and its float32 scales; an attention has none."""
+        if not self.block:
+            return 0
         *experts, rows, cols = self.shape
         row_blocks, col_blocks = (-(-n // b) if b else 1 for n, b in zip((rows, cols), self.block, strict=True))
         return math.prod(experts) * (rows * cols + 4 * row_blocks * col_blocks)
@@ -87,13 +91,13 @@ class Report:
         return "; ".join(parts)
 
     def __str__(self) -> str:
-        """The summary, then a line a weight; weights whose names differ by numbers only, and which fared alike, share one.
+        """The summary, then a line a weight and an attention; what fared alike, and differs in name by numbers only, shares one.
 
         Then why kernels that come before those chosen declined.
         """
         alike: Counter[tuple[str, str, str]] = Counter()
-        for e in (*self.rewritten, *self.kept):
-            what = f"{e.rule} → {e.kernel}" if e.kernel else f"dequantized: {e.reason}"
+        for e in (*self.rewritten, *self.kept, *self.attention):
+            what = f"{e.rule} → {e.kernel or e.reason}" if e.kernel or not e.block else f"dequantized: {e.reason}"
             what += f" [{e.part}]" * bool(e.part)
             alike[_NUMBER.sub("*", e.name), "×".join(map(str, e.shape)), what] += 1
         widths = [max((len(line[i]) for line in alike), default=0) for i in (0, 1)]

@@ -165,6 +165,12 @@ def test_explain_says_the_summary_and_folds_layers_when_asked_for_more():
     assert lines[8].startswith("   35 × not taken by a kernel that comes before: oneDNN")
 
 
+def test_explain_counts_attention_to_a_cache():
+    arguments = ("explain", SHIPPED / "llama", "--cache", 64, "-v")
+    assert "5 × model.model.layers.*.self_attn " in ctfp8_command(*arguments).stdout
+    assert "; 5 attention to a cache → fused attention\n" in ctfp8_command(*arguments[:-1]).stdout
+
+
 def test_more_tokens_than_the_model_has_positions(tmp_path):
     shutil.copytree(SHIPPED / "llama", tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
