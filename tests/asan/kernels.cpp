@@ -195,21 +195,24 @@ bool attend(const Kernels& kernels, Stored stored, bool scaled, int64_t rows, in
                           length,
                           rows,
                           queries,
+                          0.5f,
                           masks.data()};
   kernels.attention(problem, blocks.data(), static_cast<int64_t>(blocks.size()), out.data(), most.data(), sum.data());
+  // weights of the softmax are rounded where queries are bfloat16; numbers are below 4
+  const double allowed = kernels.item == 2 ? 1e-2 : 8e-4;
   bool right = true;
   for (int64_t r = 0; r < rows; ++r) {
     double total = 0;
     std::vector<double> expected(width);
     for (int64_t j = blocks[0] * kTokens; j < length; ++j) {
       double score = mask[j];
-      for (int64_t c = 0; c < width; ++c) score += exact[j * width + c] * queries[r * ldq + c];
+      for (int64_t c = 0; c < width; ++c) score += exact[j * width + c] * queries[r * ldq + c] * 0.5;
       const double weight = mask[j] == 0 ? std::exp(score - most[r]) : 0;
       total += weight;
       for (int64_t c = 0; c < width; ++c) expected[c] += weight * exact[(length + j) * width + c];
     }
     right = right && std::fabs(total - sum[r]) <= 1e-4 * total;
-    for (int64_t c = 0; c < width; ++c) right = right && std::fabs(expected[c] - out[r * ldq + c]) <= 1e-4 * (total * 8 + 1);
+    for (int64_t c = 0; c < width; ++c) right = right && std::fabs(expected[c] - out[r * ldq + c]) <= allowed * total + 1e-4;
   }
   return right;
 }
@@ -219,9 +222,10 @@ long cases = 0;
 bool attention(const Kernels& kernels) {
   for (int64_t rows : {1, 3, 15, 64}) {
     for (int64_t length : {1, 63, 65, 200}) {
-      for (int64_t width : {1, 8, 15, 33, 80}) {
+      for (int64_t width : {1, 8, 15, 33, 80, 300}) {
         for (const auto& [stored, scaled] : {std::pair{Stored::f32, false}, std::pair{Stored::bf16, false},
                                              std::pair{Stored::codes, false}, std::pair{Stored::codes, true}}) {
+          if (stored == Stored::f32 && kernels.item == 2) continue;
           ++cases;
           if (attend(kernels, stored, scaled, rows, length, width)) continue;
           std::printf("wrong: %s, attention, stored %d, rows %ld, length %ld, width %ld\n", kernels.name, int(stored), long(rows),

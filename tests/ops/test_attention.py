@@ -59,7 +59,9 @@ def check(
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
     expected = scores.softmax(-1).nan_to_num() @ wide_v.repeat_interleave(group, 1)
-    allowed = ROUNDING[q.dtype] * (expected.abs() + wide_v.abs().amax() / (1 if theirs else 16))
+    # the softmax's weights, bfloat16 there, are off by half a step
+    rounded = q.dtype == BF16 and torch.ops.ctfp8_cpu.isa().startswith("avx512-bf16")
+    allowed = ROUNDING[q.dtype] * (expected.abs() + wide_v.abs().amax() / (1 if theirs else 2 if rounded else 16))
     assert ((out.double() - expected).abs() <= allowed).all()
     return out
 

@@ -102,6 +102,37 @@ struct Avx512Bf16 {
       std::memcpy(to + 32 + lane * 8, from + lane * 16 + 8, 16);
     }
   }
+
+  // For attention: 64 bfloat16s in order, n of them if that is less; the values of two tokens side by side, and what they are
+  // multiplied with.
+  using Pair = __m512i;
+  static Chunk halves(const uint16_t* p, int64_t n) {
+    const uint64_t mask = n < step ? (1ull << n) - 1 : ~0ull;
+    return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>(mask), p),
+            _mm512_maskz_loadu_epi16(static_cast<__mmask32>(mask >> 32), p + 32)};
+  }
+  static Chunk zeros() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+  static void pairs(const Chunk& one, const Chunk& two, Pair* to) {
+    to[0] = _mm512_unpacklo_epi16(one.first, two.first), to[1] = _mm512_unpackhi_epi16(one.first, two.first);
+    to[2] = _mm512_unpacklo_epi16(one.second, two.second), to[3] = _mm512_unpackhi_epi16(one.second, two.second);
+  }
+  static Pair repeat(const uint16_t* p) {
+    int32_t both;
+    std::memcpy(&both, p, 4);
+    return _mm512_set1_epi32(both);
+  }
+  static Acc load_sum(const float* p) { return _mm512_loadu_ps(p); }
+  static void store_sum(float* p, Acc sum) { _mm512_storeu_ps(p, sum); }
+  // 64 sums in the order of `pairs` of decoded codes, or of `halves`, brought into the order of columns.
+  static void in_order(float* sums, bool codes) {
+    float from[64];
+    std::memcpy(from, sums, sizeof(from));
+    for (int i = 0; i < 4; ++i)
+      for (int lane = 0; lane < 4; ++lane) {
+        const int column = codes ? 16 * lane + 4 * i : 32 * (i / 2) + 8 * lane + 4 * (i % 2);
+        std::memcpy(sums + column, from + 16 * i + 4 * lane, 16);
+      }
+  }
   static void round_f16(const float*, const float*, int64_t, uint16_t*) {}  // activations, hence outputs, are bfloat16
 };
 
@@ -116,7 +147,7 @@ void set_brgemm(Brgemm function) { brgemm = function; }
 const Kernels* avx512_bf16() {
   using V = Avx512Bf16;
   static const Kernels kernels = {"avx512-bf16",   2,         kPanelCols, panel_bytes<V>, panel_prepare<V>,
-                                  panel_matmul<V>, finish<V>, nullptr,    nullptr};
+                                  panel_matmul<V>, finish<V>, nullptr,    attention<V>};
   const bool here = avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
   return here ? &kernels : nullptr;
 }

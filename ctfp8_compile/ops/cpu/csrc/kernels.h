@@ -47,16 +47,17 @@ struct Tokens {
 constexpr int64_t kTokens = 64;   // a block: it is read whole or not at all
 constexpr int64_t kQueries = 64;  // at most
 
-// Columns from one row of prepared queries, or of results, to the next: whole chunks of all instruction sets.
-inline int64_t query_stride(int64_t width) { return (width + 15) / 16 * 16; }
+// Columns from one row of queries, or of results, to the next: whole chunks of all instruction sets.
+inline int64_t query_stride(int64_t width) { return (width + 63) / 64 * 64; }
 
-// The attention of `rows` queries to `length` tokens of one head. Queries are float32, multiplied with the softmax's scale and
-// padded with zeros; `mask` has a pointer to `length` summands for each of them, or is null.
+// The attention of `rows` queries to `length` tokens of one head. Queries are float32, padded with zeros, and their products
+// with keys are multiplied with `scale`; `mask` has a pointer to `length` summands for each of them, or is null.
 struct Attention {
   Stored stored;
   Tokens keys, values;
   int64_t length, rows;
   const float* queries;
+  float scale;
   const float* const* mask;
 };
 
@@ -88,9 +89,9 @@ struct Kernels {
 const Kernels* portable();
 const Kernels* avx2();
 const Kernels* avx512();
-const Kernels* avx512_bf16();  // bfloat16 activations only; no dequantize, no attention
+const Kernels* avx512_bf16();  // bfloat16 activations only, in attention bfloat16 queries; no dequantize
 const Kernels* neon();
-const Kernels* neon_bf16();  // likewise
+const Kernels* neon_bf16();  // bfloat16 activations only; no dequantize, no attention
 
 // Best first. One for bfloat16 only has others behind it.
 constexpr const Kernels* (*kAll[])() = {avx512_bf16, avx512, avx2, neon_bf16, neon, portable};

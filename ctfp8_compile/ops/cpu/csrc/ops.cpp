@@ -582,7 +582,7 @@ Tensor attention(const Tensor& query, const Tensor& keys, const Tensor& values, 
   {
     const Tensor wide = at::from_blob(queries, {batch, query.size(1), tokens, ldq}, at::kFloat);
     wide.narrow(3, width, ldq - width).zero_();
-    wide.narrow(3, 0, width).copy_(query).mul_(scale);
+    wide.narrow(3, 0, width).copy_(query);
   }
   // A thread takes one head of one sequence, or, where those are few, a part of its blocks.
   constexpr int64_t kSplit = 8;
@@ -590,7 +590,7 @@ Tensor attention(const Tensor& query, const Tensor& keys, const Tensor& values, 
   const int64_t splits = std::clamp<int64_t>(std::min(wanted, most_blocks / kSplit), 1, 64);
   const int64_t size = rows * (ldo + 2);
   float* partial = static_cast<float*>(partial_buffer.get(batch * heads * splits * size * 4));
-  const Kernels& kernels = *selection().others;
+  const Kernels& kernels = *(dtype == Dtype::bf16 && selection().bf16->attention ? selection().bf16 : selection().others);
   share(batch * heads * splits, rows * most_blocks / splits * kTokens * 2 * width, [&](int64_t item) {
     const int64_t b = item / splits / heads, h = item / splits % heads, part = item % splits;
     const int64_t count = static_cast<int64_t>(blocks[b].size()), from = count * part / splits, to = count * (part + 1) / splits;
@@ -601,8 +601,14 @@ Tensor attention(const Tensor& query, const Tensor& keys, const Tensor& values, 
                         (((added->size(0) == 1 ? 0 : b) * added->size(1) + head) * added->size(2) + token) * length;
     }
     float* at = partial + item * size;
-    const Attention problem{
-        k.kind, k.of(b, h), v.of(b, h), length, rows, queries + (b * heads + h) * rows * ldq, added ? rows_of_mask : nullptr};
+    const Attention problem{k.kind,
+                            k.of(b, h),
+                            v.of(b, h),
+                            length,
+                            rows,
+                            queries + (b * heads + h) * rows * ldq,
+                            static_cast<float>(scale),
+                            added ? rows_of_mask : nullptr};
     kernels.attention(problem, blocks[b].data() + from, to - from, at, at + rows * ldo, at + rows * (ldo + 1));
   });
   char* to = static_cast<char*>(out.mutable_data_ptr());
