@@ -2,7 +2,8 @@
 
 A token is packed into bytes before the layer stores it, and what the layer gives back is marked to be read as numbers. So static,
 sliding and growing layers, `reset`, `crop` and the reordering of beams are transformers'. A model attends to what was rounded,
-the new tokens too, as it did when scales were calibrated.
+the new tokens too, as it did when scales were calibrated. With latent attention (DeepSeek) the tokens are what transformers
+caches of it: the latent, and the part of a key that has a position, each with a scale of its own.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def keep_fp8(model: Any, layers: list[Any]) -> None:
         UsageError: a layer keeps something else than keys and values, or the file has scales for some layers only.
     """
     other = sorted({type(layer).__name__ for layer in layers if type(layer) not in _KINDS})
-    if other or getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None:
+    if other:
         raise UsageError(
-            f"the cache of {type(model).__name__} holds more than keys and values ({', '.join(other) or 'latent attention'}), "
-            "which is not kept in FP8. Make it with dtype='bf16'."
+            f"the cache of {type(model).__name__} holds more than keys and values ({', '.join(other)}), which is not kept in "
+            "FP8. Make it with dtype='bf16'."
         )
     scales = _scales(model)
     for i, layer in enumerate(layers):
@@ -68,7 +69,9 @@ def keep_fp8(model: Any, layers: list[Any]) -> None:
 
 
 def _scales(model: Any) -> Mapping[tuple[int, str], Tensor]:
-    """The checkpoint's scales, by layer and `k` or `v`."""
+    """The checkpoint's scales, by layer and `k` or `v`; they are of heads, which a latent cache has not."""
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None:
+        return {}
     kept = getattr(getattr(model, "hf_quantizer", None), "cache_scales", {})
     return {(int(m[1]), m[2]): scale for name, scale in kept.items() if (m := _SCALE.search(name))}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from conftest import DATA, relative_error
+from conftest import DATA, fp8_config, quantize, relative_error
 from safetensors.torch import load_file
 from support.fresh import continue_fresh
 from torch import Tensor
@@ -149,12 +150,75 @@ def test_cropping(calibrated) -> None:
     assert torch.equal(got, want)
 
 
-def test_latent_attention_keeps_its_own_cache() -> None:
-    config = AutoConfig.for_model("deepseek_v3", num_hidden_layers=1, hidden_size=64, n_routed_experts=4, intermediate_size=64,
-                                  moe_intermediate_size=32, vocab_size=64, n_group=1, topk_group=1, num_experts_per_tok=2)  # fmt: skip
+#: Two layers each: with a window of 6, and without one; with a softcap, which is no scaled-dot-product attention; with latents.
+KINDS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "head_dim": 16, "query_pre_attn_scalar": 16,
+               "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {"sliding_window": 6, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "deepseek_v3": {"first_k_dense_replace": 2, "q_lora_rank": 48, "kv_lora_rank": 40, "qk_rope_head_dim": 16,
+                    "qk_nope_head_dim": 24, "v_head_dim": 32, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+def small(kind: str) -> Any:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+    }
+    config = AutoConfig.for_model(kind, **{"num_key_value_heads": 2, **sizes, **KINDS[kind]})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = dict(model.state_dict())
+    for name in _weights(model):
+        if name != "lm_head.weight":
+            state[name], state[name + "_scale"] = quantize(state[name])
+    return ctfp8.load_state_dict(model, state, fp8_config(ignore=["lm_head"]))
+
+
+def padded_steps(model, call, cache, ids: Tensor, sizes: tuple[int, ...], padding: int) -> Tensor:
+    """As `steps`, the second text padded on its left, which its logits leave out."""
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    out, done = [], 0
+    for n in sizes:
+        inputs = {"input_ids": ids[:, done : done + n], "attention_mask": mask[:, : done + n]}
+        with torch.no_grad():
+            out.append(call(**inputs, use_cache=True, **{cache_argument(model): cache}).logits)
+        done += n
+    logits = torch.cat(out, 1)
+    return torch.cat([logits[0], logits[1, padding:]])
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=pytest.mark.long)])
+def test_windows_and_latents_with_padding(kind: str, way: str) -> None:
+    """Against float64 arithmetic, past the end of the window, two texts one after the other in one cache."""
+    model = small(kind)
+    ids, sizes = ids_for(model, 2), (7, 1, 1, 1)
+    padding = 0 if kind == "gemma2" else 2  # its eager attention gives NaN for what sees nothing, in float64
+    call = model if way == "eager" else torch.compile(model, backend="ctfp8", fullgraph=True)
+    for dtype, cls in (("bf16", DynamicCache), ("fp8", Rounding)):
+        want = padded_steps(model, float64(model), cls(config=model.config), ids, sizes, padding)
+        cache = ctfp8.static_cache(model, 2, 40, dtype=dtype)
+        for _ in range(2):
+            assert relative_error(padded_steps(model, call, cache, ids, sizes, padding).double(), want) < 1e-3
+            cache.reset()
+        assert {layer.keys.dtype for layer in cache.layers} == {torch.uint8 if dtype == "fp8" else torch.float32}
+        torch._dynamo.reset()
+
+
+def test_what_is_no_keys_and_values_is_not_fp8() -> None:
+    config = AutoConfig.for_model(
+        "qwen3_next", num_hidden_layers=2, hidden_size=64, intermediate_size=64, vocab_size=64, num_experts=0,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ctfp8.UsageError, match="holds more than keys and values"):
+    with pytest.raises(ctfp8.UsageError, match=r"holds more than keys and values \(LinearAttentionLayer\)"):
         ctfp8.static_cache(model, 1, 16, dtype="fp8")
 
 
