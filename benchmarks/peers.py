@@ -184,7 +184,7 @@ def compare(layers: int, rounds: int, ways: list[str]) -> dict[str, list[dict[st
         for turn in range(rounds):
             for way in ways:
                 print(f"{way}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-                caches = folder / f"caches {turn} {way}"
+                caches = folder / f"caches-{turn}-{ways.index(way)}"  # g++ takes no spaces
                 before = run(way, folder, caches, whole=False) if way in COMPILED else None
                 found = run(way, folder, caches, whole=True)
                 cold = {} if before is None else {"cold": before["first"]}
