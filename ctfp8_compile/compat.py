@@ -56,6 +56,8 @@ PRIVATE = {
     "enable_python_dispatcher": ("torch._dispatch.python.enable_python_dispatcher", "2.11 2.13 2.14"),
     "dispatch_functionalize": ("torch._subclasses.functional_tensor.dispatch_functionalize", "2.11 2.13 2.14"),
     "DisableTorchFunctionSubclass": ("torch._C.DisableTorchFunctionSubclass", "2.11 2.13 2.14"),
+    "HigherOrderOperator": ("torch._ops.HigherOrderOperator", "2.11 2.13 2.14"),
+    "invoke_subgraph": ("torch._higher_order_ops.invoke_subgraph.invoke_subgraph", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
 }
 RECOMPILE_LOGGER = (

@@ -2,7 +2,20 @@
 
 from .nodes import arguments, before, call, fake_value, sizes, value
 from .text import format_graph, op_name
-from .weight import CACHED, MARKER, Weight, is_marker, is_plumbing, is_view, module_name, parameter_name, trace_weight
+from .weight import (
+    CACHED,
+    MARKER,
+    Weight,
+    is_marker,
+    is_plumbing,
+    is_traced_marker,
+    is_view,
+    module_name,
+    module_path,
+    name_by_source,
+    parameter_name,
+    trace_weight,
+)
 
 __all__ = [
     "CACHED",
@@ -15,8 +28,11 @@ __all__ = [
     "format_graph",
     "is_marker",
     "is_plumbing",
+    "is_traced_marker",
     "is_view",
     "module_name",
+    "module_path",
+    "name_by_source",
     "op_name",
     "parameter_name",
     "sizes",

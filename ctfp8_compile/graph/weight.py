@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +45,11 @@ class Weight:
 
 def is_marker(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is MARKER
+
+
+def is_traced_marker(node: Any) -> bool:
+    """Whether a node is a marker in a graph of dynamo's, which has operators as they were called."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in (MARKER, MARKER.overloadpacket)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -146,10 +152,30 @@ def parameter_name(marker: fx.Node) -> str:
     return source.name if isinstance(source, fx.Node) else str(source)
 
 
+def name_by_source(marker: fx.Node, traced: str) -> None:
+    """Says in a marker of dynamo's graph which parameter it dequantizes, where dynamo read the parameter past its modules.
+
+    Args:
+        traced: the attribute of a module under which it was found, by name (`model.parametrization.TRACED`).
+    """
+    source = getattr(arguments(marker)[0], "_dynamo_source", None)
+    owner, found, rest = (source.name if source is not None else "").partition(f".{traced}['")
+    if found:
+        stack = marker.meta.get("nn_module_stack") or {}
+        path = f"{owner}.parametrizations.{rest.partition(chr(39))[0]}"
+        marker.meta["nn_module_stack"] = {**stack, path: (path, torch.nn.Module)}
+
+
 def module_name(node: fx.Node) -> str:
     """The model's name of the module in whose forward a node was traced; the node's own name where that is not known."""
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return ".".join(_steps(f".{paths[-1]}")) if paths else node.name
+
+
+def module_path(node: fx.Node) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The modules in whose forwards a node was traced, outermost first: the name of the class, and the steps to the module."""
+    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+        yield getattr(kind, "__qualname__", str(kind)), tuple(_steps(f".{path}"))
 
 
 def _steps(path: str) -> list[str]:

@@ -16,10 +16,12 @@ from torch import Tensor, fx
 from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, compile_fx, small_loops_alone
 from ..errors import TargetError, UsageError
-from ..graph import MARKER, fake_value
+from ..graph import fake_value, is_traced_marker, name_by_source
+from ..model.parametrization import TRACED
 from ..model.storage import detach_from_mmap, some_loaded
-from ..passes import scales, side_by_side
+from ..passes import regions, scales, side_by_side
 from ..passes.collectives import WAYS
+from ..passes.regions import Regions
 from ..report import Report
 from ..target import Target
 from . import weight_only
@@ -28,7 +30,7 @@ from .packed import Adjacent
 
 log = logging.getLogger("ctfp8_compile")
 
-OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.join", "ctfp8.collectives")
+OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.join", "ctfp8.collectives", "ctfp8.regions")
 
 
 def backend(
@@ -45,15 +47,16 @@ def backend(
             FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"`, `"scaled_mm"` or `"triton"`.
             `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs. `ctfp8.collectives`, of a model on
             several processes: `"codes"` lets FP8 codes travel in all-gathers, `"tokens"` also spreads norms over the ranks.
+            `ctfp8.regions`: whether layers that repeat are compiled once; default: on CPU.
 
     Raises:
         UsageError: the graph needs gradients, or an option is unknown.
         TargetError: the target is not the device the weights are on.
     """
     ours, theirs = _split_options(options)
-    marked = [
-        node for node in gm.graph.nodes if node.op == "call_function" and node.target in (MARKER, MARKER.overloadpacket)
-    ]
+    marked = [node for node in gm.graph.nodes if is_traced_marker(node)]
+    for marker in marked:
+        name_by_source(marker, TRACED)
     if not marked:
         if not some_loaded():  # else a piece, after a graph break
             _warn_no_fp8()
@@ -86,17 +89,51 @@ def backend(
         if any(node is one.sources[0] for one in laid_out):
             inputs[place] = fake_value(node)
     groups = side_by_side.groups(gm.graph)
-    gm.recompile()
+    repeated = (
+        _regions(gm, ours.get("ctfp8.regions", target.device == "cpu"), collectives, config) if marked else Regions()
+    )
     before = len(_reports)
-    compiled = compile_fx(gm, inputs, config_patches=config)
+    compiled, repeated = _compile(gm, inputs, config, repeated)
     if marked and len(_reports) == before:
         log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", len(marked), target)
+    elif len(_reports) > before:
+        _reports[before:] = [repeated.report(_reports[before:])]
+        log.info("%s", _reports[-1].summary())
     if laid_out:
         compiled = WithLaidOut(compiled, gm.graph, laid_out)
     if groups:
         compiled = Adjacent(compiled, gm.graph, groups)
     # outermost: what lies side by side in a file must not be taken for moved, and then leave it one by one
     return _detaching_first(compiled) if marked and target.device == "cpu" else compiled
+
+
+def _regions(gm: fx.GraphModule, wanted: bool, collectives: str, config: dict[str, Any]) -> Regions:
+    """Makes regions of a graph's repeated layers, where they are wanted and everything that was asked for works with them."""
+    if not wanted:
+        return Regions()
+    for other in ("cpp_wrapper", "freezing"):
+        if config.get(other, getattr(torch._inductor.config, other)):
+            return Regions(f"layers compiled one by one, as {other} asks for")
+    if collectives == "tokens":
+        return Regions("layers compiled one by one, as norms spread over ranks ask for")
+    return regions.declare(gm)
+
+
+def _compile(
+    gm: fx.GraphModule, inputs: list[Any], config: dict[str, Any], repeated: Regions
+) -> tuple[Callable[..., Any], Regions]:
+    gm.recompile()
+    if not repeated.names:
+        return compile_fx(gm, inputs, config_patches=config), repeated
+    before = len(_reports)
+    try:
+        return compile_fx(gm, inputs, config_patches=config), repeated
+    except Exception as error:  # whatever torch does not take of a region: the graph is compiled as without
+        log.warning("repeated layers are compiled one by one; as regions they could not be: %s", error)
+        del _reports[before:]
+        regions.inline(gm)
+        said = f"layers compiled one by one: {type(error).__name__} as regions"
+        return compile_fx(gm, inputs, config_patches=config), Regions(said)
 
 
 def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,7 +167,6 @@ class Fp8Pass(CustomGraphPass):
         weight_only.inline(graph)
         if report.rewritten or report.kept or report.attention:
             _reports.append(report)
-            log.info("%s", report.summary())
 
     def uuid(self) -> Any:
         theirs = []

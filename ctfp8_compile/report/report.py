@@ -69,6 +69,7 @@ class Report:
         experts_per_token: how many experts of each layer one token reads, where the model's config says so.
         attention: each attention to a key-value cache, by its module's name; `shape` is that of its keys.
         model: what the model is called, where that is known; the picture's title.
+        layers: how a compiled graph's repeated layers were compiled; empty where none repeats.
     """
 
     target: str
@@ -77,6 +78,7 @@ class Report:
     experts_per_token: int | None = None
     model: str = ""
     attention: tuple[Entry, ...] = ()
+    layers: str = ""
 
     def summary(self) -> str:
         """One line: how many weights run on which kernel, how many stayed dequantized, and why."""
@@ -88,7 +90,7 @@ class Report:
             parts.append(f"{n} dequantized in the graph ({reason})")
         for (rule, outcome), n in Counter((e.rule, e.kernel or e.reason) for e in self.attention).most_common():
             parts.append(f"{n} {rule} → {outcome}")
-        return "; ".join(parts)
+        return "; ".join([*parts, self.layers] if self.layers else parts)
 
     def __str__(self) -> str:
         """The summary, then a line a weight and an attention; what fared alike, and differs in name by numbers only, shares one.
