@@ -47,7 +47,7 @@ def backend(
             FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"`, `"scaled_mm"` or `"triton"`.
             `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs. `ctfp8.collectives`, of a model on
             several processes: `"codes"` lets FP8 codes travel in all-gathers, `"tokens"` also spreads norms over the ranks.
-            `ctfp8.regions`: whether layers that repeat are compiled once; default: on CPU.
+            `ctfp8.regions`: whether layers that repeat, four or more, are compiled once; off by default.
 
     Raises:
         UsageError: the graph needs gradients, or an option is unknown.
@@ -89,9 +89,7 @@ def backend(
         if any(node is one.sources[0] for one in laid_out):
             inputs[place] = fake_value(node)
     groups = side_by_side.groups(gm.graph)
-    repeated = (
-        _regions(gm, ours.get("ctfp8.regions", target.device == "cpu"), collectives, config) if marked else Regions()
-    )
+    repeated = _regions(gm, ours.get("ctfp8.regions", False), collectives, config) if marked else Regions()
     before = len(_reports)
     compiled, repeated = _compile(gm, inputs, config, repeated)
     if marked and len(_reports) == before:
@@ -131,7 +129,7 @@ def _compile(
     except Exception as error:  # whatever torch does not take of a region: the graph is compiled as without
         log.warning("repeated layers are compiled one by one; as regions they could not be: %s", error)
         del _reports[before:]
-        regions.inline(gm)
+        regions.inline(gm, repeated.stacks)
         said = f"layers compiled one by one: {type(error).__name__} as regions"
         return compile_fx(gm, inputs, config_patches=config), Regions(said)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def attach(
     cls = type(module)  # of this module alone
     setattr(cls, name, _cheap_to_trace(name, vars(cls)[name]))
     cls.register_parameter = _register_parameter  # type: ignore[method-assign]
-    chain = module.parametrizations[name]  # type: ignore[index]
+    chain: Any = module.parametrizations[name]  # type: ignore[index]
     vars(module).setdefault(TRACED, {})[name] = (
         chain._parameters, dequantize._buffers, chain._modules, dequantize.block, info.scheme.activation, info.dtype,
         info.layout.transposed,

@@ -19,14 +19,14 @@ import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..compat import HigherOrderOperator, free_symbols, invoke_subgraph
-from ..graph import fake_value, is_traced_marker, module_name, module_path, parameter_name
+from ..graph import arguments, fake_value, is_traced_marker, module_name, module_path, parameter_name
 from ..report import Entry, Report
 
 #: Fewer layers are compiled one by one: what they cost is little, and calls of a region are not fused with what is around them.
@@ -42,11 +42,13 @@ class Regions:
         said: in the report; empty where nothing repeats.
         names: of each further instance of a region: by a name in what is compiled, the name there.
         order: all names, as they were in the graph.
+        stacks: of each call, by the names of its region's nodes, in which modules the nodes it stands for were traced.
     """
 
     said: str = ""
     names: tuple[Mapping[str, str], ...] = ()
     order: tuple[str, ...] = ()
+    stacks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def report(self, parts: Sequence[Report]) -> Report:
         """One report of all that was compiled: of the graph around the regions, and of each region."""
@@ -74,31 +76,33 @@ def declare(gm: fx.GraphModule) -> Regions:
     for piece in _with_parameters(gm.graph, [piece for layer in layers.values() for piece in _pieces(layer)]):
         alike[_key(piece)].append(piece)
     names: list[Mapping[str, str]] = []
-    inside = 0
+    stacks: dict[str, Mapping[str, Any]] = {}
     regions = 0
     for pieces in alike.values():
         if len(pieces) >= LEAST and (outputs := _outputs(pieces)):
             names += [_renamed(pieces[0], piece) for piece in pieces[1:]]
-            _replace(gm, f"ctfp8_region_{regions}", pieces, outputs)
-            inside += sum(len(piece.nodes) for piece in pieces)
+            stacks |= _replace(gm, f"ctfp8_region_{regions}", pieces, outputs)
             regions += 1
     what = f"{len(layers)} repeated layers"
     if not regions:
         return Regions(f"{what} compiled one by one: they differ")
     gm.graph.lint()
-    return Regions(f"{what} compiled as {regions} region{'s' * (regions > 1)}", tuple(names), order)
+    return Regions(f"{what} compiled as {regions} region{'s' * (regions > 1)}", tuple(names), order, stacks)
 
 
-def inline(gm: fx.GraphModule) -> None:
+def inline(gm: fx.GraphModule, stacks: Mapping[str, Mapping[str, Any]]) -> None:
     """Undoes `declare`, in place."""
     for call in gm.graph.find_nodes(op="call_function", target=invoke_subgraph):
-        attribute, _, *operands = call.args
-        inner = getattr(gm, attribute.target).graph
+        attribute, _, *operands = arguments(call)
+        inner: Any = gm.get_submodule(str(attribute.target)).graph
         given = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
         with gm.graph.inserting_before(call):
-            results = gm.graph.graph_copy(inner, given)
+            results: Any = gm.graph.graph_copy(inner, given)
+        for node in inner.nodes:
+            if node.name in stacks[call.name]:
+                given[node].meta["nn_module_stack"] = stacks[call.name][node.name]
         for part in list(call.users):
-            part.replace_all_uses_with(results[part.args[1]], propagate_meta=False)
+            part.replace_all_uses_with(results[arguments(part)[1]], propagate_meta=False)
             gm.graph.erase_node(part)
         gm.graph.erase_node(call)
         gm.graph.erase_node(attribute)
@@ -182,7 +186,8 @@ def _key(piece: _Piece) -> Any:
     places |= {node: f"input {i}" for i, node in enumerate(piece.inputs)}
     steps = []
     for node in piece.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Place(places[n]))
+        placed: Any = lambda n: _Place(places[n])  # noqa: E731 - map_arg is typed for arguments of nodes only
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), placed)
         steps.append((node.op, node.target, repr(args), repr(kwargs)))
     return tuple(steps), tuple(_kind(node) for node in piece.inputs)
 
@@ -220,12 +225,12 @@ def _outputs(pieces: Sequence[_Piece]) -> list[int] | None:
         return None
     made: dict[int, int] = {}
     for i, node in enumerate(first):
-        for memory in _memory(node):
-            made.setdefault(memory, i)
+        for m in _memory(node):
+            made.setdefault(m, i)
     shared = defaultdict(list)
     for i in wanted:
-        for memory in _memory(first[i]):
-            shared[memory].append(i)
+        for m in _memory(first[i]):
+            shared[m].append(i)
     outputs = set()
     waiting = list(wanted)
     while waiting:
@@ -245,11 +250,15 @@ def _memory(node: fx.Node) -> set[int]:
     return {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor)}
 
 
-def _replace(gm: fx.GraphModule, name: str, pieces: Sequence[_Piece], outputs: Sequence[int]) -> None:
+def _replace(gm: fx.GraphModule, name: str, pieces: Sequence[_Piece], outputs: Sequence[int]) -> dict[str, Mapping[str, Any]]:
     symbols = _symbols(gm.graph, pieces[0])
-    gm.add_submodule(name, _region(pieces[0], symbols, outputs))
+    region, copies = _region(pieces[0], symbols, outputs)
+    gm.add_submodule(name, region)
+    stacks: dict[str, Mapping[str, Any]] = {}
     for piece in pieces:
-        _call(gm.graph, name, piece, symbols, outputs)
+        there = {copy: n.meta.get("nn_module_stack", {}) for copy, n in zip(copies, piece.nodes, strict=True)}
+        stacks[_call(gm.graph, name, piece, symbols, outputs).name] = there
+    return stacks
 
 
 def _symbols(graph: fx.Graph, piece: _Piece) -> list[fx.Node]:
@@ -259,7 +268,8 @@ def _symbols(graph: fx.Graph, piece: _Piece) -> list[fx.Node]:
     return [n for n in sizes if n not in piece.inputs and free_symbols(_value(n)) & used]
 
 
-def _region(piece: _Piece, symbols: Sequence[fx.Node], outputs: Sequence[int]) -> fx.GraphModule:
+def _region(piece: _Piece, symbols: Sequence[fx.Node], outputs: Sequence[int]) -> tuple[fx.GraphModule, list[str]]:
+    """The region, and what it calls the piece's nodes."""
     graph = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
     for node in (*piece.inputs, *symbols):
@@ -268,11 +278,12 @@ def _region(piece: _Piece, symbols: Sequence[fx.Node], outputs: Sequence[int]) -
     for node in piece.nodes:
         inside[node] = graph.node_copy(node, inside.__getitem__)
     graph.output(tuple(inside[piece.nodes[i]] for i in outputs))
+    names = [inside[node].name for node in piece.nodes]
     graph.eliminate_dead_code()
-    return fx.GraphModule({}, graph)
+    return fx.GraphModule({}, graph), names
 
 
-def _call(graph: fx.Graph, name: str, piece: _Piece, symbols: Sequence[fx.Node], outputs: Sequence[int]) -> None:
+def _call(graph: fx.Graph, name: str, piece: _Piece, symbols: Sequence[fx.Node], outputs: Sequence[int]) -> fx.Node:
     last = piece.nodes[-1]
     stack = {k: v for k, v in last.meta.items() if k in ("nn_module_stack", "stack_trace")}
     new: dict[fx.Node, fx.Node] = {}
@@ -294,6 +305,7 @@ def _call(graph: fx.Graph, name: str, piece: _Piece, symbols: Sequence[fx.Node],
         node.replace_all_uses_with(new[node], delete_user_cb=_not_in(piece.nodes), propagate_meta=False)
     for node in reversed(piece.nodes):
         graph.erase_node(node)
+    return call
 
 
 def _not_in(nodes: Iterable[fx.Node]) -> Callable[[fx.Node], bool]:

@@ -116,7 +116,7 @@ def test_a_weight_costs_dynamo_few_guards(model, monkeypatch):
     ours = counted()
     monkeypatch.setattr(type(model.inner[0]), "weight", property(lambda module: module.parametrizations.weight()))
     as_torch_has_it = counted()
-    assert ours <= 0.8 * as_torch_has_it
+    assert ours <= as_torch_has_it - 15
 
 
 def _leaves(manager):
