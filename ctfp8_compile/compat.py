@@ -58,6 +58,7 @@ PRIVATE = {
     "DisableTorchFunctionSubclass": ("torch._C.DisableTorchFunctionSubclass", "2.11 2.13 2.14"),
     "HigherOrderOperator": ("torch._ops.HigherOrderOperator", "2.11 2.13 2.14"),
     "invoke_subgraph": ("torch._higher_order_ops.invoke_subgraph.invoke_subgraph", "2.11 2.13 2.14"),
+    "OpOverloadPacket": ("torch._ops.OpOverloadPacket", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
 }
 RECOMPILE_LOGGER = (

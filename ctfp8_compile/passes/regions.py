@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compat import HigherOrderOperator, free_symbols, invoke_subgraph
+from ..compat import HigherOrderOperator, OpOverload, OpOverloadPacket, free_symbols, invoke_subgraph
 from ..graph import arguments, fake_value, is_traced_marker, module_name, module_path, parameter_name
 from ..report import Entry, Report
 
@@ -168,7 +168,7 @@ def _with_parameters(graph: fx.Graph, pieces: Sequence[_Piece]) -> list[_Piece]:
     of = {node: i for i, piece in enumerate(pieces) for node in piece.nodes}
     more: dict[int, list[fx.Node]] = defaultdict(list)
     for node in reversed(graph.nodes):
-        if node not in of and isinstance(node.target, torch._ops.OpOverload) and node.users and _only_computes(node):
+        if node not in of and isinstance(node.target, OpOverload) and node.users and _only_computes(node):
             homes = {of.get(user) for user in node.users}
             if len(homes) == 1 and (home := homes.pop()) is not None and _of_parameters(node):
                 of[node] = home
@@ -345,9 +345,9 @@ def _only_computes(node: fx.Node) -> bool:
         return False
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") or _in_place(target, node.args):
         return False
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return not any(getattr(target, name)._schema.is_mutable for name in target.overloads())
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return not target._schema.is_mutable
     name = getattr(target, "__name__", "_")
     if getattr(target, "__module__", "") in ("operator", "_operator"):
