@@ -125,6 +125,13 @@ def test_linear_of_real_size(isa: str, dtype: torch.dtype, m: int) -> None:
         check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
 
 
+@pytest.mark.parametrize("block", [[1, 16500], [128, 128]])
+def test_activations_beyond_the_cache(block: list[int]) -> None:
+    """Tiles of the weight are larger then."""
+    x, weight, scale = torch.randn(260, 16500).bfloat16(), codes(100, 16500), scales(100, 16500, block)
+    check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
+
+
 def test_no_worse_than_torch_on_dequantized_weights() -> None:
     x, weight, scale = torch.randn(16, 2048).bfloat16(), codes(256, 2048), scales(256, 2048, [128, 128])
     expected, _ = exact(x, weight, scale, [128, 128])

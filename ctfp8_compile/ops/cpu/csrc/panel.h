@@ -18,7 +18,9 @@ constexpr int64_t kPiece = 128;     // columns multiplied at a time: a panel of 
 // A tile of decoded weights: with AMX what suits torch's brgemm, read in longer runs; without, what fits the first-level cache.
 template <bool amx>
 struct Tile {
-  static constexpr int64_t rows = amx ? kPanelCols : 24;  // a multiple of the 24, 12, 8 and 6 of `panel_rows`
+  // A multiple of the 24, 12, 8 and 6 of `panel_rows`. Each tile meets all activations: where those are too many for the
+  // third-level cache, tiles are fewer and larger.
+  static int64_t rows(const Weight& w, int64_t m) { return amx || m * w.cols > 4 << 20 ? kPanelCols : 24; }
   static constexpr int64_t group = amx ? 4 : 1;           // pieces decoded at a time
   static constexpr int64_t stride = group * kPiece + 32;  // no power of two, so that rows use different cache sets
 };
@@ -36,18 +38,22 @@ concept PairVector = Vector<V> && requires(const V v, const uint8_t* codes, uint
 
 Brgemm brgemm = nullptr;
 
+// Whether the weight is decoded in registers for `m` activation rows. Panels are of whole sixteens: a few rows more than sixteen
+// cost them as much as thirty-two.
+bool in_registers(const Weight& w, int64_t m) { return m <= kFew || (!brgemm && m > 16 && m <= (w.segments > 1 ? 19 : 24)); }
+
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t pairs(const Weight& w) { return (w.block_cols + 1) / 2; }  // of a segment
 
 template <PairVector V>
 int64_t panel_bytes(const Weight& w, int64_t m) {
-  return m <= kFew ? bytes<V>(w, m) : round_up(m, 16) * w.segments * pairs(w) * 4;
+  return in_registers(w, m) ? bytes<V>(w, m) : round_up(m, 16) * w.segments * pairs(w) * 4;
 }
 
 // Panel p of a block begins at pair 64 p * segments * pairs; in it, pair q of all its rows is one line of `width` pairs.
 template <PairVector V>
 void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
-  if (m <= kFew) return prepare<V>(w, rows, begin, count, m, prepared);
+  if (in_registers(w, m)) return prepare<V>(w, rows, begin, count, m, prepared);
   const int64_t panel = begin / kPanel, left = round_up(m, 16) - panel * kPanel, width = left < kPanel ? left : kPanel;
   auto* out = static_cast<uint32_t*>(prepared) + panel * kPanel * w.segments * pairs(w) + begin % kPanel;
   for (int64_t segment = 0; segment < w.segments; ++segment) {
@@ -150,18 +156,18 @@ inline void decode_pieces(const V& v, const Weight& w, int64_t row, const Piece*
 template <PairVector V, bool amx>
 void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t* x, int64_t m, float* y, int64_t ldy) {
   static thread_local Buffer sums_buffer;
-  constexpr int64_t most_rows = Tile<amx>::rows, tile_stride = Tile<amx>::stride, group = Tile<amx>::group;
-  alignas(64) static thread_local uint16_t tile[most_rows * tile_stride];
+  constexpr int64_t tile_stride = Tile<amx>::stride, group = Tile<amx>::group;
+  alignas(64) static thread_local uint16_t tile[kPanelCols * tile_stride];
   const V v;
-  const int64_t rows = end - begin, wide = round_up(m, 16), segment_pairs = pairs(w);
+  const int64_t most_rows = Tile<amx>::rows(w, m), rows = end - begin, wide = round_up(m, 16), segment_pairs = pairs(w);
   const int64_t sums_bytes = (most_rows + 15) / 16 * 16 * wide * 4;  // transposed sixteen rows at a time
   auto* sums = static_cast<float*>(sums_buffer.get(sums_bytes));
   std::memset(sums, 0, static_cast<size_t>(sums_bytes));
   // Rows past the end are multiplied too.
   if (rows < most_rows) std::memset(tile + rows * tile_stride, 0, static_cast<size_t>((most_rows - rows) * tile_stride * 2));
-  const float* scales[most_rows];
+  const float* scales[kPanelCols];
   for (int64_t r = 0; r < rows; ++r) scales[r] = w.scale_of(begin + r);
-  float scale[most_rows] = {};
+  float scale[kPanelCols] = {};
 
   // brgemm blocks for the caches itself, and a call of it is not cheap.
   const bool whole = amx && w.block_cols > kPiece;
@@ -217,10 +223,11 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
 
 template <PairVector V>
 void panel_matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
-  if (m <= kFew) return gemv<V>(w, begin, end, static_cast<const typename V::X*>(prepared), m, y, ldy);
+  if (in_registers(w, m)) return gemv<V>(w, begin, end, static_cast<const typename V::X*>(prepared), m, y, ldy);
   const auto multiply = [&]<bool amx>() {
-    for (int64_t n = begin; n < end; n += Tile<amx>::rows) {
-      const int64_t last = end - n < Tile<amx>::rows ? end : n + Tile<amx>::rows;
+    const int64_t rows = Tile<amx>::rows(w, m);
+    for (int64_t n = begin; n < end; n += rows) {
+      const int64_t last = end - n < rows ? end : n + rows;
       panel_multiply<V, amx>(w, n, last, static_cast<const uint32_t*>(prepared), m, y + n - begin, ldy);
     }
   };
