@@ -1,10 +1,11 @@
 """What a key-value cache costs on this CPU: attention alone, and decode steps of a whole model, by allocated and filled tokens.
 
-    python benchmarks/cpu_cache.py [--filled 256 2048 8192] [--layers 22] [--seconds 4]
+    python benchmarks/cpu_cache.py [--filled 256 2048 8192 32768] [--layers 22] [--seconds 4] [--only PART] [--cpu-time]
 
 Attention: ours on a bf16 and on an FP8 cache against torch's `scaled_dot_product_attention` on bf16 with `enable_gqa` (it repeats
 no heads), in the shapes of TinyLlama 1.1B and Llama 3 8B. Decode: a random 1.1B Llama FP8_DYNAMIC checkpoint, static caches; the
-same weights dequantized, eager and by Inductor. All calls of a row alternate; × is the first column over it.
+same weights dequantized, eager and by Inductor (not with `--ours`). Prefill of 512 tokens into both kinds of cache. All calls of
+a row alternate; × is the first column over it.
 """
 
 from __future__ import annotations
@@ -52,22 +53,28 @@ def attention_calls(heads: int, group: int, width: int, length: int, filled: int
 
 
 @torch.no_grad()
-def decode_call(model: Any, forward: Any, length: int, filled: int, dtype: Any) -> Callable[[int], object]:
-    """One step with `filled` tokens in a cache for `length`; each call is the step after the same text."""
+def decode_call(
+    model: Any, forward: Any, length: int, filled: int, dtype: Any, new: int = 1
+) -> Callable[[int], object]:
+    """`new` tokens, the last of `filled` in a cache for `length`; each call comes after the same text."""
     cache = ctfp8.static_cache(model, 1, length, dtype=dtype)
+    position = torch.arange(filled - new, filled)[None]
 
     @torch.no_grad()
     def step(turn: int) -> object:
         for layer in cache.layers:
-            layer.cumulative_length.fill_(filled - 1)
-        cache.filled = filled - 1
-        position = torch.tensor([[filled - 1]])
+            layer.cumulative_length.fill_(filled - new)
         arguments = {cache_argument(model): cache}
-        return forward(
-            torch.tensor([[turn % 100]]), position_ids=position, logits_to_keep=1, use_cache=True, **arguments
-        ).logits
+        ids = (position + turn) % 100
+        return forward(ids, position_ids=position, logits_to_keep=1, use_cache=True, **arguments).logits
 
     return step
+
+
+def cache_bytes(model: Any, length: int, dtype: Any) -> int:
+    return sum(
+        t.nbytes for layer in ctfp8.static_cache(model, 1, length, dtype).layers for t in (layer.keys, layer.values)
+    )
 
 
 def row(table: Table, name: str, times: list[float]) -> None:
@@ -76,10 +83,11 @@ def row(table: Table, name: str, times: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filled", nargs="+", type=int, default=[256, 2048, 8192])
+    parser.add_argument("--filled", nargs="+", type=int, default=[256, 2048, 8192, 32768])
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--seconds", type=float, default=4, help="of each comparison")
-    parser.add_argument("--only", choices=("attention", "allocated", "decode"))
+    parser.add_argument("--only", choices=("attention", "allocated", "prefill", "decode"))
+    parser.add_argument("--ours", action="store_true", help="without the bf16 models")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, and its own time: on a machine busy with others"
     )
@@ -89,6 +97,7 @@ def main() -> None:
         torch.set_num_threads(1)
     console = Console()
     cpu_kernels.load()
+    torch._dynamo.config.recompile_limit = 64  # a graph for each size of a cache
     if args.only in (None, "attention"):
         table = Table(
             "shape", "torch, bf16", "ours, bf16", "ours, FP8", title=f"attention, {torch.get_num_threads()} threads"
@@ -116,14 +125,25 @@ def main() -> None:
                     interleave([decode_call(model, fp8, n, 256, dtype) for n in (512, 8192)], args.seconds, clock),
                 )
             console.print(table)
+        if args.only in (None, "prefill"):
+            table = Table("512 tokens into a cache of 1024", "bf16", "FP8")
+            calls = [decode_call(model, fp8, 1024, 512, dtype, new=512) for dtype in ("bf16", "fp8")]
+            row(table, "ctfp8", interleave(calls, args.seconds, clock))
+            console.print(table)
         if args.only in (None, "decode"):
-            plain = ctfp8.from_pretrained(folder, dequantize=True)
-            inductor = torch.compile(plain.forward, backend="inductor", fullgraph=True, dynamic=False)
-            ways = ((plain, plain, "bf16"), (plain, inductor, "bf16"), (model, fp8, "bf16"), (model, fp8, "fp8"))
-            table = Table("decode", "bf16 eager", "bf16 Inductor", "ctfp8, bf16 cache", "ctfp8, FP8 cache")
+            ways: dict[str, tuple[Any, Any, str]] = {}
+            if not args.ours:
+                plain = ctfp8.from_pretrained(folder, dequantize=True)
+                inductor = torch.compile(plain.forward, backend="inductor", fullgraph=True, dynamic=False)
+                ways = {"bf16 eager": (plain, plain, "bf16"), "bf16 Inductor": (plain, inductor, "bf16")}
+            ways |= {"ctfp8, bf16 cache": (model, fp8, "bf16"), "ctfp8, FP8 cache": (model, fp8, "fp8")}
+            table = Table("decode", *ways, "bytes of the FP8 cache")
             for filled in args.filled:
-                calls = [decode_call(m, f, filled, filled, dtype) for m, f, dtype in ways]
-                row(table, f"{filled} of {filled}", interleave(calls, args.seconds, clock))
+                calls = [decode_call(m, f, filled, filled, dtype) for m, f, dtype in ways.values()]
+                times = interleave(calls, args.seconds, clock)
+                sizes = [cache_bytes(model, filled, dtype) for dtype in ("bf16", "fp8")]
+                cells = [f"{t * 1e3:.2f} ms ({times[0] / t:.2f}×)" for t in times]
+                table.add_row(f"{filled} of {filled}", *cells, f"{sizes[1] / sizes[0]:.3f}× of bf16")
             console.print(table)
 
 
