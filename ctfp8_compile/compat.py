@@ -28,6 +28,7 @@ PRIVATE = {
     "compile_fx": ("torch._inductor.compile_fx.compile_fx", "2.11 2.13 2.14"),
     "CompileWrapper": ("torch._TorchCompileInductorWrapper", "2.11 2.13 2.14"),  # checks and expands mode and options
     "CustomGraphPass": ("torch._inductor.custom_graph_pass.CustomGraphPass", "2.11 2.13 2.14"),
+    "inductor_config": ("torch._inductor.config", "2.11 2.13 2.14"),
     "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer
     "lowerings": ("torch._inductor.lowering.lowerings", "2.11 2.13 2.14"),
     "register_lowering": ("torch._inductor.lowering.register_lowering", "2.11 2.13 2.14"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import lowering, passes
-from ..compat import CompileWrapper, CustomGraphPass, compile_fx, small_loops_alone
+from ..compat import CompileWrapper, CustomGraphPass, compile_fx, inductor_config, small_loops_alone
 from ..errors import TargetError, UsageError
 from ..graph import fake_value, is_traced_marker, name_by_source
 from ..model.parametrization import TRACED
@@ -110,7 +110,7 @@ def _regions(gm: fx.GraphModule, wanted: bool, collectives: str, config: dict[st
     if not wanted:
         return Regions()
     for other in ("cpp_wrapper", "freezing"):
-        if config.get(other, getattr(torch._inductor.config, other)):
+        if config.get(other, getattr(inductor_config, other)):
             return Regions(f"layers compiled one by one, as {other} asks for")
     if collectives == "tokens":
         return Regions("layers compiled one by one, as norms spread over ranks ask for")
