@@ -32,7 +32,6 @@ PRIVATE = {
     "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer
     "lowerings": ("torch._inductor.lowering.lowerings", "2.11 2.13 2.14"),
     "register_lowering": ("torch._inductor.lowering.register_lowering", "2.11 2.13 2.14"),
-    "inductor_config": ("torch._inductor.config", "2.11 2.13 2.14"),
     "aot_compile": ("torch._inductor.aot_compile", "2.11 2.13 2.14"),
     "schema": ("torch._export.serde.schema", "2.11 2.13 2.14"),  # of a .pt2's JSON
     "_Union": ("torch._export.serde.union._Union", "2.11 2.13 2.14"),
