@@ -7,8 +7,8 @@ a bfloat16 checkpoint. Every way runs in a fresh process, all ways in turn in ea
 peak the largest. First token: wall seconds from the start of the process to the first of a prompt of 16 tokens, imports and
 loading included; cold with an empty folder for Inductor's caches (kernels of ours are built before), warm with what the process
 before left there. The rest is measured in the warm process: prefill of 256 tokens, a decode step with 1 sequence after those, and
-with 4 and 16 sequences after 16 tokens of each, and the peak of anonymous memory of the whole process. The load of the machine
-is written beside each process.
+with 4 and 16 sequences after 16 tokens of each, and the peak of anonymous memory of the whole process. Weights that an eager
+model reads in the mapped file are not anonymous. The load of the machine is written beside each process.
 """
 
 from __future__ import annotations
