@@ -71,11 +71,6 @@ TRITON_LOGGER = "torch._library.triton"  # 2.11 2.13 2.14
 TESTED = Path(__file__).with_name("tested.json")
 
 
-def addresses_are() -> Any:
-    """In builds with CUDA (2.11 2.13 2.14), what tells in one loop of C whether tensors lie at these addresses; else None."""
-    return getattr(importlib.import_module("torch._C"), "_tensors_data_ptrs_at_indices_equal", None)
-
-
 def __getattr__(name: str) -> Any:
     return look_up("torch", PRIVATE, __name__, name)
 

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compat import addresses_are, ir, lowerings, register_lowering
+from ..compat import ir, lowerings, register_lowering
 from ..graph import fake_value
 from ..passes.side_by_side import SIDE_BY_SIDE
 
 aten = torch.ops.aten
 
 
-_ADDRESSES_ARE = addresses_are()
 _MOST = 4096  # sets of parameters that one graph remembers
 
 
@@ -37,9 +36,8 @@ class Adjacent:
         for group in groups:
             ends = itertools.accumulate(fake_value(node).nbytes for node in group)
             self.groups.append([(at[node], begin) for node, begin in zip(group, (0, *ends), strict=False)])
-        self.at = [i for group in self.groups for i, _ in group]
-        self.pick = itemgetter(*self.at)
-        #: Addresses that were found side by side: of the last call, and of calls before it.
+        self.pick = itemgetter(*(i for group in self.groups for i, _ in group))
+        #: Addresses that were found side by side: at the last call, and at calls before it.
         self.last: tuple[int, ...] = ()
         self.known: set[tuple[int, ...]] = set()
 
@@ -50,8 +48,6 @@ class Adjacent:
 
     def as_before(self, args: tuple[Any, ...]) -> bool:
         """Whether all parameters are where they were at the last call."""
-        if _ADDRESSES_ARE is not None:
-            return bool(self.last) and bool(_ADDRESSES_ARE(list(args), list(self.last), self.at))
         return tuple(map(_address, self.pick(args))) == self.last
 
     def _make_sure(self, args: tuple[Any, ...]) -> None:
