@@ -155,6 +155,7 @@ def test_at_torchs_limit_it_says_once_which_guard_fails_and_what_to_do(module, c
         assert "Leave dynamic=True" in str(warning.message)
         assert "runs uncompiled" in str(warning.message)
         assert "hit config" not in caplog.text
+        torch._dynamo.reset()
         ctfp8.compile(module, backend="eager", dynamic=False, fullgraph=True)
         with pytest.raises(ctfp8.UsageError, match="none of its graphs fits this call"):
             call(module, (3, 4, 5))
