@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,6 +143,15 @@ class StaticCacheDecoder(nn.Module):
     def config(self) -> Any:
         """The model's: by it reports name what they are of."""
         return self.model.config
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StaticCacheDecoder:
+        """Moves what the cache's layers know besides the buffers, too."""
+        super()._apply(fn, recurse)
+        for i, layer in enumerate(self.cache.layers):
+            layer.device = getattr(self, f"keys_{i}").device
+            if isinstance(layer, StaticFp8Layer):
+                layer.scales = tuple(None if scale is None else fn(scale) for scale in layer.scales)  # type: ignore[assignment]
+        return self
 
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
         """Logits of all tokens given.

@@ -229,6 +229,12 @@ def test_saving_keeps_the_scales(calibrated, tmp_path) -> None:
     assert all(torch.equal(old[k], new[k]) for k in old if "k_scale" in k or "v_scale" in k)
 
 
+def test_a_decoder_that_moves_takes_its_cache_along() -> None:
+    decoder = ctfp8.StaticCacheDecoder(ctfp8.from_pretrained(KV), max_length=32).to("meta")
+    for layer in decoder.cache.layers:
+        assert {torch.device(layer.device).type, *(scale.device.type for scale in layer.scales)} == {"meta"}
+
+
 def test_an_artifact_keeps_an_fp8_cache(calibrated, tmp_path) -> None:
     """Loaded in a new process it continues two texts with the tokens that the model gives with such a cache."""
     decoder = ctfp8.StaticCacheDecoder(calibrated, 1, 64)
