@@ -12,7 +12,6 @@ from .weight import (
     is_view,
     module_name,
     module_path,
-    name_by_source,
     parameter_name,
     trace_weight,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "is_view",
     "module_name",
     "module_path",
-    "name_by_source",
     "op_name",
     "parameter_name",
     "sizes",

@@ -152,20 +152,6 @@ def parameter_name(marker: fx.Node) -> str:
     return source.name if isinstance(source, fx.Node) else str(source)
 
 
-def name_by_source(marker: fx.Node, traced: str) -> None:
-    """Says in a marker of dynamo's graph which parameter it dequantizes, where dynamo read the parameter past its modules.
-
-    Args:
-        traced: the attribute of a module under which it was found, by name (`model.parametrization.TRACED`).
-    """
-    source = getattr(arguments(marker)[0], "_dynamo_source", None)
-    owner, found, rest = (source.name if source is not None else "").partition(f".{traced}['")
-    if found:
-        stack = marker.meta.get("nn_module_stack") or {}
-        path = f"{owner}.parametrizations.{rest.partition(chr(39))[0]}"
-        marker.meta["nn_module_stack"] = {**stack, path: (path, torch.nn.Module)}
-
-
 def module_name(node: fx.Node) -> str:
     """The model's name of the module in whose forward a node was traced; the node's own name where that is not known."""
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]

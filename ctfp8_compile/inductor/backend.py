@@ -16,8 +16,7 @@ from torch import Tensor, fx
 from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, compile_fx, inductor_config, small_loops_alone
 from ..errors import TargetError, UsageError
-from ..graph import fake_value, is_traced_marker, name_by_source
-from ..model.parametrization import TRACED
+from ..graph import fake_value, is_traced_marker
 from ..model.storage import detach_from_mmap, some_loaded
 from ..passes import regions, scales, side_by_side
 from ..passes.collectives import WAYS
@@ -55,8 +54,6 @@ def backend(
     """
     ours, theirs = _split_options(options)
     marked = [node for node in gm.graph.nodes if is_traced_marker(node)]
-    for marker in marked:
-        name_by_source(marker, TRACED)
     if not marked:
         if not some_loaded():  # else a piece, after a graph break
             _warn_no_fp8()

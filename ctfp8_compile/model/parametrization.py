@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,39 +128,7 @@ def attach(
     dequantize.eval()
     parametrize.register_parametrization(module, name, dequantize, unsafe=True)
     module.parametrizations.eval()  # type: ignore[union-attr]
-    cls = type(module)  # of this module alone
-    setattr(cls, name, _cheap_to_trace(name, vars(cls)[name]))
-    cls.register_parameter = _register_parameter  # type: ignore[method-assign]
-    chain: Any = module.parametrizations[name]  # type: ignore[index]
-    vars(module).setdefault(TRACED, {})[name] = (
-        chain._parameters, dequantize._buffers, chain._modules, dequantize.block, info.scheme.activation, info.dtype,
-        info.layout.transposed,
-    )  # fmt: skip
-
-
-#: Where a module keeps, by parameter, what dynamo reads instead of going through modules: dicts of theirs, and constants.
-TRACED = "_ctfp8_traced"
-
-
-def _cheap_to_trace(name: str, inherited: property) -> property:
-    """A parametrized parameter, whose code dynamo inlines for each weight: two modules' calls, and a guard at each step.
-
-    What it is given here is the same tensors and constants two steps away; the dicts are the modules' own, so that what
-    replaces a tensor in them (`to(device)`, `functional_call`, a deep copy) is seen.
-    """
-
-    def get(module: nn.Module) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():
-            weights, scales, chain, block, activation, dtype, transposed = getattr(module, TRACED)[name]
-            if len(chain) == 1:  # nothing was registered on top
-                out = torch.ops.ctfp8.dequantize(
-                    weights["original"], scales["weight_scale"], scales["input_scale"], block, activation, dtype
-                )
-                return out.transpose(-1, -2) if transposed else out
-        value: Tensor = inherited.fget(module)  # type: ignore[misc]
-        return value
-
-    return property(get, inherited.fset)
+    type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -177,5 +144,4 @@ def detach(module: nn.Module, name: str, value: Tensor) -> None:
     own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     module.__class__ = type(cls.__name__, cls.__bases__, own)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    del vars(module)[TRACED][name]
     module._parameters[name] = nn.Parameter(value, requires_grad=False)

@@ -12,10 +12,8 @@ from transformers import DynamicCache
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.compat import compile_fx, invoke_subgraph
-from ctfp8_compile.graph import name_by_source
 from ctfp8_compile.hf.static_cache import cache_argument
 from ctfp8_compile.inductor import backend
-from ctfp8_compile.model.parametrization import TRACED
 from ctfp8_compile.passes import regions
 
 
@@ -28,9 +26,6 @@ class _Declared:
         self.calls: list[Counter[str]] = []
 
     def __call__(self, gm, inputs):
-        for node in gm.graph.nodes:
-            if node.op == "call_function" and "dequantize" in str(node.target):
-                name_by_source(node, TRACED)
         self.made.append(regions.declare(gm))
         if self.undone:
             regions.inline(gm, self.made[-1].stacks)
