@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from checkpoints import write_llama
+from fresh import measured
 from rich.console import Console
 from rich.table import Table
 
@@ -74,10 +75,11 @@ def main() -> None:
     parser.add_argument("--busy", type=int, default=2, help="other processes")
     parser.add_argument("--seconds", type=float, default=4, help="of a turn")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(*args.measure, args.busy, args.seconds, args.rounds)
+        way, folder, busy, seconds, rounds = args.measure
+        measure(way, folder, int(busy), float(seconds), int(rounds))
         return
     console = Console()
     table = Table(title=f"{torch.get_num_threads()} threads, {args.busy} busy processes: milliseconds a decode step")
@@ -88,10 +90,7 @@ def main() -> None:
             write_llama(Path(folder), args.layers)
         for way in args.ways:
             with console.status(f"{way} …"):
-                command = [sys.executable, __file__, "--measure", way, folder, "--busy", str(args.busy)]
-                command += ["--seconds", str(args.seconds), "--rounds", str(args.rounds)]
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            took = json.loads(out.splitlines()[-1])
+                took = measured(__file__, way, folder, args.busy, args.seconds, args.rounds)
             table.add_row(
                 way, f"{took['quiet'] * 1e3:.1f}", f"{took['busy'] * 1e3:.1f}", f"{took['busy'] / took['quiet']:.2f}"
             )

@@ -13,17 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoints import write_llama, write_moe
-from memory_load import anonymous
+from fresh import Peak, measured
 from rich.console import Console
 from rich.table import Table
 
@@ -61,26 +58,15 @@ def measure(way: str, folder: str) -> None:
 
     if way != "bf16 eager":  # so does the compiler
         torch.compile(torch.nn.Linear(8, 8))(torch.randn(2, 8))
-    base = peak = anonymous()
-    stop = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not stop.wait(0.005):
-            peak = max(peak, anonymous())
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
+    memory = Peak()
     model = ctfp8.from_pretrained(folder, dequantize=way != "ctfp8")
     backend = {"ctfp8": "ctfp8", "bf16 Inductor": "inductor"}.get(way)
     forward = model if backend is None else torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False)
     steps(model, forward)
     runs = [steps(model, forward) for _ in range(3)]
-    stop.set()
-    sampler.join()
     prefill = statistics.median(first for first, _ in runs)
     decode = statistics.median(step for _, rest in runs for step in rest)
-    print(json.dumps({"prefill": prefill, "decode": decode, "memory": peak - base}))
+    print(json.dumps({"prefill": prefill, "decode": decode, "memory": memory.stop()}))
 
 
 def main() -> None:
@@ -105,9 +91,7 @@ def main() -> None:
             for turn in range(args.rounds):
                 for way in WAYS:
                     with console.status(f"{name}: {way}, round {turn + 1} of {args.rounds} …"):
-                        command = [sys.executable, __file__, "--measure", way, folder]
-                        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                    results[way].append(json.loads(out.splitlines()[-1]))
+                        results[way].append(measured(__file__, way, folder))
         best = {
             way: {key: (max if key == "memory" else min)(run[key] for run in runs) for key in runs[0]}
             for way, runs in results.items()

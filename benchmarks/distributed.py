@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from checkpoints import write_moe
-from memory_load import anonymous
+from fresh import Peak
 from rich.console import Console
 from rich.table import Table
 
@@ -142,28 +141,16 @@ def measure(way: str, folder: str, out: str) -> None:
     torch.set_num_threads(1)
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     spread: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=ranks)} if ranks > 1 else {}
-    peak, stop = 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not stop.is_set():
-            peak = max(peak, anonymous())
-            time.sleep(0.005)
-
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    base, mapped = anonymous(), pages_of(".safetensors")
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
+    memory, mapped = Peak(), pages_of(".safetensors")
     start = time.perf_counter()
     if way == "transformers bf16":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **spread).eval()
     else:
         model = ctfp8.from_pretrained(folder, **spread)
     seconds = time.perf_counter() - start
-    stop.set()
-    sampler.join()
-    found = {"load s": seconds, "anonymous": peak - base, "file": pages_of(".safetensors") - mapped}
+    found = {"load s": seconds, "anonymous": memory.stop(), "file": pages_of(".safetensors") - mapped}
     weights = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
     found["weights"] = sum(p.nbytes for p in weights)
     forward = torch.compile(model, backend="ctfp8", dynamic=False) if way == "ctfp8 compiled" else model

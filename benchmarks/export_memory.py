@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
 from checkpoints import write_llama
-from memory_load import anonymous
+from fresh import Peak, measured
 from rich.console import Console
 from rich.table import Table
 
@@ -33,19 +30,9 @@ def measure(folder: str, target: str) -> None:
     import ctfp8_compile as ctfp8
     import ctfp8_compile.aot.export  # its imports belong to the baseline
 
-    peak, stop = 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not stop.is_set():
-            peak = max(peak, anonymous())
-            time.sleep(0.002)
-
-    base = anonymous()
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
+    memory = Peak()
     model = ctfp8.from_pretrained(folder)
-    loaded = peak
+    loaded = memory.most - memory.base
     path = Path(folder) / "model.pt2"
     start = time.perf_counter()
     report = ctfp8.export(
@@ -53,9 +40,7 @@ def measure(folder: str, target: str) -> None:
         dynamic_shapes={"input_ids": {0: Dim("batch"), 1: Dim("sequence")}, "use_cache": None},
     )  # fmt: skip
     seconds = time.perf_counter() - start
-    stop.set()
-    sampler.join()
-    result = {"seconds": seconds, "loaded": loaded - base, "peak": peak - base, "file": path.stat().st_size}
+    result = {"seconds": seconds, "loaded": loaded, "peak": memory.stop(), "file": path.stat().st_size}
     print(json.dumps(result | {"report": report.summary(), "transformers": transformers.__version__}))
 
 
@@ -77,9 +62,7 @@ def main() -> None:
             fp8 = write_llama(Path(folder), args.layers)
         checkpoint = (Path(folder) / "model.safetensors").stat().st_size
         with console.status("loading and exporting …"):
-            command = [sys.executable, __file__, "--measure", folder, args.target]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        result = json.loads(out.splitlines()[-1])
+            result = measured(__file__, folder, args.target)
     table.add_row(
         f"{result['seconds']:.0f} s",
         f"{result['peak'] / fp8:.2f}×",

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from checkpoints import write_llama, write_moe
+from fresh import measured
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -60,9 +59,7 @@ def main() -> None:
             times: dict[str, list[list[float]]] = {way: [] for way in WAYS}
             for _ in track(range(args.repeats), f"loading the {model} checkpoint …"):
                 for way in WAYS:
-                    command = [sys.executable, __file__, "--measure", way, folder]
-                    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-                    times[way].append(json.loads(out.splitlines()[-1]))
+                    times[way].append(measured(__file__, way, folder))
         for way in WAYS:
             load, forward = (statistics.median(t) for t in zip(*times[way], strict=True))
             both = statistics.median(map(sum, times[way]))

@@ -11,27 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import torch
 from checkpoints import DIALECTS, write_moe
+from fresh import Peak, measured
 from rich.console import Console
 from rich.table import Table
 
 WAYS = ("ctfp8 eager", "ctfp8 compiled", "transformers")
-
-
-def anonymous() -> int:
-    """`RssAnon` of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this kernel does not report RssAnon")
 
 
 def measure(way: str, folder: str) -> None:
@@ -40,27 +29,15 @@ def measure(way: str, folder: str) -> None:
 
     import ctfp8_compile as ctfp8
 
-    peak, stop = 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not stop.is_set():
-            peak = max(peak, anonymous())
-            time.sleep(0.002)
-
     if way == "ctfp8 compiled":  # the compiler's own memory belongs to the baseline: compile something first
         torch.compile(torch.nn.Linear(8, 8), backend="inductor")(torch.randn(2, 8))
-    base = anonymous()
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
+    memory = Peak()
     model = (AutoModelForCausalLM if way == "transformers" else ctfp8).from_pretrained(folder)
-    loaded = peak
+    loaded = memory.most - memory.base
     forward = torch.compile(model.forward, backend="ctfp8") if way == "ctfp8 compiled" else model
     with torch.no_grad():
         forward(torch.arange(64)[None], use_cache=False)
-    stop.set()
-    sampler.join()
-    print(json.dumps({"load": loaded - base, "peak": peak - base}))
+    print(json.dumps({"load": loaded, "peak": memory.stop()}))
 
 
 def main() -> None:
@@ -81,9 +58,7 @@ def main() -> None:
             size = write_moe(Path(folder), args.gigabytes, dialect=args.dialect)
         for way in WAYS:
             with console.status(f"{way} …"):
-                command = [sys.executable, __file__, "--measure", way, folder]
-                out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            result = json.loads(out.splitlines()[-1])
+                result = measured(__file__, way, folder)
             table.add_row(way, f"{result['load'] / size:.2f}×", f"{result['peak'] / size:.2f}×")
     console.print(f"{args.dialect} file: {size / 1e9:.2f} GB")
     console.print(table)

@@ -2,13 +2,14 @@
 
     python benchmarks/peers.py [--layers 22] [--rounds 3] [--json peers.json]
 
-Writes a random 1.1B Llama as an FP8_DYNAMIC checkpoint, as an artifact of ours (a program with a cache for one sequence) and as
-a bfloat16 checkpoint. Every way runs in a fresh process, all ways in turn in each round; medians over rounds are shown, of the
-peak the largest. First token: wall seconds from the start of the process to the first of a prompt of 16 tokens, imports and
-loading included; cold with an empty folder for Inductor's caches (kernels of ours are built before), warm with what the process
-before left there. The rest is measured in the warm process: prefill of 256 tokens, a decode step with 1 sequence after those, and
-with 4 and 16 sequences after 16 tokens of each, and the peak of anonymous memory of the whole process. Weights that an eager
-model reads in the mapped file are not anonymous. The load of the machine is written beside each process.
+Writes a random 1.1B Llama as an FP8_DYNAMIC checkpoint, as an artifact of ours (a program with a cache for one sequence), as a
+bfloat16 checkpoint and, where llama.cpp's Python package is installed (`pip install llama-cpp-python gguf` builds it), as Q8_0.
+Every way runs in a fresh process, all ways in turn in each round; medians over rounds are shown, of the peak the largest. First
+token: wall seconds from the start of the process to the first of a prompt of 16 tokens, imports and loading included; cold with
+an empty folder for Inductor's caches (kernels of ours are built before), warm with what the process before left there. The rest
+is measured in the warm process: prefill of 256 tokens, a decode step with 1 sequence after those, and with 4 and 16 sequences
+after 16 tokens of each, and the peak of anonymous memory of the whole process. Weights that an eager model reads in the mapped
+file are not anonymous. The load of the machine is written beside each process.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-WAYS = ("ctfp8", "ctfp8, artifact", "bf16 eager", "bf16 Inductor")
+import llamacpp
+from fresh import Peak, measured
+
+WAYS = ("ctfp8", "ctfp8, artifact", "bf16 eager", "bf16 Inductor", "llama.cpp Q8_0")
 COMPILED = ("ctfp8", "bf16 Inductor")
 FIRST, PROMPT, TOKENS, ROOM = 16, 256, 16, 320
 ROWS = {
@@ -56,29 +59,34 @@ def write(folder: Path, layers: int) -> None:
     ids = torch.arange(FIRST)[None]
     ctfp8.export(decoder, (ids, torch.tensor(0)), path=folder / "model.pt2", dynamic_shapes=shapes)
     ctfp8.from_pretrained(folder / "fp8", dequantize=True).save_pretrained(folder / "bf16")
+    if llamacpp.is_installed():
+        llamacpp.write_gguf(folder / "fp8", folder / "q8_0.gguf")
 
 
 def measure(way: str, folder: Path, whole: bool, begin: float) -> None:
     """Runs in a fresh process that was started at `begin`; prints what it measured as JSON."""
     memory = Peak()
-    import torch
-
-    step = artifact(folder) if way == "ctfp8, artifact" else model(way, folder)
+    if way == "llama.cpp Q8_0":  # its process has no torch
+        of = llamacpp.load(folder / "q8_0.gguf", len(os.sched_getaffinity(0)))
+        step = lambda rows: of(rows, ROOM, PROMPT if rows == 1 else FIRST)  # noqa: E731
+    else:
+        step = artifact(folder) if way == "ctfp8, artifact" else model(way, folder)
     found: dict[str, float] = {}
-    with torch.no_grad():
-        batches = (1,) if "artifact" in way else (1, 4, 16)
-        call = step(1)
-        call(FIRST, 0)
-        found["first"] = time.time() - begin
-        for rows in batches if whole else ():
-            call = step(rows)
-            for _ in range(2):  # compiles
-                call(PROMPT if rows == 1 else FIRST, 0)
-                call(1, PROMPT)
-            if rows == 1:
-                found["prefill"] = statistics.median(timed(call, PROMPT, 0) for _ in range(3)) * 1e3
-            found[f"decode {rows}"] = statistics.median(timed(call, 1, PROMPT + i) for i in range(TOKENS)) * 1e3
-    print(json.dumps({**found, "memory": memory.stop() / 1e9, "load": os.getloadavg()[0]}))
+    batches = (1,) if "artifact" in way else (1, 4, 16)
+    call = step(1)
+    call(FIRST, 0)
+    found["first"] = time.time() - begin
+    for rows in batches if whole else ():
+        call = step(rows)
+        filled = PROMPT if rows == 1 else FIRST
+        for _ in range(2):  # compiles
+            call(filled, 0)
+            call(1, filled)
+        if rows == 1:
+            found["prefill"] = statistics.median(timed(call, PROMPT, 0) for _ in range(3)) * 1e3
+        found[f"decode {rows}"] = statistics.median(timed(call, 1, filled + i) for i in range(TOKENS)) * 1e3
+    memory.stop()
+    print(json.dumps({**found, "memory": memory.most / 1e9, "load": os.getloadavg()[0]}))
 
 
 def timed(call: Any, tokens: int, position: int) -> float:
@@ -93,9 +101,12 @@ def artifact(folder: Path) -> Any:
     import ctfp8_compile as ctfp8
 
     module = ctfp8.load(folder / "model.pt2")
-    return lambda rows: (
-        lambda tokens, position: int(module(torch.arange(tokens)[None], torch.tensor(position))[0, -1].argmax())
-    )
+
+    @torch.no_grad()
+    def call(tokens: int, position: int) -> int:
+        return int(module(torch.arange(tokens)[None], torch.tensor(position))[0, -1].argmax())
+
+    return lambda rows: call
 
 
 def model(way: str, folder: Path) -> Any:
@@ -116,6 +127,7 @@ def model(way: str, folder: Path) -> Any:
     def of(rows: int) -> Any:
         cache = {cache_argument(loaded): ctfp8.static_cache(loaded, rows, ROOM)}
 
+        @torch.no_grad()
         def call(tokens: int, position: int) -> int:
             if position == 0:
                 cache[cache_argument(loaded)].reset()
@@ -128,37 +140,16 @@ def model(way: str, folder: Path) -> Any:
     return of
 
 
-class Peak:
-    """The largest anonymous memory of this process, looked at every 5 ms."""
-
-    def __init__(self) -> None:
-        self.most, self._end = 0, threading.Event()
-        self._watching = threading.Thread(target=self._watch, daemon=True)
-        self._watching.start()
-
-    def _watch(self) -> None:
-        while not self._end.wait(0.005):
-            status = Path("/proc/self/status").read_text()
-            self.most = max(self.most, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
-
-    def stop(self) -> int:
-        self._end.set()
-        self._watching.join()
-        return self.most
-
-
 def run(way: str, folder: Path, caches: Path, whole: bool) -> dict[str, float]:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches)}
-    command = [sys.executable, __file__, "--measure", way, str(folder), str(int(whole)), repr(time.time())]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return measured(__file__, way, folder, int(whole), time.time(), TORCHINDUCTOR_CACHE_DIR=str(caches))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    here = [way for way in WAYS if "llama.cpp" not in way or llamacpp.is_installed()]
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=here)
     parser.add_argument("--json", type=Path, help="also write each process's numbers there")
     parser.add_argument("--write", nargs=2, metavar=("FOLDER", "LAYERS"), help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=4, metavar=("WAY", "FOLDER", "WHOLE", "BEGIN"), help=argparse.SUPPRESS)
