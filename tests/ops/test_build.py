@@ -57,6 +57,13 @@ def run(real: Path, root: Path, **env: str) -> tuple[str, str]:
     return start(real, root, **env).communicate(timeout=120)
 
 
+def test_to_load_it_runs_no_code_that_is_for_one_instruction_set(real: Path) -> None:
+    """A table that is filled at loading was so by AVX-512, and ended the process on every processor without it."""
+    symbols = subprocess.run(["nm", str(real)], check=True, capture_output=True, text=True).stdout
+    assert "_GLOBAL__sub_I_ops.cpp" in symbols  # the operators' registration: what is looked for is seen
+    assert "_GLOBAL__sub_I_isa_" not in symbols
+
+
 def test_a_library_is_kept_and_a_damaged_one_compiled_again(real: Path, tmp_path: Path) -> None:
     assert "compiled" in run(real, tmp_path)[0]
     assert "compiled" not in run(real, tmp_path)[0]

@@ -1,29 +1,24 @@
 // e4m3 codes and float rounding in plain C++: the truth that the vector paths are checked against.
+//
+// Tables are constants of the compiler's. One that is filled when the library is loaded would be so by code for the instruction
+// set of the file that has it, and end the process on a CPU without (a test looks for such code).
 #pragma once
+#include <bit>
 #include <cstdint>
-#include <cstring>
 
 namespace ctfp8 {
 namespace {
 
-inline float float_of_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+constexpr float float_of_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
-inline uint32_t bits_of_float(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
+constexpr uint32_t bits_of_float(float value) { return std::bit_cast<uint32_t>(value); }
 
 // 2^(e - 127). Of a byte of MXFP8, 255 excepted, which is NaN and no scale.
-inline float float_of_exponent(uint8_t e) { return float_of_bits(e ? uint32_t{e} << 23 : 1u << 22); }
+constexpr float float_of_exponent(uint8_t e) { return float_of_bits(e ? uint32_t{e} << 23 : 1u << 22); }
 
 // The float32 bits of a code: sign, 4 exponent bits of bias 7, 3 mantissa bits; 0x7f and 0xff are the only NaNs.
 // Every code is also exact in bfloat16, which is the upper half of these bits.
-inline uint32_t float_bits_of_code(uint32_t code) {
+constexpr uint32_t float_bits_of_code(uint32_t code) {
   const uint32_t sign = (code & 0x80) << 24, exponent = code >> 3 & 15, mantissa = code & 7;
   if ((code & 0x7f) == 0x7f) return sign | 0x7ff00000;
   if (exponent) return sign | (exponent + 120) << 23 | mantissa << 20;
@@ -34,10 +29,10 @@ inline uint32_t float_bits_of_code(uint32_t code) {
 
 // For vector table look-ups: the two bytes of the bfloat16 of each of the 128 non-negative codes.
 struct Tables {
-  alignas(64) uint8_t high[128];
-  alignas(64) uint8_t low[128];
-  float value[256];
-  Tables() {
+  alignas(64) uint8_t high[128] = {};
+  alignas(64) uint8_t low[128] = {};
+  float value[256] = {};
+  constexpr Tables() {
     for (uint32_t code = 0; code < 256; ++code) {
       const uint32_t bits = float_bits_of_code(code);
       value[code] = float_of_bits(bits);
@@ -45,7 +40,7 @@ struct Tables {
     }
   }
 };
-static const Tables tables;
+constexpr Tables tables;
 
 // Integer rounding, unlike vcvtneps2bf16, keeps subnormal results; the compiler vectorises it.
 inline uint16_t bf16_of_float(float value) {

@@ -18,14 +18,14 @@ namespace {
 // What a byte of MXFP8 adds to two bfloat16s, read as integers. Bytes below 10, at which 2^-9 is no normal number any more,
 // count as 10.
 struct Exponents {
-  int32_t pair[256];
-  float power[256];
-  Exponents() {
+  int32_t pair[256] = {};
+  float power[256] = {};
+  constexpr Exponents() {
     for (int e = 0; e < 256; ++e) power[e] = float_of_exponent(static_cast<uint8_t>(e));
     for (int e = 0; e < 256; ++e) pair[e] = static_cast<uint16_t>(((e < 10 ? 10 : e) - 127) * 128) * 0x10001u;
   }
 };
-static const Exponents exponents;
+constexpr Exponents exponents;
 
 struct Avx512Bf16 {
   using X = uint16_t;
