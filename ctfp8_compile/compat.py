@@ -89,11 +89,11 @@ def look_up(distribution: str, private: Mapping[str, tuple[str, str]], module: s
     owner, _, attribute = path.rpartition(".")
     try:
         value = getattr(importlib.import_module(owner), attribute)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as why:
         raise UsageError(
             f"{distribution} {version(distribution)} has no {path}, which this ctfp8 needs; it was seen in "
             f"{seen.replace(' ', ', ')}. Install one of these releases, or a newer ctfp8-compile."
-        ) from None
+        ) from why
     setattr(sys.modules[module], name, value)
     return value
 

@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..ops import apply
 from ..ops.fp8 import quantize_cached_steps
 from .compat import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from .parallel import key_value_heads
 
 CacheDtype = Literal["auto", "fp8", "bf16"]
 _SCALE = re.compile(r"\.(\d+)\.(?:[\w.]*\.)?(k|v)(?:_proj\.(?:k_|v_|output_)?|_)scale")
@@ -65,7 +66,15 @@ def keep_fp8(model: Any, layers: list[Any]) -> None:
         kind = _KINDS[type(layer)]
         layers[i] = kind.__new__(kind)
         layers[i].__dict__.update(layer.__dict__)
-        layers[i].scales = tuple(None if s is None else s.to(model.device, torch.float32).reshape(-1) for s in found)
+        layers[i].scales = tuple(
+            None if s is None else _own(model, s.to(model.device, torch.float32).flatten()) for s in found
+        )
+
+
+def _own(model: Any, scale: Tensor) -> Tensor:
+    """`[1]` or `[heads]` of the file: those of the heads that this rank has."""
+    heads = key_value_heads(model, len(scale))
+    return scale if len(scale) == 1 else scale[heads.start : heads.stop]
 
 
 def _scales(model: Any) -> Mapping[tuple[int, str], Tensor]:

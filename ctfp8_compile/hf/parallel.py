@@ -85,11 +85,16 @@ def is_distributed(model: Any) -> bool:
     return getattr(model.config, "distributed_config", None) is not None
 
 
-def key_value_heads(model: Any, heads: int) -> int:
-    """How many of a layer's key-value heads this rank has."""
+def key_value_heads(model: Any, heads: int) -> range:
+    """Which of a layer's key-value heads this rank has."""
     plan = getattr(model, "_tp_plan", None) or {}
     cut = any(name.endswith(".k_proj") and style == "colwise" for name, style in plan.items())
-    return heads // model.config.distributed_config.tp_size if is_distributed(model) and cut else heads
+    if not (cut and is_distributed(model)):
+        return range(heads)
+    ranks = model.config.distributed_config.tp_size
+    own = heads // ranks
+    first = dist.get_rank() % ranks * own
+    return range(first, first + own)
 
 
 def local_layout(layout: Layout, parameter: Tensor) -> Layout:

@@ -49,7 +49,7 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024, dtype:
         latent = getattr(own, "qk_head_dim", None) is not None
         if latent or not getattr(layer, "supports_early_init", True):
             continue  # what latent and linear attention keep has other shapes; their layers begin at the first pass
-        heads = key_value_heads(model, getattr(own, "num_key_value_heads", None) or own.num_attention_heads)
+        heads = len(key_value_heads(model, getattr(own, "num_key_value_heads", None) or own.num_attention_heads))
         width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         empty = torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
         getattr(layer, "begin", layer.lazy_initialization)(empty, empty)

@@ -252,6 +252,37 @@ def test_generation_and_one_graph_for_all_ranks(experts):
         assert graphs == second[name][-1] != "", name
 
 
+def cached(folder: Path, config: dict[str, Any]) -> tuple[float, list[int]]:
+    """Relative error of logits with an FP8 cache against one process, and the shape of a rank's scale of the first layer."""
+    found = []
+    for extra in ({}, {"distributed_config": DistributedConfig(**config)}):
+        model = ctfp8.from_pretrained(folder, dtype=torch.float32, **extra)
+        cache = ctfp8.static_cache(model, 1, 32)
+        found.append([])
+        with torch.no_grad():
+            for ids in IDS[:1, :8].split([7, 1], dim=1):
+                found[-1].append(model(ids, **{cache_argument(model): cache}).logits)
+    one, ranks = (torch.cat(logits, 1) for logits in found)
+    return relative_error(ranks, one), list(cache.layers[0].scales[0].shape)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by_head", [False, True])
+def test_ranks_keep_the_scales_of_their_heads(by_head, tmp_path):
+    folder = shutil.copytree(DATA / "llama/FP8_DYNAMIC_KV", tmp_path / "kv")
+    tensors = load_file(folder / "model.safetensors")
+    scales = [name for name in tensors if re.search("[kv]_scale$", name)]
+    if by_head:  # each head's own, far from its neighbour's
+        tensors |= {name: tensors[name] * torch.tensor([1.0, 4.0]).to(tensors[name].dtype) for name in scales}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert scales
+    for found in on_ranks(2, cached, folder, {"tp_size": 2}):
+        assert isinstance(found, tuple), found
+        error, shape = found
+        assert error <= 1e-6
+        assert shape == [1]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
