@@ -40,13 +40,22 @@ def _output(model, inputs):
     return out.logits if hasattr(out, "logits") else out[0]
 
 
+def _expected(model, forged):
+    """The reference's output, from weights that lie in memory as the model's: on some CPUs torch's sums in bf16 depend on that."""
+    weights = dict(forged.reference.named_parameters())
+    for name, owner, _ in quantized_parameters(model):
+        if name in weights and getattr(owner, name.rpartition(".")[2]).mT.is_contiguous():
+            weights[name].data = weights[name].data.mT.contiguous().mT
+    return _output(forged.reference, forged.inputs)
+
+
 @pytest.mark.parametrize(("family", "scheme", "odd"), [*CASES, *DIALECT_CASES])
 def test_loads_bit_exactly_and_saves_the_same_bits(family, scheme, odd, tmp_path):
     forged = forge(family, scheme, tmp_path / "in", odd=odd)
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
     loaded = [s for _, _, d in quantized_parameters(model) for s in d.info.layout.sources]
     assert sorted(loaded) == sorted(forged.fp8_names)
-    assert torch.equal(_output(model, forged.inputs), _output(forged.reference, forged.inputs))
+    assert torch.equal(_output(model, forged.inputs), _expected(model, forged))
     ctfp8.save_pretrained(model, tmp_path / "out")
     before, after = _tensors(forged.folder), _tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -64,7 +73,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_scale_dtypes(family, scale_dtype, tmp_path):
     forged = forge(family, "FP8_DYNAMIC", tmp_path / "in", scale_dtype=scale_dtype, odd=True)
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
-    assert torch.equal(_output(model, forged.inputs), _output(forged.reference, forged.inputs))
+    assert torch.equal(_output(model, forged.inputs), _expected(model, forged))
     ctfp8.save_pretrained(model, tmp_path / "out")
     assert {t.dtype for n, t in _tensors(tmp_path / "out").items() if n.endswith("_scale")} == {scale_dtype}
 
@@ -73,7 +82,7 @@ def test_scale_dtypes(family, scale_dtype, tmp_path):
 def test_sharded(family, tmp_path):
     forged = forge(family, "FP8_BLOCK", tmp_path / "in", shards=3)
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
-    assert torch.equal(_output(model, forged.inputs), _output(forged.reference, forged.inputs))
+    assert torch.equal(_output(model, forged.inputs), _expected(model, forged))
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNTRACEABLE))
