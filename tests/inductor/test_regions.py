@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 import torch
 from conftest import DATA, IDS, fp8_config, quantize, relative_error
+from support.families import FAMILIES
+from support.forge import forge
 from torch import nn
 from transformers import DynamicCache
 
@@ -64,6 +66,24 @@ def test_a_model_computes_the_same_bits(name, cache, two_are_enough):
     assert torch.equal(*found)
     assert all(declared.made)
     assert all(count == 2 for calls in declared.calls for count in calls.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "family", sorted(set(FAMILIES) - {"llava", "qwen2_vl", "qwen3_vl_moe"})
+)  # dynamo cannot trace these
+def test_every_family_computes_the_same_bits(family, two_are_enough, tmp_path):
+    forged = forge(family, "FP8_DYNAMIC", tmp_path)
+    model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
+    inputs = dict(forged.inputs) if family == "bert" else {**forged.inputs, "use_cache": False}
+    found = []
+    for undone in (True, False):
+        torch._dynamo.reset()
+        declared = _Declared(undone)
+        with torch.no_grad():
+            found.append(torch.compile(model.forward, backend=declared, fullgraph=True)(**inputs)[0])
+    assert torch.equal(*found)
+    assert declared.made[-1].said.startswith(("2 repeated layers", "3 repeated layers"))
 
 
 def test_lengths_vary_within_one_graph(two_are_enough):
