@@ -16,6 +16,15 @@ constexpr uint32_t bits_of_float(float value) { return std::bit_cast<uint32_t>(v
 // 2^(e - 127). Of a byte of MXFP8, 255 excepted, which is NaN and no scale.
 constexpr float float_of_exponent(uint8_t e) { return float_of_bits(e ? uint32_t{e} << 23 : 1u << 22); }
 
+// The same of all bytes, for vectors.
+struct Powers {
+  float of[256] = {};
+  constexpr Powers() {
+    for (int e = 0; e < 256; ++e) of[e] = float_of_exponent(static_cast<uint8_t>(e));
+  }
+};
+constexpr Powers powers;
+
 // The float32 bits of a code: sign, 4 exponent bits of bias 7, 3 mantissa bits; 0x7f and 0xff are the only NaNs.
 // Every code is also exact in bfloat16, which is the upper half of these bits.
 constexpr uint32_t float_bits_of_code(uint32_t code) {

@@ -170,7 +170,7 @@ void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x
   for (; n < end; ++n) dot_rows<V, M, 1, kind>(v, w, n, x, x_stride, add, y + n - begin, ldy);
 }
 
-template <Vector V, int M = kAtOnce>
+template <Vector V, int M>
 void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, int64_t m, bool add,
                float* y, int64_t ldy) {
   if (m != M) {
@@ -186,9 +186,9 @@ void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X*
 
 // The columns are cut into spans: whole segments, or parts of one. The second eight activation rows find a span of the
 // weight in the second-level cache. Up to four rows are bound by memory, which likes long runs.
-template <Vector V>
+template <Vector V, int Most = kAtOnce>
 void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t m, float* y, int64_t ldy) {
-  const int64_t pad = padded<V>(w), x_stride = stride<V>(w), at_once = m < kAtOnce ? m : kAtOnce;
+  const int64_t pad = padded<V>(w), x_stride = stride<V>(w), at_once = m < Most ? m : Most;
   const int64_t cols = m <= 4 ? pad * w.segments : kSpan / at_once / int64_t{sizeof(typename V::X)} / kGrain * kGrain;
   const int64_t segments = pad < cols ? cols / pad : 1, part = pad < cols ? pad : cols;
   for (int64_t first = 0; first < w.segments; first += segments) {
@@ -206,9 +206,9 @@ void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, i
         if (span.cols > segments * w.block_cols) span.cols = segments * w.block_cols;
       }
       for (int64_t i = 0; i < m;) {
-        const int64_t left = m - i, rows = left <= kAtOnce ? left : left < 2 * kAtOnce ? (left + 1) / 2 : kAtOnce;
-        gemv_span<V>(span, begin, end, x + i * x_stride + first * pad + offset, x_stride, rows, first + offset > 0, y + i * ldy,
-                     ldy);
+        const int64_t left = m - i, rows = left <= Most ? left : left < 2 * Most ? (left + 1) / 2 : Most;
+        gemv_span<V, Most>(span, begin, end, x + i * x_stride + first * pad + offset, x_stride, rows, first + offset > 0,
+                           y + i * ldy, ldy);
         i += rows;
       }
     }

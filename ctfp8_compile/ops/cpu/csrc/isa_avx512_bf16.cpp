@@ -19,9 +19,7 @@ namespace {
 // count as 10.
 struct Exponents {
   int32_t pair[256] = {};
-  float power[256] = {};
   constexpr Exponents() {
-    for (int e = 0; e < 256; ++e) power[e] = float_of_exponent(static_cast<uint8_t>(e));
     for (int e = 0; e < 256; ++e) pair[e] = static_cast<uint16_t>(((e < 10 ? 10 : e) - 127) * 128) * 0x10001u;
   }
 };
@@ -73,7 +71,7 @@ struct Avx512Bf16 {
   // For one or two rows of activations it is cheaper to multiply the products: lanes 0-7 of both halves are of the first 32
   // columns, lanes 8-15 of the others.
   static Acc shift_dot(Acc total, const Chunk& w, const Chunk& x, const uint8_t* e) {
-    const __m512 scale = _mm512_mask_mov_ps(_mm512_set1_ps(exponents.power[e[0]]), 0xff00, _mm512_set1_ps(exponents.power[e[1]]));
+    const __m512 scale = _mm512_mask_mov_ps(_mm512_set1_ps(powers.of[e[0]]), 0xff00, _mm512_set1_ps(powers.of[e[1]]));
     return _mm512_fmadd_ps(dot(zero(), w, x), scale, total);
   }
 
