@@ -11,11 +11,6 @@ import torch.distributed as dist
 from ..errors import RankError
 
 
-def is_alone() -> bool:
-    """Whether this is the only process of its kind."""
-    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-
-
 def is_first() -> bool:
     """Whether this is the process that writes files and prints: rank 0, or the only one."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
