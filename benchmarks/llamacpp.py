@@ -68,7 +68,7 @@ def load(path: Path, threads: int) -> Callable[..., Callable[[int, int], int]]:
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     kept: list[Any] = [silent]
 
-    def of(rows: int, room: int, most: int, q8_cache: bool = False) -> Callable[[int, int], int]:
+    def of(rows: int, room: int, most: int) -> Callable[[int, int], int]:
         given = llama_cpp.llama_context_default_params()
         given.n_ctx, given.n_batch, given.n_ubatch, given.n_seq_max = (
             room * rows,
@@ -77,8 +77,6 @@ def load(path: Path, threads: int) -> Callable[..., Callable[[int, int], int]]:
             rows,
         )
         given.n_threads = given.n_threads_batch = threads
-        if q8_cache:
-            given.type_k = given.type_v = llama_cpp.GGML_TYPE_Q8_0
         context = llama_cpp.llama_init_from_model(model, given)
         batch = llama_cpp.llama_batch_init(most * rows, 0, 1)
         kept.extend((context, batch))

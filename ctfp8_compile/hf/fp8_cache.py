@@ -73,8 +73,10 @@ def keep_fp8(model: Any, layers: list[Any]) -> None:
 
 def _own(model: Any, scale: Tensor) -> Tensor:
     """`[1]` or `[heads]` of the file: those of the heads that this rank has."""
+    if len(scale) == 1:
+        return scale
     heads = key_value_heads(model, len(scale))
-    return scale if len(scale) == 1 else scale[heads.start : heads.stop]
+    return scale[heads.start : heads.stop]
 
 
 def _scales(model: Any) -> Mapping[tuple[int, str], Tensor]:

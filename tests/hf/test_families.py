@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import FAMILY_REWRITES
 from safetensors.torch import load_file
+from support.families import UNTRACEABLE
 from support.forge import DIALECTS, FAMILIES, forge
 
 import ctfp8_compile as ctfp8
@@ -30,8 +31,6 @@ DIALECT_CASES = [
     for scheme in DIALECTS
     for odd in (True, False)
 ]
-#: transformers cannot trace these with images: their vision tower splits a tensor by its own values
-UNTRACEABLE = {"qwen2_vl", "qwen3_vl_moe"}
 
 
 def _output(model, inputs):

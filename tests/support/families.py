@@ -26,6 +26,8 @@ SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16")
 #: Tried for each family beside the schemes that llm-compressor writes to `float-quantized` files: MXFP8, and 128×128 blocks in
 #: the words of `fp8` files (DeepSeek, Qwen).
 DIALECTS = ("fp8", "MXFP8")
+#: transformers cannot trace these with images: their vision tower splits a tensor by its own values
+UNTRACEABLE = {"qwen2_vl", "qwen3_vl_moe"}
 VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 4, 2, 4
 IMAGE_TOKEN, VISION_START, VISION_END, VIDEO_TOKEN = 250, 251, 252, 253
 

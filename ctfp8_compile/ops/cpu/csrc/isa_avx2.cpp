@@ -62,19 +62,11 @@ struct Avx2 {
 };
 
 // For one row of activations, which is bound by decoding: 32 codes at a time, that share a look for NaNs and, of MXFP8, a byte.
-struct Avx2Row {
-  using X = float;
-  using Acc = __m256;
+struct Avx2Row : Avx2 {
   struct Chunk {
     __m256 part[4];
   };
-  static constexpr int step = 32, registers = 16, constants = 4, parts = 4, ahead = Avx2::ahead;
-  static constexpr float gain = Avx2::gain;
-
-  static void prefetch(const uint8_t* p) { Avx2::prefetch(p); }
-  static Acc zero() { return Avx2::zero(); }
-  static float reduce(Acc sum) { return Avx2::reduce(sum); }
-  static Acc scale_add(Acc total, Acc sum, float scale) { return Avx2::scale_add(total, sum, scale); }
+  static constexpr int step = 32, parts = 4;
 
   // As Avx2::convert, 16 codes to 2 parts; NaNs come out as numbers.
   static void convert(__m128i codes, __m256* parts_of) {
@@ -117,7 +109,6 @@ struct Avx2Row {
     for (__m256& part : chunk.part) part = Avx2::shift(part, e, both);
     return chunk;
   }
-  static void round_f16(const float* row, const float* bias, int64_t n, uint16_t* out) { Avx2::round_f16(row, bias, n, out); }
 };
 
 int64_t bytes_of(const Weight& w, int64_t m) { return m == 1 ? bytes<Avx2Row>(w, m) : bytes<Avx2>(w, m); }
