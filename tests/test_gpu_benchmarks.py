@@ -18,13 +18,42 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_all  # noqa: E402
 import gpu_linear  # noqa: E402
+import gpu_tiles  # noqa: E402
 import gpu_timing  # noqa: E402
 
 
 def test_linears_come_first_and_no_part_takes_the_time_of_another():
-    assert gpu_all.PARTS[0][0] == "Linear"
-    assert sum(share for _, _, share in gpu_all.PARTS) == pytest.approx(1)
-    assert all(Path(command[-1 if "pytest" in command else 1]).exists() for _, command, _ in gpu_all.PARTS)
+    assert gpu_all.PARTS[0].name == "linear"
+    assert sum(part.share for part in gpu_all.PARTS) == pytest.approx(1)
+    commands = [command for part in gpu_all.PARTS for command in (part.command, *part.first)]
+    assert all((BENCHMARKS / command[0]).exists() for command in commands if command[0] != "-m")
+
+
+def test_tiles_are_built_and_timed_for_what_is_launched():
+    """On tensors without storage: each tile reaches the kernel."""
+    for kind, (shapes, rows) in gpu_tiles.WORK.items():
+        for n, k in shapes:
+            for m in rows:
+                work = gpu_tiles.Work(kind, n, k, m, "meta")
+                found = work.candidates()
+                assert len(found) >= 16
+                for tile in (found[0], found[-1]):
+                    with gpu_tiles.working_in(tile, _Launched):
+                        work.call()
+                    assert _Launched.tile == (tile.rows, tile.outputs, tile.cols, tile.split, tile.warps, tile.stages)
+
+
+class _Launched:
+    tile = None
+
+    def __init__(self, kernel):
+        pass
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            _Launched.tile = tuple(kwargs[name] for name in ("BM", "BN", "BK", "SPLIT", "num_warps", "num_stages"))
+
+        return launch
 
 
 def test_a_checkout_is_found_as_a_backend(tmp_path):
@@ -65,15 +94,13 @@ def test_each_way_multiplies_the_weight_it_is_asked_for():
 
 @pytest.mark.long
 def test_a_dry_run_of_it_all(tmp_path):
-    out = tmp_path / "gpu.md"
-    command = [sys.executable, BENCHMARKS / "gpu_all.py", "--device", "cpu", "--out", out, "--minutes", "30"]
+    command = [sys.executable, BENCHMARKS / "gpu_all.py", "--device", "cpu", "--out", tmp_path, "--minutes", "30"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    text = out.read_text()
-    assert [line for line in text.splitlines() if line.startswith("## ")] == [
-        f"## {name}" for name, _, _ in gpu_all.PARTS
-    ]
-    assert "ended with" not in text, text
-    assert "stopped" not in text, text
-    assert "| dry | 256 × 128 | 16 | ctfp8 |" in text
-    assert " passed" in text
+    for part in gpu_all.PARTS:
+        text = (tmp_path / f"{part.name}.md").read_text()
+        assert "ended with" not in text, text
+        assert "stopped" not in text, text
+    assert "| dry | 256 × 128 | 16 | ctfp8 |" in (tmp_path / "linear.md").read_text()
+    assert " passed" in (tmp_path / "tests.md").read_text()
+    assert "ended with 0" in (tmp_path / "tests.md").read_text()

@@ -34,13 +34,18 @@ _debug = False
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id.", metavar="CKPT")]
 Target = Annotated[
-    str | None, typer.Option(help="cpu, xpu, cuda:sm90 …, +fbgemm or +scaled_mm behind it; need not be this machine.")
+    str | None,
+    typer.Option(help="cpu, xpu, cuda:sm90 …, +fbgemm or +scaled_mm behind it; default: this machine's GPU, or cpu."),
 ]
 Spread = Annotated[
     bool,
     typer.Option(
         "--tp", help="A part of the model on each process of torchrun -m ctfp8_compile; the first one prints."
     ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, xpu; default: the GPU if there is one. With --tp, torchrun's ranks say."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
@@ -144,10 +149,9 @@ def explain(
     from .. import StaticCacheDecoder
     from .. import Target as Machine
     from .. import explain as explain_model
-    from .loading import example, load
+    from .loading import device_of, example, load
 
-    if target is not None:
-        Machine.parse(target)  # before a long load
+    target = str(Machine.detect(device_of(None)) if target is None else Machine.parse(target))  # before a long load
     if html is not None:
         _check_place(html)
     model = load(checkpoint, _debug)
@@ -185,10 +189,9 @@ def export(
     from .. import StaticCacheDecoder
     from .. import Target as Machine
     from .. import export as export_model
-    from .loading import example, load
+    from .loading import device_of, example, load
 
-    if target is not None:
-        Machine.parse(target)
+    target = str(Machine.detect(device_of(None)) if target is None else Machine.parse(target))
     _check_place(output)
     if output.suffix != ".pt2":
         raise UsageError(f"{output}: artifacts are .pt2 files; give the path that suffix.")
@@ -225,6 +228,7 @@ def generate(
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, runs slower.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="The folder with the tokenizer, if not CKPT.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Of a .pt2 with machine code: run it.")] = False,
+    device: Device = None,
     tp: Spread = False,
     as_json: AsJson = False,
 ) -> None:
@@ -241,8 +245,10 @@ def generate(
         text = of_artifact(Path(checkpoint), tokenizer, prompt, max_new_tokens, trust)
     else:
         from .decoder import of_checkpoint
+        from .loading import device_of
 
-        text = of_checkpoint(checkpoint, tokenizer, prompt, max_new_tokens, eager, _debug, tp)
+        where = device_of(device)
+        text = of_checkpoint(checkpoint, tokenizer, prompt, max_new_tokens, eager, _debug, tp, where)
     generate(text, max_new_tokens, temperature, seed, as_json)
 
 
@@ -258,6 +264,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Repeats; medians are shown.", min=1)] = 5,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also bf16 compiled by Inductor.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
+    device: Device = None,
     tp: Spread = False,
     as_json: AsJson = False,
 ) -> None:
@@ -268,12 +275,13 @@ def bench(
     """
     from ..model.freeze import dequantize_
     from .bench import Way, check_plot, compare, draw
-    from .loading import load
+    from .loading import device_of, load
 
     if plot is not None:
         _check_place(plot)
         check_plot(plot)
-    plain, model = dequantize_(load(checkpoint, _debug, tp)), load(checkpoint, _debug, tp)
+    where = device_of(device)
+    plain, model = dequantize_(load(checkpoint, _debug, tp, where)), load(checkpoint, _debug, tp, where)
     ways = {"ctfp8": Way(model, "ctfp8")}
     if context is not None:
         prompt_tokens = context

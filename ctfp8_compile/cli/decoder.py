@@ -43,24 +43,29 @@ class Decoder(Steps):
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._extra["logits_to_keep"] = 1
         self._device = model.device
-        compiled = {"backend": backend, "dynamic": dynamic}
+        # a token's kernels take less time than their launches; prompts have too many sizes to record a graph of each
+        graphs = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+        compiled = {"backend": backend, "dynamic": dynamic, "options": graphs if self._device.type == "cuda" else None}
         self._forward = model.forward if backend is None else Compiled(model.forward, compiled)
 
     def begin(self) -> None:
         self.cache.reset()
 
     def logits(self, ids: Tensor, position: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
         positions = torch.arange(position, position + ids.shape[1], device=self._device)[None]
         return self._forward(ids.to(self._device), position_ids=positions, **self._extra).logits[0, -1]
 
     def warm_up(self, ids: Tensor) -> None:
-        """Compiles for the prompt and for the tokens after it."""
-        list(self.tokens(ids, 3))
+        """Compiles for the prompt and for the tokens after it; the second time, CUDA graphs are recorded."""
+        for _ in range(2 if self._device.type == "cuda" else 1):
+            list(self.tokens(ids, 3))
 
 
 def of_checkpoint(
-    checkpoint: str, tokenizer: str | None, prompt: str, max_new_tokens: int, eager: bool, debug: bool, tp: bool
-) -> Text:
+    checkpoint: str, tokenizer: str | None, prompt: str, max_new_tokens: int, eager: bool, debug: bool, tp: bool,
+    device: torch.device,
+) -> Text:  # fmt: skip
     """A prompt for the model of a checkpoint, compiled if it is to be.
 
     Raises:
@@ -72,7 +77,7 @@ def of_checkpoint(
         raise UsageError(
             "the prompt is empty, and this tokenizer begins no text by itself. Give --prompt at least a character."
         )
-    model = load(checkpoint, debug, tp)
+    model = load(checkpoint, debug, tp, device)
     length = ids.shape[1] + max_new_tokens
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and length > positions:

@@ -14,16 +14,42 @@ from transformers.distributed import DistributedConfig
 
 from .. import from_pretrained
 from ..checkpoint.packed import sentence
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, TargetError, UsageError
+from ..target import Target
 from .headers import is_folder
 from .terminal import err, escape
 
+CPU = torch.device("cpu")
 
-def load(checkpoint: str, debug: bool = False, tp: bool = False) -> Any:
+
+def device_of(wanted: str | None) -> torch.device:
+    """Where a model is to run: where the user says, or the GPU if there is one, or the CPU.
+
+    Raises:
+        UsageError: that is no device.
+        TargetError: this machine has none of the kind.
+    """
+    if wanted is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None and found.type in ("cuda", "xpu") else CPU
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UsageError(f"--device {wanted}: not a device. Write cpu, cuda, cuda:1 or xpu.") from None
+    try:
+        Target.detect(device)
+    except TargetError as error:
+        why = str(error).partition("; ")[0].rstrip(".")
+        raise TargetError(f"--device {wanted}: {why}. Leave it out to run where this machine can.") from None
+    return device
+
+
+def load(checkpoint: str, debug: bool = False, tp: bool = False, device: torch.device = CPU) -> Any:
     """The model under the class its config names: a causal language model, an encoder, ….
 
     Args:
-        tp: spread it over the processes that torchrun started.
+        tp: spread it over the processes that torchrun started, on the device of each.
+        device: where it is to be.
     """
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if tp and ranks == 1:
@@ -38,8 +64,10 @@ def load(checkpoint: str, debug: bool = False, tp: bool = False) -> Any:
     is_folder(checkpoint)
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
-    spread = {"distributed_config": DistributedConfig(tp_size=ranks)} if tp else {}
-    model = from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **spread)
+    place: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=ranks)} if tp else {}
+    if not tp and device != CPU:
+        place = {"device_map": device}
+    model = from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **place)
     packed = getattr(getattr(model, "hf_quantizer", None), "packed", {})
     if weights := [weight for info in packed.values() for weight in info.weights.values()]:
         err().print(escape(f"{sentence(weights, model.dtype)}."), soft_wrap=True)

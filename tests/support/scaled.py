@@ -95,6 +95,8 @@ def fp8_round(x):
 def quantized_activation(x, activation, input_scale=None):
     """The float64 value that an activation has after its quantization."""
     x = x.double()
+    if activation is None:
+        return x
     if activation == "token":
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
     elif activation == "tensor":
