@@ -14,6 +14,7 @@ that goes with that torch, transformers, compressed-tensors and what these need.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -77,7 +78,12 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("gpu"))
     options.add_argument("--packages", type=Path, help="what --pack wrote")
     options.add_argument("--minutes", type=float, default=9.5)
-    options.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], default=[p.name for p in PARTS])
+    names = [part.name for part in PARTS]
+    options.add_argument(
+        "--parts", nargs="+", choices=names, default=names, help="what is compiled, and whether it runs"
+    )
+    options.add_argument("--time", nargs="*", choices=names, help="those of them that are timed; default: all")
+    options.add_argument("--first", type=float, default=0.5, help="the share of the time for compilations and tests")
     options.add_argument("--no-tests", action="store_true", help="leave tests/gpu out")
     options.add_argument("--pack", type=Path, help="write the packages, and run nothing")
     options.add_argument("--torch", default="2.11", help="of the machine with the GPU")
@@ -106,13 +112,14 @@ def main() -> None:
         first = [(f"first-{part.name}-{i}", arguments) for part in parts for i, arguments in enumerate(part.first)]
         if not args.no_tests:
             first.insert(0, ("tests", TESTS))
-        _together(first, args.device, time.monotonic() + args.minutes * 60 * 0.5, environment, args.out)
-        left = sum(part.share for part in parts)
-        for part in parts:
+        _together(first, args.device, time.monotonic() + args.minutes * 60 * args.first, environment, args.out)
+        timed = [part for part in parts if args.time is None or part.name in args.time]
+        left = sum(part.share for part in timed)
+        for part in timed:
             limit = (end - time.monotonic()) * part.share / left
             left -= part.share
             _run(part, args.device, limit, environment, args.out / f"{part.name}.md")
-    for name in ([] if args.no_tests else ["tests"]) + args.parts:
+    for name in ([] if args.no_tests else ["tests"]) + [part.name for part in timed]:
         print(f"\n## {name}\n\n{(args.out / f'{name}.md').read_text()[-6000:]}")
 
 
@@ -141,6 +148,9 @@ def _together(
             process.wait(max(1, end - time.monotonic()))
             print(f"\nended with {process.returncode} after {time.monotonic() - begin:.0f} s", file=file)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             os.killpg(process.pid, signal.SIGKILL)
             print("\nstopped: its time was up", file=file)
         file.close()

@@ -194,7 +194,7 @@ def main() -> None:
         }
         todo = list(kernels.values())
         begin = time.monotonic()
-        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        with ProcessPoolExecutor((os.cpu_count() or 2) // 2, get_context("spawn")) as pool:
             failed = [why for why in pool.map(build, *zip(*todo, strict=True), chunksize=4) if why]
         print(
             f"{len(todo)} kernels built in {time.monotonic() - begin:.0f} s; {len(failed)} not: {set(failed)}\n",

@@ -7,8 +7,12 @@ shows that the tests themselves work.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,8 @@ from ctfp8_compile import lowering, ops, passes
 from ctfp8_compile.hf.compat import cache_argument
 from ctfp8_compile.passes import scales, side_by_side
 from ctfp8_compile.target import Target
+
+ROOT = Path(__file__).parents[2]
 
 
 def _device() -> str | None:
@@ -202,3 +208,29 @@ def test_weights_stay_fp8_in_memory():
     logits(torch.compile(lambda ids, **k: model(ids.to("cuda"), **k), backend="ctfp8"))
     assert torch.cuda.memory_allocated() - before < 32 << 20  # libraries' workspaces; no second copy of a weight
     assert all(p.device.type == "cuda" for p in model.parameters())
+
+
+def test_the_command_line_runs_here(tmp_path):
+    """Where nothing is said of a device, it is the GPU."""
+    model, artifact = ROOT / "examples/models/llama", tmp_path / "model.pt2"
+
+    def ctfp8_command(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "ctfp8_compile", *map(str, arguments)],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert str(Target.detect(DEVICE)) in ctfp8_command("explain", model)
+    ctfp8_command("export", model, artifact, "--cache", 128)
+    options = ("--prompt", "def add(a, b):", "--max-new-tokens", 24)
+    texts = [
+        ctfp8_command("generate", model, *options),
+        ctfp8_command("generate", model, *options, "--eager"),
+        ctfp8_command("generate", artifact, "--tokenizer", model, *options),
+    ]
+    assert texts[0] == texts[2]
+    assert all(text.startswith("def add(a, b):") and len(text) > 20 for text in texts), texts
+    rows = json.loads(ctfp8_command("bench", model, "--rounds", 2, "--new-tokens", 4, "--json"))
+    assert rows["ctfp8"]["weight_bytes"] < 0.7 * rows["bf16 eager"]["weight_bytes"]
