@@ -151,7 +151,8 @@ def _together(
             os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed so far
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             print("\nstopped: its time was up", file=file)
         file.close()
 

@@ -32,6 +32,10 @@ def blocks(folder: str, form: str, device: str) -> dict[str, Any]:
         "bf16 Inductor": torch.compile(dense, **compiled),
         "bf16 eager": dense,
         "ctfp8": torch.compile(ours, backend="ctfp8", **compiled),
+        **{
+            f"ctfp8, {name}": torch.compile(ours, backend="ctfp8", options={"ctfp8.kernels": library}, **compiled)
+            for name, library in (("scaled_mm", "scaled_mm"), ("weight-only", "triton"))
+        },
     }
 
 
@@ -46,8 +50,9 @@ def main() -> None:
         write_moe(Path(folder), layers=1, heads=8 if dry else 32, top_k=2 if dry else 8, **sizes)
         for form in FORMS:
             torch._dynamo.reset()
-            print(header(["experts", "tokens", "bf16 Inductor ms", "bf16 eager", "ctfp8"]), flush=True)
             found = blocks(folder, form, args.device)
+            first, *others = found
+            print(header(["experts", "tokens", f"{first} ms", *others]), flush=True)
             for tokens in TOKENS[:3] if dry else TOKENS:
                 if form == "batched_mm" and tokens > 64:
                     break  # it gathers a weight for each row; transformers takes it for decoding only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -73,18 +74,23 @@ def freeze(model: nn.Module) -> None:
     model.eval()
     with contextlib.suppress(cpu_kernels.KernelBuildError):  # the compiler will say so where it matters
         cpu_kernels.load(build=False)
-    cls = type(model)
     if not isinstance(model, _KeepsFP8):
-        namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        model.__class__ = type(cls.__name__, (_KeepsFP8, cls), namespace)
+        model.__class__ = _keeps_fp8(type(model))
         model.register_forward_pre_hook(DetachFromMmap(model))
+
+
+@functools.cache
+def _keeps_fp8(cls: type[nn.Module]) -> type[nn.Module]:
+    """One class for all roots of a class: `torch.compile` guards it."""
+    namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls)(cls.__name__, (_KeepsFP8, cls), namespace)
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
     """Replaces every FP8 parameter by its dequantized value, in place: a plain model, twice the memory."""
+    if isinstance(model, _KeepsFP8):
+        model.__class__ = type(model).__mro__[2]
     for path, module, dequantize in list(quantized_parameters(model)):
         name = path.rpartition(".")[2]
         detach(module, name, dequantize.value(stored_weight(module, name)).contiguous())
-    if isinstance(model, _KeepsFP8):
-        model.__class__ = type(model).__mro__[2]
     return model

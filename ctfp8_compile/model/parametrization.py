@@ -157,12 +157,56 @@ def attach(
     device = weight.device
     dequantize = Dequantize(info, weight_scale.to(device), None if input_scale is None else input_scale.to(device))
     dequantize.eval()
+    _own_class(module)
     parametrize.register_parametrization(module, name, dequantize, unsafe=True)
     module.parametrizations.eval()  # type: ignore[union-attr]
-    cls, chain = type(module), module.parametrizations[name]  # type: ignore[index]
-    chain.__class__ = Single
-    setattr(cls, name, property(_reader(name), vars(cls)[name].fset))
-    cls.register_parameter = _register_parameter  # type: ignore[method-assign]
+    module.parametrizations[name].__class__ = Single  # type: ignore[index]
+    _share_class(module)
+
+
+class _Shared(type):
+    """The class of all modules of one class with the same FP8 parameters.
+
+    torch makes one for each module. `torch.compile` guards a module's class, so that layers alike, compiled one by one, would
+    be as many compilations.
+    """
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if isinstance(value, property):
+            raise UsageError(_TOGETHER.format(name=name, cls=cls.__name__))
+        super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        if isinstance(vars(cls).get(name), property):
+            raise UsageError(_TOGETHER.format(name=name, cls=cls.__name__))
+        super().__delattr__(name)
+
+
+_TOGETHER = (
+    "parameter {name} of one {cls} cannot be parametrized, or be plain again: layers with FP8 weights share a class. Load the "
+    "checkpoint with dequantize=True for layers that torch.nn.utils.parametrize can change one by one."
+)
+_shared: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
+def _share_class(module: nn.Module) -> None:
+    """From the class that torch's parametrization made for a module alone, to that of all modules like it."""
+    alone, names = type(module), tuple(module.parametrizations)  # type: ignore[arg-type]
+    (base,) = alone.__bases__
+    if (base, names) not in _shared:
+        own: dict[str, Any] = {k: v for k, v in vars(alone).items() if k not in ("__dict__", "__weakref__")}
+        own |= {name: property(_reader(name), own[name].fset) for name in names}
+        meta = _Shared if type(base) is type else type("_Shared", (_Shared, type(base)), {})
+        _shared[base, names] = meta(alone.__name__, (base,), {**own, "register_parameter": _register_parameter})
+    module.__class__ = _shared[base, names]
+
+
+def _own_class(module: nn.Module) -> None:
+    """Gives a module that shares its class one of its own, which can be changed."""
+    cls = type(module)
+    if isinstance(cls, _Shared):
+        own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__bases__[0])(cls.__name__, cls.__bases__, own)
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -174,8 +218,8 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 
 def detach(module: nn.Module, name: str, value: Tensor) -> None:
     """Takes the parametrization off parameter `name` of a module, and puts `value` in its place."""
-    cls = type(module)  # of this module alone, but for its deep copies, which keep theirs
-    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(cls.__name__, cls.__bases__, own)
+    _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     module._parameters[name] = nn.Parameter(value, requires_grad=False)
+    if parametrize.is_parametrized(module):  # in other parameters
+        _share_class(module)
