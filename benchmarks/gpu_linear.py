@@ -34,6 +34,7 @@ from ctfp8_compile.ops.fp8 import apply
 #: N × K of a model's linears; q, k, v and gate, up as one.
 SHAPES = {
     "8B": [(4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096)],
+    "8B MLP": [(28672, 4096), (4096, 14336)],
     "70B": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
     "30B-A3B": [(5120, 2048), (2048, 4096)],
     "dry": [(256, 128)],
@@ -187,6 +188,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["8B", "70B"])
     options.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    options.add_argument("--ways", nargs="+", help="only these, by their names in the table")
     options.add_argument("--minutes", type=float, default=60.0, help="begin nothing after this long")
     args = options.parse_args()
     print(f"{ready(args.device)}\n", flush=True)
@@ -205,15 +207,17 @@ def main() -> None:
                 failed[f"{model} {n} × {k}, M = {m}"] = "the time was up"
                 continue
             x = torch.randn(m, k, device=args.device, dtype=torch.bfloat16)
-            want = nn.functional.linear(x, weights.dense[0]).float()
             bf16 = 0.0
             for way, make in makers.items():
+                if args.ways is not None and way not in args.ways:
+                    continue
                 torch._dynamo.reset()
                 try:
                     call = make()
-                    out = call(x, 0)
-                    error = ((out.float() - want).norm() / want.norm()).item()
-                    assert way in OTHER_VALUES or error < 0.06, f"{way}: wrong by {error:.2f} at M = {m}"
+                    for i, dense in enumerate(weights.dense):
+                        want = nn.functional.linear(x, dense).float()
+                        error = ((call(x, i).float() - want).norm() / want.norm()).item()
+                        assert way in OTHER_VALUES or error < 0.06, f"{way}: wrong by {error:.2f} at M = {m}"
                     time_of_one = seconds(
                         [lambda call=call, x=x, i=i: call(x, i) for i in range(weights.count)], args.device
                     )
@@ -227,10 +231,9 @@ def main() -> None:
                 flops = 2 * m * n * k / time_of_one / 1e12
                 cells = [f"{time_of_one * 1e6:.1f}", f"{bf16 / time_of_one:.2f}", f"{read:.0f}", f"{flops:.1f}"]
                 print(row([model, f"{n} × {k}", m, way, *cells]), flush=True)
-                if way == "ctfp8":
-                    names.append(
-                        f"{model} {n} × {k}, M = {m}: {'; '.join(launched(lambda c=call, x=x: c(x, 0), args.device))}"
-                    )
+                if way.startswith("ctfp8"):
+                    found = launched(lambda c=call, x=x: c(x, 0), args.device)
+                    names.append(f"{n} × {k}, M = {m}, {way}: {'; '.join(found)}")
         del weights, makers
     for way, reason in failed.items():
         print(f"\n{way} did not run: {reason}")

@@ -112,10 +112,10 @@ class Work:
             self.kind, self.rows
         )
         if share <= 32:
-            heights = [next(height for height in (8, 16, 32) if height >= share)]
+            heights = {8: (8, 16), 16: (16,), 32: (32,)}[next(height for height in (8, 16, 32) if height >= share)]
             rest = (16, 32, 64, 128), (128, 256), (1, 4, 8), (4, 8), (3, 5)
         else:
-            heights = [64, *([128] if share > 64 else []), *([256] if share >= 256 else [])]
+            heights = (64, *([128] if share > 64 else []), *([256] if share >= 256 else []))
             rest = (64, 128), (64, 128), (1,), (4, 8), (3, 4)
         return [t for t in itertools.starmap(Tile, itertools.product(heights, *rest)) if self._fits(t)]
 
@@ -227,8 +227,8 @@ def main() -> None:
         print(row(cells), flush=True)
         times.append([w.kind, w.n, w.k, w.rows, "chosen", astuple(choice), ours])
         vars(w).clear()  # its weights
-    if args.json is not None:
-        args.json.write_text(json.dumps(times))
+        if args.json is not None:
+            args.json.write_text(json.dumps(times))
 
 
 def choice_of(work: Work) -> Tile:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 #: Calls in turn read as many bytes as this, each other ones: more than the second-level cache of any GPU.
-ROTATE_BYTES = 256 << 20
+ROTATE_BYTES = 160 << 20
 CALLS = 16  # at least, in one timing
 
 

@@ -226,7 +226,7 @@ def _scaled_grouped_mm(
 
 def _width(stored: Tensor, scale: Tensor | None) -> int:
     """Columns of a stored key or value: its last byte is its scale where it is of codes and has no other."""
-    return stored.shape[-1] - (stored.dtype == torch.uint8 and scale is None)
+    return stored.shape[-1] - int(stored.dtype == torch.uint8 and scale is None)
 
 
 @operator(
