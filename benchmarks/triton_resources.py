@@ -16,8 +16,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -25,11 +27,9 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctfp8_compile.ops.triton import operators
+from ctfp8_compile.ops.triton import operators, tiles
 
 CAPABILITIES = (80, 89, 90, 100, 120)
-#: Kilobytes of shared memory a program may have, by capability (CUDA C++ Programming Guide, technical specifications).
-SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -81,10 +81,15 @@ class Built:
         return [text for at, text in found if first <= at <= last]
 
 
-def record(call: Callable[[], Any]) -> Launch:
-    """The one launch that a call makes."""
+def shared(capability: int) -> int:
+    """Kilobytes of shared memory that a program may have."""
+    return tiles.SHARED.get(divmod(capability, 10), tiles.SHARED_BY_DEFAULT)
+
+
+def record(call: Callable[[], Any], capability: int) -> Launch:
+    """The one launch that a call makes on such a GPU."""
     launches: list[Launch] = []
-    with _recording(launches):
+    with _recording(launches), mock.patch.object(operators, "_shared", return_value=shared(capability)):
         call()
     (launch,) = launches
     return launch
@@ -145,29 +150,32 @@ def _cuobjdump(what: str, cubin: bytes) -> str:
 
 
 def linear(
-    rows: int, n: int, k: int, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
-) -> Launch:
+    rows: int, n: int, k: int, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16,
+    capability: int = 90,
+) -> Launch:  # fmt: skip
     """The launch of a linear of these sizes; `block` None is a scale a channel."""
     weight, scale, block = _weight((n, k), block)
-    return record(lambda: operators.linear(_x(rows, k, dtype), weight, scale, None, block))
+    return record(lambda: operators.linear(_x(rows, k, dtype), weight, scale, None, block), capability)
 
 
 def grouped(
-    rows: int, e: int, n: int, k: int, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
-) -> Launch:
+    rows: int, e: int, n: int, k: int, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16,
+    capability: int = 90,
+) -> Launch:  # fmt: skip
     """The same of experts, rows sorted by expert."""
     weight, scale, block = _weight((e, n, k), block)
     offs = torch.empty(e, dtype=torch.int32, device="meta")
-    return record(lambda: operators.grouped_mm(_x(rows, k, dtype), weight, scale, offs, block))
+    return record(lambda: operators.grouped_mm(_x(rows, k, dtype), weight, scale, offs, block), capability)
 
 
 def gathered(
-    rows: int, e: int, n: int, k: int, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
-) -> Launch:
+    rows: int, e: int, n: int, k: int, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16,
+    capability: int = 90,
+) -> Launch:  # fmt: skip
     """The same of experts, each row with its own."""
     weight, scale, block = _weight((e, n, k), block)
     ids = torch.empty(rows, dtype=torch.int64, device="meta")
-    return record(lambda: operators.gathered_mm(_x(rows, k, dtype), weight, scale, ids, block))
+    return record(lambda: operators.gathered_mm(_x(rows, k, dtype), weight, scale, ids, block), capability)
 
 
 def _weight(
@@ -188,29 +196,31 @@ def main() -> None:
     chosen = parser.parse_args().capabilities
     blocks = (128, 128)
     rows = [
-        ("linear 4096 × 4096, 1 row", linear(1, 4096, 4096)),
-        ("linear 4096 × 4096, 1 row, 128×128", linear(1, 4096, 4096, blocks)),
-        ("linear 28672 × 4096, 1 row", linear(1, 28672, 4096)),
-        ("linear 4096 × 4096, 32 rows", linear(32, 4096, 4096)),
-        ("linear 4096 × 4096, 64 rows", linear(64, 4096, 4096)),
-        ("linear 4096 × 4096, 4096 rows", linear(4096, 4096, 4096)),
-        ("linear 4096 × 4096, 4096 rows, 128×128", linear(4096, 4096, 4096, blocks)),
-        ("128 experts 1536 × 2048, 8 rows gathered", gathered(8, 128, 1536, 2048)),
-        ("128 experts 1536 × 2048, 4096 rows grouped", grouped(4096, 128, 1536, 2048)),
-        ("128 experts 1536 × 2048, 65536 rows grouped, 128×128", grouped(65536, 128, 1536, 2048, blocks)),
+        ("linear 4096 × 4096, 1 row", partial(linear, 1, 4096, 4096)),
+        ("linear 4096 × 4096, 1 row, 128×128", partial(linear, 1, 4096, 4096, blocks)),
+        ("linear 28672 × 4096, 1 row", partial(linear, 1, 28672, 4096)),
+        ("linear 4096 × 4096, 32 rows", partial(linear, 32, 4096, 4096)),
+        ("linear 4096 × 4096, 64 rows", partial(linear, 64, 4096, 4096)),
+        ("linear 4096 × 4096, 4096 rows", partial(linear, 4096, 4096, 4096)),
+        ("linear 4096 × 4096, 4096 rows, 128×128", partial(linear, 4096, 4096, 4096, blocks)),
+        ("128 experts 1536 × 2048, 8 rows gathered", partial(gathered, 8, 128, 1536, 2048)),
+        ("128 experts 1536 × 2048, 4096 rows grouped", partial(grouped, 4096, 128, 1536, 2048)),
+        ("128 experts 1536 × 2048, 65536 rows grouped, 128×128", partial(grouped, 65536, 128, 1536, 2048, blocks)),
     ]
     print(f"| | tile | programs | {' | '.join(f'sm{c}' for c in chosen)} |")
     print(f"|---|---|---|{'---|' * len(chosen)}")
-    for name, launch in rows:
-        a = launch.arguments
-        tile = f"{a['BM']} × {a['BN']} × {a['BK']}" + (f" in {a['SPLIT']} parts" if a["SPLIT"] > 1 else "")
-        elements = a["BN"] * a["BK"] / (32 * a["num_warps"])
-        programs = torch.Size(launch.grid).numel()
-        cells = []
+    for name, make in rows:
+        tiles_of, programs_of, cells = [], [], []
         for capability in chosen:
-            built = build(launch, capability)
+            launch = make(capability=capability)
+            built, a = build(launch, capability), launch.arguments
+            parts = f" in {a['SPLIT']} parts" if a["SPLIT"] > 1 else ""
+            tiles_of.append(f"{a['BM']} × {a['BN']} × {a['BK']}{parts}, {a['num_warps']} warps")
+            programs_of.append(str(torch.Size(launch.grid).numel()))
+            elements = a["BN"] * a["BK"] / (32 * a["num_warps"])
             cells.append(f"{built.registers}, {built.shared // 1024} KB, {len(built.loop()) / elements:.1f}")
-        print(f"| {name} | {tile}, {a['num_warps']} warps | {programs} | {' | '.join(cells)} |", flush=True)
+        tile, programs = ("; ".join(dict.fromkeys(each)) for each in (tiles_of, programs_of))
+        print(f"| {name} | {tile} | {programs} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

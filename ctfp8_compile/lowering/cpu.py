@@ -51,6 +51,9 @@ class FusedDequantizeMatmul:
             return no(f"the fused CPU kernel takes bfloat16, float16 and float32 activations, not {problem.x_dtype}")
         return Verdict(unavailable() or "")
 
+    def preferred(self, problem: Problem, target: Target) -> bool:
+        return False
+
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
         of_kind = {"linear": operands.bias, "grouped_mm": operands.offs, "gathered_mm": operands.expert_ids}
         args = (operands.x, operands.weight, operands.weight_scale, of_kind[problem.kind], list(problem.block))

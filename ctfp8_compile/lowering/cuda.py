@@ -7,7 +7,8 @@
 | sm80 | weight-only | weight-only |
 | earlier | dequantized | dequantized |
 
-What no FP8 × FP8 kernel takes is for the weight-only kernel.
+What no FP8 × FP8 kernel takes is for the weight-only kernel; and, on sm90, up to 8 rows of experts. Blocks are for `_scaled_mm`
+where there are many rows, or nobody knows how many.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .kernel import Kernel
 
 _ONE_SCALE, _ROWWISE = scaled_mm.linear(fast_accum=True)
 
-#: Best first.
+#: Best first, for most problems: see `Kernel.preferred`.
 KERNELS: tuple[Kernel, ...] = (
     _ONE_SCALE,
     *fbgemm.kernels("fbgemm"),

@@ -5,6 +5,7 @@ A `Problem` is all a gate may look at. The sentence it answers with reaches the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -65,6 +66,12 @@ class Problem:
     activation: str
     bias: bool
     exponents: bool = False
+
+    @property
+    def rows(self) -> int | None:
+        """Of `x`, all together; None where their number is not known before the graph runs."""
+        sizes = self.x_shape[:-1]
+        return math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
 
     @property
     def scaling(self) -> Scaling:
@@ -129,6 +136,9 @@ class Kernel(Protocol):
     def supports(self, problem: Problem, target: Target) -> Verdict:
         """Whether this kernel takes a problem it is for on the target."""
 
+    def preferred(self, problem: Problem, target: Target) -> bool:
+        """Whether it comes before all others of the target for such a problem; where that was measured."""
+
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
         """Builds the nodes at the graph's insertion point and returns the one that replaces the matmul."""
 
@@ -146,7 +156,7 @@ class Kernel(Protocol):
 def choose(kernels: Sequence[Kernel], problem: Problem, target: Target) -> tuple[Kernel | None, str]:
     """The first kernel for this problem whose gate says yes, or None; and why each before it declined."""
     reasons: list[str] = []
-    for kernel in kernels:
+    for kernel in sorted(kernels, key=lambda kernel: not kernel.preferred(problem, target)):
         if problem.kind not in kernel.kinds or problem.scaling not in kernel.scalings:
             continue
         verdict = kernel.supports(problem, target)

@@ -69,6 +69,7 @@ class ScaledKernel:
         build: `(do, Scaled) -> node`: its operators, where `do(op, *args)` adds a node.
         version: identifies the library on this machine, for Inductor's cache key.
         scale_layout: how it reads weight scales (`kernel.ScaleLayout`).
+        preferred: which problems it is for before all others.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ScaledKernel:
     build: Callable[[ops.Do, Scaled], fx.Node]
     version: Callable[[], str] = lambda: torch.__version__
     scale_layout: ScaleLayout = ""
+    preferred: Callable[[Problem, Target], bool] = lambda problem, target: False
     lowers: ClassVar[tuple[Any, ...]] = (_ctfp8.scaled_mm.default, _ctfp8.scaled_grouped_mm.default)
 
     def supports(self, problem: Problem, target: Target) -> Verdict:

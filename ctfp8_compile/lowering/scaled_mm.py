@@ -54,6 +54,11 @@ def _blockwise(problem: Problem, target: Target) -> Verdict:
     return no(f"N must be a multiple of 128 and K of 512, but they are {n} and {k}") if n % 128 or k % 512 else YES
 
 
+def _many_rows(problem: Problem, target: Target) -> bool:
+    """On an H100 256 and 4096 rows took 0.77 to 0.90 of the time that they took with fbgemm's kernel, 1 and 16 rows 1.1 to 1.5."""
+    return problem.rows is None or problem.rows >= 128
+
+
 def _mx(problem: Problem, target: Target) -> Verdict:
     if problem.activation != "mx":
         return no("the checkpoint does not quantize activations (MXFP8A16)")
@@ -139,7 +144,9 @@ def linear(fast_accum: bool) -> tuple[ScaledKernel, ScaledKernel]:
 
 
 MX = ScaledKernel("aten._scaled_mm", "scaled_mm", ("linear",), ("mx",), _mx, _build_mx, scale_layout="swizzled")
-BLOCKWISE = ScaledKernel("aten._scaled_mm", "scaled_mm", ("linear",), ("blockwise",), _blockwise, _build_blockwise)
+BLOCKWISE = ScaledKernel(
+    "aten._scaled_mm", "scaled_mm", ("linear",), ("blockwise",), _blockwise, _build_blockwise, preferred=_many_rows
+)
 GROUPED = ScaledKernel(
     "aten._scaled_grouped_mm", "scaled_mm", ("grouped_mm", "gathered_mm"), ("tensorwise", "rowwise"), _grouped,
     _build_grouped, scale_layout="by row",

@@ -75,12 +75,12 @@ def freeze(model: nn.Module) -> None:
     with contextlib.suppress(cpu_kernels.KernelBuildError):  # the compiler will say so where it matters
         cpu_kernels.load(build=False)
     if not isinstance(model, _KeepsFP8):
-        model.__class__ = _keeps_fp8(type(model))
+        model.__class__ = _keeps_fp8(type(model))  # type: ignore[arg-type]  # a module's class hashes like any
         model.register_forward_pre_hook(DetachFromMmap(model))
 
 
 @functools.cache
-def _keeps_fp8(cls: type[nn.Module]) -> type[nn.Module]:
+def _keeps_fp8(cls: Any) -> Any:
     """One class for all roots of a class: `torch.compile` guards it."""
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls)(cls.__name__, (_KeepsFP8, cls), namespace)

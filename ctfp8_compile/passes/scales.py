@@ -25,7 +25,7 @@ from ..graph import MARKER, arguments, fake_value
 from ..lowering import Problem, choose, kernels_of
 from ..ops import BY_ROW, SWIZZLED, TRANSPOSED, UNSWIZZLED
 from ..target import Target
-from .side_by_side import SIDE_BY_SIDE, add
+from .side_by_side import LINEARS, SIDE_BY_SIDE, add
 
 aten = torch.ops.aten
 _MARKERS = (MARKER, MARKER.overloadpacket)
@@ -52,7 +52,7 @@ def _layout(marker: fx.Node, target: Target) -> str:
     problem = Problem(
         kind="linear" if len(shape) == 2 else "grouped_mm",
         x_dtype=dtype,
-        x_shape=(1, shape[-1]),
+        x_shape=(*_rows(marker), shape[-1]),
         weight_shape=shape,
         block=(block[0], block[1]),
         activation=activation,
@@ -61,6 +61,14 @@ def _layout(marker: fx.Node, target: Target) -> str:
     )
     kernel, _ = choose(kernels_of(target), problem, target)
     return "" if kernel is None else kernel.scale_layout
+
+
+def _rows(marker: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a linear's input, but the last; of any other use, one that is not known."""
+    for user in marker.users:
+        if user.target in LINEARS:
+            return tuple(fake_value(arguments(user)[0]).shape[:-1])
+    return (None,)
 
 
 def _lay_out(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> None:

@@ -30,7 +30,7 @@ from ..ops import BY_ROW
 
 aten = torch.ops.aten
 SIDE_BY_SIDE = torch.ops.ctfp8.side_by_side.default
-_LINEARS = (aten.linear.default, torch.nn.functional.linear)
+LINEARS = (aten.linear.default, torch.nn.functional.linear)
 _MARKERS = (MARKER, MARKER.overloadpacket)
 _BY_ROW = "by row"
 
@@ -43,7 +43,7 @@ def declare(graph: fx.Graph) -> None:
     """
     by_input: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _LINEARS and (alike := _alike(node)) is not None:
+        if node.op == "call_function" and node.target in LINEARS and (alike := _alike(node)) is not None:
             by_input[arguments(node)[0], alike].append(node)
     first = next((node for node in graph.nodes if node.op != "placeholder"), None)
 

@@ -99,9 +99,7 @@ def test_nothing_is_wrapped_and_no_bar_is_drawn_in_a_pipe():
         run = subprocess.run([*python, *command, str(SHIPPED / "moe")], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         (line,) = [line for line in run.stdout.splitlines() if "experts" in line and "down_proj" in line]
-        assert line.rstrip().endswith(
-            "down_proj.weight" if command == ["inspect"] else "→ Triton weight-only (not yet measured on a GPU)"
-        )
+        assert line.rstrip().endswith("down_proj.weight" if command == ["inspect"] else "→ Triton weight-only")
         assert not run.stderr
 
 
@@ -155,10 +153,7 @@ def test_inspect_reads_headers_of_a_hub_id(hub, tmp_path):
 
 def test_explain_says_the_summary_and_folds_layers_when_asked_for_more():
     arguments = ("explain", SHIPPED / "llama", "--target", "xpu")
-    assert (
-        ctfp8_command(*arguments).stdout
-        == "35 FP8 weights for xpu; 35 linear → Triton weight-only (not yet measured on a GPU)\n"
-    )
+    assert ctfp8_command(*arguments).stdout == "35 FP8 weights for xpu; 35 linear → Triton weight-only\n"
     lines = ctfp8_command(*arguments, "-v").stdout.splitlines()
     assert len(lines) == 1 + 7 + 1
     assert lines[6].startswith("    5 × model.layers.*.mlp.up_proj.weight       640×256  linear → Triton weight-only")

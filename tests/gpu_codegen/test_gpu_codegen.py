@@ -108,7 +108,7 @@ forged:llama/FP8 layer M=512
 forged:llama/FP8_BLOCK layer M=512
   pointwise
   norm, quantize
-  fbgemm.f8f8bf16_groupwise [512, 512] x [1024, 512]
+  aten._scaled_mm [512, 512] x [512, 1024]
   pointwise
   pointwise
   aten.bmm
@@ -117,12 +117,12 @@ forged:llama/FP8_BLOCK layer M=512
   aten.bmm
   amax
   quantize
-  fbgemm.f8f8bf16_groupwise [512, 512] x [512, 512]
+  aten._scaled_mm [512, 512] x [512, 512]
   pointwise
   norm, quantize
-  fbgemm.f8f8bf16_groupwise [512, 512] x [2048, 512]
+  aten._scaled_mm [512, 512] x [512, 2048]
   silu, quantize
-  fbgemm.f8f8bf16_groupwise [512, 1024] x [512, 1024]
+  aten._scaled_mm [512, 1024] x [1024, 512]
   pointwise
 forged:qwen3_moe/FP8_DYNAMIC layer M=1 batched_mm
   norm, quantize

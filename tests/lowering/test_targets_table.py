@@ -15,14 +15,16 @@ from ctfp8_compile.target import Target
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "targets.md"
 BEGIN, END = "<!-- what the gates choose: begin -->", "<!-- what the gates choose: end -->"
 TARGETS = ("cpu", "cuda:sm80", "cuda:sm89", "cuda:sm90", "cuda:sm100", "cuda:sm120", "xpu")
-#: What it is; kind, sizes of the weight, block, activation scheme.
+#: What it is; kind, sizes of the weight, block, activation scheme, and the number of rows where that matters.
 PROBLEMS = {
     "linear, one scale each": ("linear", (1024, 1024), (1024, 1024), "tensor"),
     "linear, rowwise scales": ("linear", (1024, 1024), (1, 1024), "token"),
     "linear, 128×128 blocks": ("linear", (1024, 1024), (128, 128), "group"),
+    "linear, 128×128 blocks, 128 rows or more": ("linear", (1024, 1024), (128, 128), "group", 128),
     "linear, W8A16": ("linear", (1024, 1024), (1, 1024), "none"),
     "linear, K not a multiple of 16": ("linear", (1024, 1000), (1, 1000), "token"),
     "experts, rowwise scales": ("grouped_mm", (8, 1024, 1024), (1, 1024), "token"),
+    "experts, rowwise scales, 8 rows or fewer": ("gathered_mm", (8, 1024, 1024), (1, 1024), "token", 8),
     "experts, 128×128 blocks": ("grouped_mm", (8, 1024, 1024), (128, 128), "group"),
 }
 
@@ -36,8 +38,8 @@ def chosen(target: str, problem: Problem, without: str = "") -> str:
 def table() -> str:
     """For each problem, the first kernel whose gate says yes; where fbgemm's is, also the one without it."""
     lines = [" | ".join(["", *TARGETS]), "|".join(["---"] * (len(TARGETS) + 1))]
-    for name, (kind, weight, block, activation) in PROBLEMS.items():
-        problem = Problem(kind, torch.bfloat16, (16, weight[-1]), weight, block, activation, False)
+    for name, (kind, weight, block, activation, *rows) in PROBLEMS.items():
+        problem = Problem(kind, torch.bfloat16, (*(rows or [16]), weight[-1]), weight, block, activation, False)
         cells = []
         for target in TARGETS:
             first, without = chosen(target, problem), chosen(target, problem, "fbgemm mslk")

@@ -50,10 +50,10 @@ def test_arithmetic_against_float64_at_random():
     interpreted(examples=100)
 
 
-def fits(launch: resources.Launch, capability: int) -> resources.Built:
-    built = resources.build(launch, capability)
+def fits(make, capability: int, *args, **kwargs) -> resources.Built:
+    built = resources.build(make(*args, **kwargs, capability=capability), capability)
     assert built.local == 0, "registers are spilled to memory"
-    assert built.shared <= resources.SHARED[capability] * 1024
+    assert built.shared <= resources.shared(capability) * 1024
     assert ".ftz" not in built.ptx  # e4m3's subnormals must come through
     assert "e4m3" not in built.ptx  # decoded by bits; sm80 has no conversion
     return built
@@ -61,13 +61,13 @@ def fits(launch: resources.Launch, capability: int) -> resources.Built:
 
 @pytest.mark.parametrize("capability", resources.CAPABILITIES)
 def test_kernels_build(capability):
-    few = fits(resources.linear(1, 4096, 4096), capability)
+    few = fits(resources.linear, capability, 1, 4096, 4096)
     assert "cp.async" in few.ptx  # tiles are loaded ahead
     assert "mma.sync" in few.ptx  # warps have columns of their own, also where the GPU has larger matrix instructions
-    many = fits(resources.grouped(16384, 128, 1536, 2048, BLOCK), capability)
+    many = fits(resources.grouped, capability, 16384, 128, 1536, 2048, BLOCK)
     instruction = {90: "wgmma", 100: "tcgen05.mma"}.get(capability, "mma.sync")
     assert instruction in many.ptx
-    fits(resources.gathered(8, 8, 96, 100), capability)  # neither size is a multiple of a tile
+    fits(resources.gathered, capability, 8, 8, 96, 100)  # neither size is a multiple of a tile
 
 
 SIZES = [(4096, 4096), (28672, 4096), (1000, 200), (96, 33)]
@@ -78,12 +78,12 @@ SIZES = [(4096, 4096), (28672, 4096), (1000, 200), (96, 33)]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_tile_builds(capability, dtype):
     for block in (None, BLOCK, (64, 32)):
-        for rows in (1, 16, 32, 64, 4096):
+        for rows in (1, 16, 32, 64, 256, 4096):
             for n, k in SIZES:
-                fits(resources.linear(rows, n, k, block, dtype), capability)
+                fits(resources.linear, capability, rows, n, k, block, dtype)
         for rows in (8, 1024, 65536):
-            fits(resources.grouped(rows, 128, 768, 2048, block, dtype), capability)
-        fits(resources.gathered(rows=8, e=128, n=768, k=2048, block=block, dtype=dtype), capability)
+            fits(resources.grouped, capability, rows, 128, 768, 2048, block, dtype)
+        fits(resources.gathered, capability, 8, 128, 768, 2048, block, dtype)
 
 
 def test_tiles():

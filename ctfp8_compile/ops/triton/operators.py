@@ -151,7 +151,7 @@ def _options(
     """The tile, and what every kernel is compiled for."""
     features, cols = weight.shape[-2:]
     block_cols = block[1] if block[1] < cols else 0
-    tile = tiles.choose(rows, features, cols, block_cols, matrices, x.element_size())
+    tile = tiles.choose(rows, features, cols, block_cols, matrices, x.element_size(), _shared(x.device))
     even = cols % tile.cols == 0 and block_cols % tile.cols == 0 and cols % (block_cols or cols) == 0
     return tile, {
         "BLOCK_ROWS": min(block[0], features),
@@ -164,6 +164,12 @@ def _options(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def _shared(device: torch.device) -> int:
+    """Kilobytes of shared memory that a program may have."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return tiles.SHARED.get(capability, tiles.SHARED_BY_DEFAULT)
 
 
 def _codes(weight: Tensor) -> Tensor:

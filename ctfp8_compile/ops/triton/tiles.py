@@ -1,8 +1,10 @@
 """Which tile a weight-only kernel works in: fixed per range of rows, so that nothing is measured at the first call.
 
-**Chosen by what is known of the hardware, not yet measured on a GPU.** Few rows are bound by the bandwidth of memory: tiles are
-narrow, so that there are enough programs to keep every multiprocessor reading. Many rows are bound by the matrix
-instructions: tiles are as large as their accumulators allow.
+Few rows are bound by the bandwidth of memory: tiles are narrow, so that there are enough programs to keep every multiprocessor
+reading. Many rows are bound by the matrix instructions: tiles are as large as their accumulators allow.
+
+Chosen on an H100 (`benchmarks/gpu_tiles.py`) for up to 16 rows of a matrix, and for one matrix with scales per row; the others by
+what is known of the hardware.
 """
 
 from __future__ import annotations
@@ -11,7 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 #: As many programs keep the multiprocessors of a large GPU (an H100 has 132) busy; with fewer, tiles are made smaller.
-_PROGRAMS = 256
+_PROGRAMS = 128
+#: Kilobytes of shared memory that a program may have, by capability (CUDA C++ Programming Guide, technical specifications).
+SHARED = {(8, 0): 163, (9, 0): 227, (10, 0): 227}
+#: Of all others: sm86, sm89 and sm120 have as much, and it is a fair guess for Intel's GPUs.
+SHARED_BY_DEFAULT = 99
 
 
 @dataclass(frozen=True)
@@ -32,33 +38,58 @@ class Tile:
     stages: int
 
 
-def choose(rows: Any, outputs: int, cols: int, block_cols: int, matrices: int = 1, itemsize: int = 2) -> Tile:
+def choose(
+    rows: Any,
+    outputs: int,
+    cols: int,
+    block_cols: int,
+    matrices: int = 1,
+    itemsize: int = 2,
+    shared: int = SHARED_BY_DEFAULT,
+) -> Tile:
     """The tile for `rows` rows of each of some matrices `[outputs, cols]`; rows that are not known take a middle one.
 
     Args:
         block_cols: columns that share a scale, 0 if all do; a wider tile would be cut where they end.
         itemsize: bytes of an element of `x`.
+        shared: kilobytes of shared memory that a program may have.
     """
-    tile = _tile(rows, outputs, cols, block_cols, matrices)
-    # float32 tiles are twice as large; three of them do not fit the 99 KB that sm89 and sm120 have
-    return tile if itemsize <= 2 else replace(tile, stages=2)
-
-
-def _tile(rows: Any, outputs: int, cols: int, block_cols: int, matrices: int) -> Tile:
     fit = _fit(block_cols or cols)
+    if isinstance(rows, int) and rows <= 16:
+        tile = _few(rows, outputs, fit, bool(block_cols), matrices)
+    else:
+        large = shared > 2 * SHARED_BY_DEFAULT and itemsize <= 2
+        tile = _many(rows, outputs, fit, bool(block_cols), matrices, large)
+    loaded = tile.cols * (tile.outputs + itemsize * tile.rows)
+    return replace(tile, stages=max(2, min(tile.stages, (shared - 2 << 10) // loaded)))
+
+
+def _few(rows: int, outputs: int, fit: int, blocks: bool, matrices: int) -> Tile:
+    height, span = 8 if rows <= 8 else 16, min(256, fit)
+    split = min(4, span // 16)
+    if blocks:
+        return Tile(height, 64 if height == 8 else 32, min(128, fit), 1, 4, 5)
+    if matrices > 1:
+        return Tile(height, 64, span, 1, 4, 3)
+    if outputs >= 128 * _PROGRAMS:
+        return Tile(height, 128, span, 1, 4, 3) if height == 8 else Tile(height, 32, span, split, 4, 3)
+    return Tile(height, 32 if outputs >= 2048 else 16, span, split, 4, 5)
+
+
+def _many(rows: Any, outputs: int, fit: int, blocks: bool, matrices: int, large: bool) -> Tile:
+    middle = Tile(64, 64, min(128, fit), 1, 4, 3)
     if not isinstance(rows, int):
-        return Tile(64, 64, min(128, fit), 1, 4, 3)
-    if rows <= 16:
-        few, span = 8 if rows <= 8 else 16, min(256, fit)
-        if matrices * outputs >= 64 * _PROGRAMS:
-            return Tile(few, 64, span, 1, 4, 4)
-        return Tile(few, 16, span, min(4, span // 16), 4, 4)
+        return middle
     if rows <= 32:
         return Tile(32, 64, min(128, fit), 1, 4, 4)
-    if 2 * matrices * (rows // 128) * (outputs // 128) >= _PROGRAMS:
+    if large and matrices == 1 and not blocks and -(-rows // 256) * -(-outputs // 128) >= _PROGRAMS:
+        return Tile(256, 128, min(64, fit), 1, 8, 4)
+    if matrices * (rows // 128) * (outputs // 128) >= _PROGRAMS:
         # scales per block need a second accumulator, which takes the registers of more warps
-        return Tile(128, 128, min(64, fit), 1, 8 if block_cols else 4, 3)
-    return Tile(64, 64, min(128, fit), 1, 4, 3)
+        return Tile(128, 128, min(64, fit), 1, 8 if blocks else 4, 3)
+    if rows > 64 and matrices == 1 and not blocks:
+        return Tile(128, 64, min(128, fit), 1, 4, 3)
+    return middle
 
 
 def _fit(cols: int) -> int:
