@@ -195,15 +195,17 @@ def export(
     _check_place(output)
     if output.suffix != ".pt2":
         raise UsageError(f"{output}: artifacts are .pt2 files; give the path that suffix.")
-    model = load(checkpoint, _debug)
+    # machine code is made where the model is, a graph anywhere
+    model = load(checkpoint, _debug, device=device_of(None)) if package else load(checkpoint, _debug)
     args, kwargs = example(model, batch=2)
+    ids = args[0]
     shapes: Any = {
         "input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")},
         **dict.fromkeys(kwargs),
     }
     if cache is not None:
         model = StaticCacheDecoder(model, 1, cache)
-        args, kwargs = (args[0][:1], torch.tensor(0)), {}
+        args, kwargs = (ids[:1], torch.tensor(0, device=ids.device)), {}
         shapes = ({1: torch.export.Dim("tokens", max=cache)}, None)
     with err().status("tracing, rewriting and writing …"):
         report = export_model(model, args, kwargs, output, target, shapes, package)

@@ -15,7 +15,6 @@ from transformers.distributed import DistributedConfig
 from .. import from_pretrained
 from ..checkpoint.packed import sentence
 from ..errors import CheckpointError, TargetError, UsageError
-from ..target import Target
 from .headers import is_folder
 from .terminal import err, escape
 
@@ -34,13 +33,18 @@ def device_of(wanted: str | None) -> torch.device:
         return found if found is not None and found.type in ("cuda", "xpu") else CPU
     try:
         device = torch.device(wanted)
+        if device.type not in ("cpu", "cuda", "xpu"):
+            raise RuntimeError
     except RuntimeError:
         raise UsageError(f"--device {wanted}: not a device. Write cpu, cuda, cuda:1 or xpu.") from None
-    try:
-        Target.detect(device)
-    except TargetError as error:
-        why = str(error).partition("; ")[0].rstrip(".")
-        raise TargetError(f"--device {wanted}: {why}. Leave it out to run where this machine can.") from None
+    if device.type != "cpu":
+        backend = getattr(torch, device.type)
+        count = backend.device_count() if backend.is_available() else 0
+        if (device.index or 0) >= count:
+            raise TargetError(
+                f"--device {wanted}: this machine has {count or 'no'} {device.type.upper()} device{'s' * (count > 1)}. Leave "
+                "it out to run where this machine can."
+            )
     return device
 
 
@@ -96,6 +100,8 @@ def load_tokenizer(checkpoint: str) -> Any:
 
 def example(model: Any, batch: int = 1) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments to trace a model with: 16 tokens, no cache."""
-    ids = torch.arange(16 * batch).reshape(batch, 16) % min(model.config.get_text_config().vocab_size, 256)
+    ids = torch.arange(16 * batch, device=model.device).reshape(batch, 16) % min(
+        model.config.get_text_config().vocab_size, 256
+    )
     caches = "use_cache" in inspect.signature(model.forward).parameters
     return (ids,), {"use_cache": False} if caches else {}

@@ -172,20 +172,35 @@ class _Shared(type):
     """
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        if isinstance(value, property):
-            raise UsageError(_TOGETHER.format(name=name, cls=cls.__name__))
-        super().__setattr__(name, value)
+        """torch parametrizes another tensor of one module: the others keep theirs as it is."""
+        super().__setattr__(name, _of_some(name, value) if isinstance(value, property) else value)
 
     def __delattr__(cls, name: str) -> None:
-        if isinstance(vars(cls).get(name), property):
-            raise UsageError(_TOGETHER.format(name=name, cls=cls.__name__))
-        super().__delattr__(name)
+        """torch takes the parametrization off one module: the others keep theirs."""
+        found = vars(cls).get(name)
+        if isinstance(found, property):
+            super().__setattr__(name, _of_some(name, found))
+        else:
+            super().__delattr__(name)
 
 
-_TOGETHER = (
-    "parameter {name} of one {cls} cannot be parametrized, or be plain again: layers with FP8 weights share a class. Load the "
-    "checkpoint with dequantize=True for layers that torch.nn.utils.parametrize can change one by one."
-)
+def _of_some(name: str, of_parametrized: property) -> property:
+    """A property of a class some of whose modules have that tensor parametrized, and some as it is."""
+
+    parametrized = of_parametrized.fget
+    assert parametrized is not None
+
+    def read(module: nn.Module) -> Any:
+        if name in module.parametrizations:  # type: ignore[operator]
+            return parametrized(module)
+        for tensors in (module._parameters, module._buffers):
+            if name in tensors:
+                return tensors[name]
+        raise AttributeError(name)
+
+    return property(read, of_parametrized.fset)  # assigning to a plain one does not come here
+
+
 _shared: dict[tuple[type, tuple[str, ...]], type] = {}
 
 

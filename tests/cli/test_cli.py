@@ -307,6 +307,11 @@ ERRORS = {
         ["generate", "{data}/llama/FP8", "--prompt", "x"],
         "no tokenizer that transformers can read is there",
     ),
+    "no device": (["generate", "{shipped}/llama", "--prompt", "x", "--device", "gpu"], "--device gpu: not a device"),
+    "not this machine's": (
+        ["bench", "{shipped}/llama", "--device", "xpu"],
+        "--device xpu: this machine has no XPU device. Leave it out",
+    ),
     "no picture": (["bench", "{data}/llama/FP8", "--plot", "{tmp}/x.txt"], "a plot is one of .png, .svg, .pdf"),
 }
 
