@@ -42,7 +42,7 @@ LINEARS = [
     ("channel", "token", "cuda:sm89"),
     ("tensor", "tensor", "cuda:sm90"),
     ("tensor", "tensor", "xpu+scaled_mm"),
-    ("block", "group", "cuda:sm90"),
+    ("block", "group", "cuda:sm90+fbgemm"),  # torch has no `_scaled_mm` with blocks on a CPU
     ("block", "group", "cuda:sm89"),
     ("channel", "token", "cuda:sm80"),
 ]
