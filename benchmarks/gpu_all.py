@@ -60,7 +60,8 @@ PARTS = (
             first=tuple(("gpu_linear.py", "--shapes", "8B", "--rows", m) for m in ROWS)),
     Part.of("tiles", 0.2, "gpu_tiles.py", first=(("gpu_tiles.py", "--build"),)),
     Part.of("experts", 0.15, "gpu_moe.py"),
-    Part.of("model", 0.2, "gpu_models.py"),
+    Part.of("model", 0.2, "gpu_models.py",
+            first=tuple(("gpu_models.py", "--ways", way) for way in ("bf16", "ctfp8", "ctfp8, apart"))),
     Part.of("command-line", 0.1, "-m", "ctfp8_compile", "bench", LLAMA, "--inductor"),
 )  # fmt: skip
 TESTS = ("-m", "pytest", "-p", "no:cacheprovider", "-n", "8", "--durations", "10", str(ROOT / "tests/gpu"))

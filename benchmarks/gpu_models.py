@@ -10,9 +10,11 @@ up as matmuls of their own.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,17 @@ from ctfp8_compile.hf.compat import cache_argument
 WAYS = ("bf16", "ctfp8", "ctfp8, apart")
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What tensors have whose dtype nobody says."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build(way: str, device: str, dry: bool) -> Any:
     """The model, with random weights, FP8 ones where the way asks for them."""
     sizes = (256, 512, 512, 2, 8, 4) if dry else (4096, 14336, 128256, 32, 32, 8)
@@ -34,8 +47,8 @@ def build(way: str, device: str, dry: bool) -> Any:
         hidden_size=hidden, intermediate_size=intermediate, vocab_size=vocabulary, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, dtype=torch.bfloat16,
     )  # fmt: skip
-    with torch.device(device):
-        model = LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
+    with torch.device(device), default_dtype(torch.bfloat16):  # made in float32, it would take twice the memory first
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
     if way == "bf16":
         return model
     state = dict(model.state_dict())
