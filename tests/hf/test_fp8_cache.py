@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.compat import cache_argument
+from ctfp8_compile.model.freeze import dequantize_
 from ctfp8_compile.ops import FP8
 
 pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint was calibrated")
@@ -56,14 +57,7 @@ class Rounding(DynamicCache):
 
 
 def float64(model):
-    exact = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float64).eval()
-    exact.load_state_dict({k: v.double() for k, v in dequantized(model).items()})
-    return exact
-
-
-def dequantized(model) -> dict[str, Tensor]:
-    state = {k: v for k, v in model.state_dict().items() if ".parametrizations." not in k}
-    return state | {n: model.get_submodule(n.rpartition(".")[0]).weight for n in _weights(model)}
+    return dequantize_(copy.deepcopy(model)).double()
 
 
 def _weights(model) -> list[str]:
@@ -71,14 +65,17 @@ def _weights(model) -> list[str]:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("family", ["llama", "qwen3moe"])
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_a_model_attends_to_what_was_rounded(calibrated, dtype: str) -> None:
+def test_a_model_attends_to_what_was_rounded(family: str, dtype: str) -> None:
     """New tokens too: the prompt of 9 is rounded before it is attended to."""
-    model = calibrated if dtype == "auto" else ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC", dtype=torch.float32)
+    scheme = "FP8_DYNAMIC_KV" if dtype == "auto" else "FP8_DYNAMIC"
+    experts = {"experts_implementation": "batched_mm"} if family == "qwen3moe" else {}  # grouped ones know no float64
+    model = ctfp8.from_pretrained(DATA / family / scheme, dtype=torch.float32, **experts)
     ids, sizes = ids_for(model, 2), (9, 1, 1, 1)
     exact = Rounding(config=model.config)
     if dtype == "auto":
-        file = load_file(KV / "model.safetensors")
+        file = load_file(DATA / family / scheme / "model.safetensors")
         exact.scales = [
             tuple(file[f"model.layers.{i}.self_attn.{w}_scale"] for w in "kv")
             for i in range(model.config.num_hidden_layers)
