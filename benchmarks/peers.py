@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     here = [way for way in WAYS if "llama.cpp" not in way or llamacpp.is_installed()]
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=here)
-    parser.add_argument("--json", type=Path, help="also write each process's numbers there")
+    parser.add_argument("--json", type=Path, help="also write each process's numbers there, as they come")
     parser.add_argument("--write", nargs=2, metavar=("FOLDER", "LAYERS"), help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=4, metavar=("WAY", "FOLDER", "WHOLE", "BEGIN"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -160,14 +160,15 @@ def main() -> None:
         way, folder, whole, begin = args.measure
         measure(way, Path(folder), whole == "1", float(begin))
     else:
-        results = compare(args.layers, args.rounds, args.ways)
-        if args.json is not None:
-            args.json.write_text(json.dumps(results, indent=1))
-        print(markdown(results))
+        print(markdown(compare(args.layers, args.rounds, args.ways, args.json)))
 
 
-def compare(layers: int, rounds: int, ways: list[str]) -> dict[str, list[dict[str, float]]]:
-    """What each process of each way measured, with a `cold` beside it where one was run with empty caches."""
+def compare(layers: int, rounds: int, ways: list[str], kept: Path | None) -> dict[str, list[dict[str, float]]]:
+    """What each process of each way measured, with a `cold` beside it where one was run with empty caches.
+
+    Args:
+        kept: where all that was measured is written, each time there is more.
+    """
     results: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -180,6 +181,8 @@ def compare(layers: int, rounds: int, ways: list[str]) -> dict[str, list[dict[st
                 found = run(way, folder, caches, whole=True)
                 cold = {} if before is None else {"cold": before["first"]}
                 results[way].append({**found, **cold, "warm": found.pop("first")})
+                if kept is not None:
+                    kept.write_text(json.dumps(results, indent=1))
     return results
 
 
