@@ -62,7 +62,7 @@ def purpose(source: str) -> str:
     words = {
         "norm": "libdevice.rsqrt(" in source,
         "softmax": softmax,
-        "silu": "libdevice.exp(" in source and not softmax,
+        "silu": re.search(r"(tmp\d+) = -tmp\d+\n(.*\n)*?.*libdevice\.exp\(\1\)", source) is not None and not softmax,
         "sort": "triton_helpers.sort" in source,
         "amax": amax and not softmax and not writes_fp8,
         "dequantize": reads_fp8 and not writes_fp8,
