@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard ctfp8_compile/ops/cpu/csrc/* tests/asan/*.cpp)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-newest test-long test-arm test-real lint format bench coverage docs build clean
+.PHONY: help demo test test-newest test-long test-matrix test-arm test-real lint format bench coverage docs build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,9 @@ test-newest:  ## the whole suite with the newest releases that pip gives, in .ve
 
 test-long: $(READY)  ## long fuzzing, whole matrices and the like, under half an hour
 	$(PYTEST) -m long
+
+test-matrix: $(READY)  ## every scheme, GPU and number of rows through all of Inductor, without a GPU: part of test-long
+	$(PYTEST) -m long tests/gpu_codegen
 
 test-arm: $(READY)  ## the CPU kernels of other processors, emulated: needs g++-aarch64-linux-gnu and qemu-user
 	$(PY) -m pytest -m long -rs tests/ops/test_emulated_kernels.py
