@@ -5,21 +5,27 @@
 Attention: ours on a bf16 and on an FP8 cache against torch's `scaled_dot_product_attention` on bf16 with `enable_gqa` (it repeats
 no heads), in the shapes of TinyLlama 1.1B and Llama 3 8B. Decode: a random 1.1B Llama FP8_DYNAMIC checkpoint, static caches; the
 same weights dequantized, eager and by Inductor (not with `--ours`). Prefill of 512 tokens into both kinds of cache. All calls of
-a row alternate; × is the first column over it.
+a row alternate; × is the first column over it. `--only llama.cpp`, where its Python package is installed: the same model as Q8_0,
+a decode step with a float16 and with a Q8_0 cache, in processes of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llamacpp
 import torch
 from checkpoints import write_llama
+from fresh import measured
 from rich.console import Console
 from rich.table import Table
 from timing import interleave
@@ -81,17 +87,36 @@ def row(table: Table, name: str, times: list[float]) -> None:
     table.add_row(name, *(f"{t * 1e3:.2f} ms ({times[0] / t:.2f}×)" for t in times))
 
 
+def of_llamacpp(path: Path, filled: int, q8_cache: bool) -> float:
+    """Runs in a fresh process: seconds of a step, the last of `filled` tokens, the median of 16."""
+    chunk = 256
+    call = llamacpp.load(path, len(os.sched_getaffinity(0)), q8_cache)(1, filled, chunk)
+    for begin in range(0, filled - 1, chunk):
+        call(min(chunk, filled - 1 - begin), begin)
+    times = []
+    for _ in range(17):
+        begin = time.perf_counter()
+        call(1, filled - 1)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filled", nargs="+", type=int, default=[256, 2048, 8192, 32768])
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--seconds", type=float, default=4, help="of each comparison")
-    parser.add_argument("--only", choices=("attention", "allocated", "prefill", "decode"))
+    parser.add_argument("--only", choices=("attention", "allocated", "prefill", "decode", "llama.cpp"))
     parser.add_argument("--ours", action="store_true", help="without the bf16 models")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, and its own time: on a machine busy with others"
     )
+    parser.add_argument("--measure", nargs=3, metavar=("GGUF", "FILLED", "Q8"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.measure:
+        gguf, filled, q8 = args.measure
+        print(json.dumps(of_llamacpp(Path(gguf), int(filled), q8 == "1")))
+        return
     clock = time.thread_time if args.cpu_time else time.perf_counter
     if args.cpu_time:
         torch.set_num_threads(1)
@@ -114,6 +139,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_llama(Path(folder), args.layers)
+        if args.only == "llama.cpp":
+            llamacpp.write_gguf(Path(folder), Path(folder) / "q8_0.gguf")
+            table = Table("decode by llama.cpp", "float16 cache", "Q8_0 cache")
+            for filled in args.filled:
+                times = [measured(__file__, Path(folder) / "q8_0.gguf", filled, q8) for q8 in (0, 1)]
+                table.add_row(f"{filled} of {filled}", *(f"{t * 1e3:.2f} ms ({times[0] / t:.2f}×)" for t in times))
+            console.print(table)
+            return
         model = ctfp8.from_pretrained(folder)
         fp8 = torch.compile(model.forward, backend="ctfp8", fullgraph=True, dynamic=False)
         if args.only in (None, "allocated"):

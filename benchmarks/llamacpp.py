@@ -54,8 +54,12 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.close()
 
 
-def load(path: Path, threads: int) -> Callable[..., Callable[[int, int], int]]:
-    """Given a number of sequences and room for tokens of each, what runs so many tokens of each from a position on."""
+def load(path: Path, threads: int, q8_cache: bool = False) -> Callable[..., Callable[[int, int], int]]:
+    """Given a number of sequences and room for tokens of each, what runs so many tokens of each from a position on.
+
+    Args:
+        q8_cache: keys and values are kept as Q8_0, not as float16.
+    """
     import ctypes
 
     import llama_cpp
@@ -77,6 +81,9 @@ def load(path: Path, threads: int) -> Callable[..., Callable[[int, int], int]]:
             rows,
         )
         given.n_threads = given.n_threads_batch = threads
+        if q8_cache:  # which only its own attention reads
+            given.type_k = given.type_v = llama_cpp.GGML_TYPE_Q8_0
+            given.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context = llama_cpp.llama_init_from_model(model, given)
         batch = llama_cpp.llama_batch_init(most * rows, 0, 1)
         kept.extend((context, batch))
