@@ -129,11 +129,11 @@ forged:qwen3_moe/FP8_DYNAMIC layer M=1 batched_mm
   fbgemm.f8f8bf16_rowwise [1, 512] x [256, 512]
   norm
   norm
-  silu, quantize
+  quantize
   fbgemm.f8f8bf16_rowwise [1, 128] x [512, 128]
   norm
   aten.mm
-  silu
+  pointwise
   pointwise
   aten.topk
   sort
@@ -161,7 +161,7 @@ forged:qwen3_moe/FP8_BLOCK layer M=16 batched_mm
   fbgemm.f8f8bf16_groupwise [16, 128] x [512, 128]
   norm
   aten.mm
-  silu
+  pointwise
   pointwise
   aten.topk
   sort
@@ -293,14 +293,14 @@ qwen3moe/FP8_DYNAMIC layer M=3 batched_mm
   aten.bmm
   pointwise
   pointwise
-  silu
+  pointwise
   pointwise
   aten.bmm
   pointwise
   weight-only linear [3, 128] x [128, 128]
   norm
   aten.mm
-  silu
+  pointwise
   pointwise
   aten.topk
   pointwise
@@ -322,7 +322,7 @@ qwen3moe/FP8 layer M=16 grouped_mm
   weight-only linear [16, 128] x [128, 128]
   norm
   aten.mm
-  silu
+  pointwise
   pointwise
   aten.topk
   sort
