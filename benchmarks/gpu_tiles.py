@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -56,7 +57,7 @@ class Work:
 
     @cached_property
     def weights(self) -> list[Tensor]:
-        number = 1 if self.device == "meta" else copies(self.n * self.k * max(1, *self.stacked, 1), self.device)
+        number = 1 if self.device == "meta" else copies(self.n * self.k * math.prod(self.stacked), self.device)
         return [self._codes(*self.stacked, self.n, self.k) for _ in range(number)]
 
     def _codes(self, *shape: int) -> Tensor:
@@ -108,7 +109,7 @@ class Work:
 
     def candidates(self) -> list[Tile]:
         """All that may be good for so many rows of one matrix."""
-        share = {"gathered": 1, "grouped": -(-self.rows * self.each // max(1, *self.stacked, 1))}.get(
+        share = {"gathered": 1, "grouped": -(-self.rows * self.each // math.prod(self.stacked))}.get(
             self.kind, self.rows
         )
         if share <= 32:

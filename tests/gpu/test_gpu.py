@@ -70,8 +70,7 @@ def test_linear_against_float64(library, strategy, activation, bias, dtype):
     for rows in (1, 16, 77, 512):
         x = torch.randn(rows, k).to(DEVICE, dtype)
         got = compiled(x)
-        kernels = [entry.kernel for entry in ctfp8.explain(module, (x,), target=target).rewritten]
-        scaled = DEVICE != "cpu" and any("weight-only" not in kernel for kernel in kernels)  # else it is dequantized
+        scaled = _quantizes(ctfp8.explain(module, (x,), target=target))  # else the weight is dequantized
         read = quantized_activation(x.cpu(), activation, state.get("a.input_scale")) if scaled else x.cpu().double()
         want = read @ weight.t() + (state["a.bias"].double() if bias else 0)
         assert got.dtype == dtype
@@ -100,7 +99,7 @@ def test_every_kernel_of_the_table_runs_here_or_says_why_not():
 @pytest.mark.parametrize("name", ["qwen3moe/FP8_DYNAMIC", "qwen3moe/FP8", "qwen3moe/FP8_BLOCK", "mixtral/FP8"])
 @pytest.mark.parametrize("library", libraries())
 def test_experts_agree_with_the_same_graph_on_cpu(library, name, experts):
-    _agrees_with_cpu(name, library, experts_implementation=experts)
+    _agrees_with_cpu(name, 0.05, library, experts_implementation=experts)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_experts_agree_with_the_same_graph_on_cpu(library, name, experts):
 )
 @pytest.mark.parametrize("library", libraries())
 def test_models_agree_with_the_same_graph_on_cpu(library, name):
-    _agrees_with_cpu(name, library)
+    _agrees_with_cpu(name, 0.03, library)
 
 
 #: Of logits, between two ways to round the same sums: to round each to bfloat16, which changes none by more than 0.004, moves them by
@@ -116,7 +115,12 @@ def test_models_agree_with_the_same_graph_on_cpu(library, name):
 NEXT_CODE = 0.08
 
 
-def _agrees_with_cpu(name, library, **kwargs):
+def _quantizes(report):
+    """Whether activations are quantized on the device, so that the next code is the bound."""
+    return DEVICE != "cpu" and any("weight-only" not in entry.kernel for entry in report.rewritten)
+
+
+def _agrees_with_cpu(name, tolerance, library, **kwargs):
     """In float32, so that no router decides otherwise; the kernels write bfloat16."""
     model = ctfp8.from_pretrained(DATA / name, dtype=torch.float32, **kwargs)
     target = Target.detect(DEVICE).limited_to(library)
@@ -132,7 +136,7 @@ def _agrees_with_cpu(name, library, **kwargs):
         model.to(DEVICE)
         compiled = torch.compile(model, backend="ctfp8", fullgraph=True, options={"ctfp8.kernels": library})
         got = compiled(IDS.to(DEVICE), use_cache=False).logits
-    assert relative_error(got.cpu(), want) < NEXT_CODE
+    assert relative_error(got.cpu(), want) < (NEXT_CODE if _quantizes(report) else tolerance)
     assert {e.name for e in ctfp8.compiled_reports()[-1].rewritten} == {e.name for e in report.rewritten}
 
 
@@ -144,7 +148,7 @@ def test_an_artifact_gives_what_the_compiled_model_gives(tmp_path):
     got = got["logits"] if isinstance(got, dict) else got
     with torch.no_grad():
         want = torch.compile(model, backend="ctfp8", fullgraph=True)(*call[0], **call[1]).logits
-    assert relative_error(got.cpu(), want.cpu()) < NEXT_CODE
+    assert relative_error(got.cpu(), want.cpu()) < (NEXT_CODE if _quantizes(ctfp8.compiled_reports()[-1]) else 0.02)
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,10 @@ def check(gpu: Gpu, result: Result) -> None:
     for launch in result.matmuls:
         layouts.check(launch, gpu.target.partition(":")[0])
     assert bool(result.matmuls) == bool(result.rewritten), where
-    if gpu.target == "cuda:sm80" and "MXFP8" not in result.case.model:  # which has a kernel on sm100 only
+    if gpu.target == "cuda:sm80" and "MXFP8" in result.case.model:  # which has a kernel on sm100 only
+        assert result.kept, where
+        assert not result.matmuls, where
+    elif gpu.target == "cuda:sm80":
         assert not result.kept, where
         assert result.matmuls, where
         assert all(launch.weight_only for launch in result.matmuls), where
