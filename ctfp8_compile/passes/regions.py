@@ -58,9 +58,10 @@ class Regions:
 
     def _spread(self, entries: Iterable[Entry]) -> list[Entry]:
         """Entries of a region for each of its instances; all in the graph's order."""
-        every = []
+        entries, every = list(entries), []
+        compiled = {entry.name for entry in entries}  # a module may be in part in a region
         for entry in entries:
-            others = (names[entry.name] for names in self.names if entry.name in names)
+            others = (other for names in self.names if (other := names.get(entry.name)) not in {None, *compiled})
             every += [replace(entry, name=name) for name in dict.fromkeys((entry.name, *others))]
         place = {name: i for i, name in enumerate(self.order)}
         return sorted(every, key=lambda entry: place.get(entry.name, 0))
@@ -151,29 +152,71 @@ def _layers(graph: fx.Graph) -> dict[Any, list[fx.Node]]:
 
 def _pieces(layer: Sequence[fx.Node]) -> Iterator[_Piece]:
     piece: list[fx.Node] = []
+    own: set[int] = set()  # the memory of what the piece makes
     for node in layer:
-        if node.op in ("placeholder", "get_attr"):
+        if node.op in ("placeholder", "get_attr") or _is_weight(node) or _is_size(node):
             continue
-        if _only_computes(node):
+        if _only_computes(node) or _writes_within(node, own):
+            own |= _memory(node).difference(*map(_memory, node.all_input_nodes))
             piece.append(node)
         else:
             yield _Piece(tuple(piece))
-            piece = []
+            piece, own = [], set()
     yield _Piece(tuple(piece))
 
 
 def _with_parameters(graph: fx.Graph, pieces: Sequence[_Piece]) -> list[_Piece]:
-    """Pieces, and what was declared of their parameters (`side_by_side`, `scales`), which stands in front of the graph."""
-    pieces = [piece for piece in pieces if len(piece.nodes) >= _SMALLEST]
+    """Pieces, and where they use them, weights, which a write may part from their use, and what was declared of parameters
+    (`side_by_side`, `scales`), which stands in front of the graph."""
+    pieces = [_with_sizes(graph, piece) for piece in pieces if len(piece.nodes) >= _SMALLEST]
     of = {node: i for i, piece in enumerate(pieces) for node in piece.nodes}
     more: dict[int, list[fx.Node]] = defaultdict(list)
     for node in reversed(graph.nodes):
-        if node not in of and isinstance(node.target, OpOverload) and node.users and _only_computes(node):
+        if node not in of and (_is_weight(node) or _is_declared(node)):
             homes = {of.get(user) for user in node.users}
-            if len(homes) == 1 and (home := homes.pop()) is not None and _of_parameters(node):
+            if len(homes) == 1 and (home := homes.pop()) is not None:
                 of[node] = home
                 more[home].insert(0, node)
     return [_Piece((*more[i], *piece.nodes)) for i, piece in enumerate(pieces)]
+
+
+def _with_sizes(graph: fx.Graph, piece: _Piece) -> _Piece:
+    """A piece that computes what it needs of the graph's sizes: dynamo lets the first layer do it for all."""
+    own: dict[fx.Node, fx.Node] = {}
+
+    def owned(node: fx.Node) -> fx.Node:
+        if not _is_size(node):
+            return node
+        if node not in own:
+            with graph.inserting_before(piece.nodes[0]):
+                own[node] = graph.node_copy(node, owned)
+            own[node].meta["nn_module_stack"] = piece.nodes[0].meta.get("nn_module_stack", {})
+        return own[node]
+
+    for node in piece.nodes:
+        node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), owned)
+    return _Piece((*own.values(), *piece.nodes))
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node computes a number, and of the graph's dynamic sizes alone."""
+    inputs = node.all_input_nodes
+    return (
+        node.op == "call_function"
+        and isinstance(_value(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
+        and all(n.op == "placeholder" and isinstance(_value(n), torch.SymInt) or _is_size(n) for n in inputs)
+    )
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether a node is a marker of a weight, or a view of one."""
+    if is_traced_marker(node) or len(node.all_input_nodes) != 1:
+        return is_traced_marker(node)
+    return bool(_memory(node)) and _memory(node) <= _memory(node.all_input_nodes[0]) and _is_weight(node.all_input_nodes[0])
+
+
+def _is_declared(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and _only_computes(node) and _of_parameters(node)
 
 
 def _of_parameters(node: fx.Node) -> bool:
@@ -237,6 +280,8 @@ def _outputs(pieces: Sequence[_Piece]) -> list[int] | None:
         i = waiting.pop()
         memory = _memory(first[i])
         again = memory and (memory & inputs or (any(len(shared[m]) > 1 for m in memory) and i != min(made[m] for m in memory)))
+        if again and not _only_computes(first[i]):
+            return None
         if again or not isinstance(_value(first[i]), Tensor):
             waiting += [place[n] for n in first[i].all_input_nodes if n in place and place[n] not in outputs]
         else:
@@ -336,6 +381,12 @@ def _renamed(one: _Piece, other: _Piece) -> Mapping[str, str]:
     return dict(pairs)
 
 
+def _writes_within(node: fx.Node, own: set[int]) -> bool:
+    """Whether a node that does not only compute, does nothing else than to write to memory of its piece's own."""
+    given = {m for n in node.all_input_nodes for m in _memory(n)}
+    return bool(given) and given <= own and not isinstance(node.target, HigherOrderOperator)
+
+
 def _only_computes(node: fx.Node) -> bool:
     """Whether a node of dynamo's graph neither writes to memory nor changes how what follows is computed."""
     target: Any = node.target
@@ -346,13 +397,20 @@ def _only_computes(node: fx.Node) -> bool:
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") or _in_place(target, node.args):
         return False
     if isinstance(target, OpOverloadPacket):
-        return not any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+        return not _has_writing_overload(target)
     if isinstance(target, OpOverload):
         return not target._schema.is_mutable
-    name = getattr(target, "__name__", "_")
-    if getattr(target, "__module__", "") in ("operator", "_operator"):
+    name, module = getattr(target, "__name__", "_"), getattr(target, "__module__", "")
+    if module in ("operator", "_operator"):
         return name not in _WRITES
+    if module == "torch" and isinstance(operator_of_it := getattr(torch.ops.aten, name, None), OpOverloadPacket):
+        return not _has_writing_overload(operator_of_it)  # _grouped_mm is private, and only computes
     return not name.startswith("_") and not name.endswith("_")
+
+
+def _has_writing_overload(packet: OpOverloadPacket) -> bool:
+    """One that writes without being asked to by `out`."""
+    return any(getattr(packet, name)._schema.is_mutable for name in packet.overloads() if not name.endswith("out"))
 
 
 _WRITES = {

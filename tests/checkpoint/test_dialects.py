@@ -93,13 +93,14 @@ def test_every_way_in_and_out(dialect, load, tmp_path):
 def test_artifacts_in_a_fresh_process_and_plain_models(name, load, tmp_path):
     """Of every dialect, bit for bit those of the file it was renamed from."""
     args, dialects = ((IDS,), {"use_cache": False}), DIALECTS[name.split("/")[1]]
-    ctfp8.export(load(name), *args, path=tmp_path / "original.pt2")
+    exact = load(name, dtype=torch.float32)  # a router's choice is not to hang on how bfloat16 rounds
+    ctfp8.export(exact, *args, path=tmp_path / "original.pt2")
     for dialect in dialects:
         folder = respell(DATA / name, tmp_path / "in" / dialect, dialect)
-        ctfp8.export(ctfp8.from_pretrained(folder), *args, path=tmp_path / f"{dialect}.pt2")
+        ctfp8.export(ctfp8.from_pretrained(folder, dtype=torch.float32), *args, path=tmp_path / f"{dialect}.pt2")
         assert torch.equal(logits(ctfp8.from_pretrained(folder, dequantize=True)), logits(load(name))), dialect
     original, *renamed = run_fresh([tmp_path / f"{which}.pt2" for which in ("original", *dialects)], IDS, tmp_path)
-    assert relative_error(original, logits(load(name))) < 0.02
+    assert relative_error(original, logits(exact)) < 1e-5
     for dialect, got in zip(dialects, renamed, strict=True):
         assert torch.equal(got, original), dialect
 

