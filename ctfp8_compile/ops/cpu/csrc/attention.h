@@ -141,44 +141,68 @@ void add_values(const V& v, const Attention& a, int64_t begin, int64_t n, const 
   for (; k < a.values.width; k += V::step) add_columns<V, stored, M, 1>(v, a, begin, n, weights, k, out);
 }
 
-// The same for N chunks of pairs of tokens; columns are left in the order in which `pairs` gives them.
-template <Vector V, Stored stored, int M, int N>
-void add_pairs(const V& v, const Attention& a, int64_t begin, int64_t n, const uint16_t* weights, int64_t k, float* out) {
-  const int64_t width = a.values.width, ldo = query_stride(width);
-  constexpr int kParts = 4;
-  typename V::Acc sum[M * N * kParts];
-#pragma GCC unroll 16
-  for (int r = 0; r < M; ++r)
-#pragma GCC unroll 16
-    for (int i = 0; i < N * kParts; ++i) sum[r * N * kParts + i] = V::load_sum(out + r * ldo + k + i * 16);
-  const auto add = [&](auto&& count) __attribute__((always_inline)) {
-    for (int64_t j = 0; j < n; j += 2) {
-      const char* token = a.values.first + (begin + j) * a.values.stride;
-#pragma GCC unroll 16
-      for (int c = 0; c < N; ++c) {
-        const auto one = columns<V, stored>(v, token, k + c * V::step, count(c));
-        const auto two = j + 1 < n ? columns<V, stored>(v, token + a.values.stride, k + c * V::step, count(c)) : V::zeros();
-        typename V::Pair pair[kParts];
-        V::pairs(one, two, pair);
-#pragma GCC unroll 16
-        for (int i = 0; i < kParts; ++i)
-#pragma GCC unroll 16
-          for (int r = 0; r < M; ++r) {
-            auto& to = sum[(r * N + c) * kParts + i];
-            to = V::dot(to, pair[i], V::repeat(weights + r * kTokens + j));
-          }
-      }
+// Asks for `count` tokens, of a block that is read later.
+template <Vector V>
+void fetch(const Tokens& tokens, int64_t first, int64_t count, int64_t bytes) {
+  for (int64_t j = first; j < first + count; ++j)
+    for (int64_t k = 0; k < bytes; k += 64) V::prefetch(reinterpret_cast<const uint8_t*>(tokens.first + j * tokens.stride + k));
+}
+
+// From this many queries on it pays to bring a block of keys and values into the order of a matmul once, for all of them.
+constexpr int64_t kMany = 3;
+
+// to[i * kTokens + j]: columns 2 i and 2 i + 1 of key begin + j.
+template <Vector V, Stored stored>
+void pair_keys(const V& v, const Attention& a, int64_t begin, int64_t n, int64_t next, uint32_t* to) {
+  for (int64_t k = 0; k < a.keys.width; k += V::step)
+    for (int64_t j = 0; j < kTokens; j += 16) {
+      const int64_t columns = a.keys.width - k < V::step ? a.keys.width - k : V::step, count = n - j < 16 ? n - j : 16;
+      const char* token = a.keys.first + (begin + j) * a.keys.stride;
+      if (k == 0) fetch<V>(a.keys, next + j, 16, a.keys.width * (stored == Stored::codes ? 1 : 2));
+      if constexpr (stored == Stored::codes)
+        v.across_codes(token + k, a.keys.stride, count, columns, to + k / 2 * kTokens + j, kTokens);
+      else
+        V::across_halves(token + k * 2, a.keys.stride, count, columns, to + k / 2 * kTokens + j, kTokens);
     }
-  };
-  if (k + N * V::step <= width) {
-    add([](int) { return int64_t{V::step}; });
-  } else {
-    add([&](int c) { return width - k - c * V::step; });
+}
+
+// to[j / 2 * ldo + k]: column k of the values begin + j and begin + j + 1; columns in the order in which `pairs` gives them.
+template <Vector V, Stored stored>
+void pair_values(const V& v, const Attention& a, int64_t begin, int64_t n, int64_t next, uint32_t* to) {
+  const int64_t width = a.values.width, ldo = query_stride(width);
+  for (int64_t j = 0; j < n; j += 2) {
+    const char* token = a.values.first + (begin + j) * a.values.stride;
+    fetch<V>(a.values, next + j, 2, width * (stored == Stored::codes ? 1 : 2));
+    for (int64_t k = 0; k < width; k += V::step) {
+      const int64_t count = width - k < V::step ? width - k : V::step;
+      const auto one = columns<V, stored>(v, token, k, count);
+      const auto two = j + 1 < n ? columns<V, stored>(v, token + a.values.stride, k, count) : V::zeros();
+      typename V::Pair pair[4];
+      V::pairs(one, two, pair);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) V::store_pairs(to + j / 2 * ldo + k + 16 * i, pair[i]);
+    }
+  }
+}
+
+// sums[r * ldc + j] (+)= the products of `count` pairs, those of row r, ld halves apart, with those in `right`, for j < 32.
+template <Vector V, int M, bool add>
+void multiply_pairs(const uint16_t* left, int64_t ld, const uint32_t* right, int64_t ldr, int64_t count, float* sums,
+                    int64_t ldc) {
+  typename V::Acc sum[M * 2];
+#pragma GCC unroll 16
+  for (int i = 0; i < M * 2; ++i) sum[i] = add ? V::load_sum(sums + i / 2 * ldc + i % 2 * 16) : V::zero();
+  for (int64_t p = 0; p < count; ++p) {
+    const auto one = V::load_pairs(right + p * ldr), two = V::load_pairs(right + p * ldr + 16);
+#pragma GCC unroll 16
+    for (int r = 0; r < M; ++r) {
+      const auto with = V::repeat(left + r * ld + 2 * p);
+      sum[2 * r] = V::dot(sum[2 * r], one, with);
+      sum[2 * r + 1] = V::dot(sum[2 * r + 1], two, with);
+    }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < M; ++r)
-#pragma GCC unroll 16
-    for (int i = 0; i < N * kParts; ++i) V::store_sum(out + r * ldo + k + i * 16, sum[r * N * kParts + i]);
+  for (int i = 0; i < M * 2; ++i) V::store_sum(sums + i / 2 * ldc + i % 2 * 16, sum[i]);
 }
 
 // Calls body<M>(row) for all rows, Most, …, 4, 2 or 1 of them at a time.
@@ -186,6 +210,23 @@ template <int Most, class F>
 void by_rows(int64_t rows, const F& body, int64_t r = 0) {
   for (; r + Most <= rows; r += Most) body.template operator()<Most>(r);
   if constexpr (Most > 1) by_rows<Most / 2>(rows, body, r);
+}
+
+// As dot_keys, for all queries.
+template <Vector V, Stored stored>
+void dot_pairs(const V& v, const Attention& a, int64_t begin, int64_t n, int64_t next, const uint16_t* queries, uint32_t* paired,
+               float* scores) {
+  const int64_t ldq = query_stride(a.keys.width);
+  pair_keys<V, stored>(v, a, begin, n, next, paired);
+  by_rows<8>(a.rows, [&]<int M>(int64_t r) {
+    for (int64_t j = 0; j < kTokens; j += 32)
+      multiply_pairs<V, M, false>(queries + r * ldq, ldq, paired + j, kTokens, (a.keys.width + 1) / 2, scores + r * kTokens + j,
+                                  kTokens);
+  });
+  alignas(64) float factors[kTokens];
+  for (int64_t j = 0; j < kTokens; ++j) factors[j] = j < n ? factor<V, stored>(a.keys, begin + j) * a.scale : 0;
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t j = 0; j < kTokens; ++j) scores[r * kTokens + j] *= factors[j];
 }
 
 // Queries as `dot_keys` takes them.
@@ -200,7 +241,7 @@ const typename V::X* prepared(const Attention& a) {
     alignas(64) uint16_t chunk[V::step];
     for (int64_t k = 0; k < a.rows * ldq; k += V::step) {
       for (int i = 0; i < V::step; ++i) chunk[i] = bf16_of_float(a.queries[k + i]);
-      if constexpr (stored == Stored::codes)
+      if (stored == Stored::codes && a.rows < kMany)
         V::arrange(chunk, to + k);
       else
         std::memcpy(to + k, chunk, sizeof(chunk));
@@ -216,36 +257,42 @@ void attend(const Attention& a, const int64_t* blocks, int64_t count, float* out
   const typename V::X* queries = prepared<V, stored>(a);
   alignas(64) float scores[kQueries * kTokens], factors[kTokens];
   alignas(64) uint16_t halves[kPairs<V> ? kQueries * kTokens : 1];
-  for (int64_t r = 0; r < a.rows; ++r) most[r] = -kInfinity, sum[r] = 0;
+  static thread_local Buffer buffer;
+  auto* paired = static_cast<uint32_t*>(kPairs<V> ? buffer.get((ldq + ldo) * kTokens / 2 * 4) : nullptr);
+  alignas(64) float sums[kQueries][16] = {};  // in lanes: each block adds to all of them, and only the end adds them up
+  for (int64_t r = 0; r < a.rows; ++r) most[r] = -kInfinity;
   std::memset(out, 0, a.rows * ldo * sizeof(float));
   for (int64_t b = 0; b < count; ++b) {
     const int64_t begin = blocks[b] * kTokens, n = a.length - begin < kTokens ? a.length - begin : kTokens;
-    by_rows<8>(a.rows,
-               [&]<int M>(int64_t r) { dot_keys<V, stored, M>(v, a, begin, n, queries + r * ldq, scores + r * kTokens); });
+    const int64_t next = blocks[b + 1 < count ? b + 1 : b] * kTokens;
+    bool dotted = false;
+    if constexpr (kPairs<V>) {
+      if (a.rows >= kMany) {
+        dot_pairs<V, stored>(v, a, begin, n, next, queries, paired, scores);
+        dotted = true;
+      }
+    }
+    if (!dotted)
+      by_rows<8>(a.rows,
+                 [&]<int M>(int64_t r) { dot_keys<V, stored, M>(v, a, begin, n, queries + r * ldq, scores + r * kTokens); });
     for (int64_t j = 0; j < n; ++j) factors[j] = factor<V, stored>(a.values, begin + j);
     for (int64_t r = 0; r < a.rows; ++r) {
       float* s = scores + r * kTokens;
-      float top[16], total[16] = {};  // lanes, so that the compiler may vectorise
       for (int64_t j = n; j < kTokens; ++j) s[j] = -kInfinity;
       if (a.mask) {
         for (int64_t j = 0; j < n; ++j) s[j] += a.mask[r][begin + j];
       }
-      for (int i = 0; i < 16; ++i) top[i] = most[r];
-      for (int64_t j = 0; j < kTokens; j += 16)
-        for (int i = 0; i < 16; ++i) top[i] = s[j + i] > top[i] ? s[j + i] : top[i];
-      float larger = top[0];
-      for (float lane : top) larger = lane > larger ? lane : larger;
+      float larger = most[r];
+#pragma omp simd reduction(max : larger)
+      for (int64_t j = 0; j < kTokens; ++j) larger = s[j] > larger ? s[j] : larger;
       const float base = larger == -kInfinity ? 0.f : larger;  // of a query that has seen nothing yet
-      for (int64_t j = 0; j < kTokens; j += 16) {
+      const float shrink = larger == most[r] ? 1.f : exp_of(most[r] - base);
+      for (float& lane : sums[r]) lane *= shrink;
+      for (int64_t j = 0; j < kTokens; j += 16)
         for (int i = 0; i < 16; ++i) {
           s[j + i] = exp_of(s[j + i] - base);
-          total[i] += s[j + i];
+          sums[r][i] += s[j + i];
         }
-      }
-      float added = 0;
-      for (float lane : total) added += lane;
-      const float shrink = exp_of(most[r] - base);
-      sum[r] = sum[r] * shrink + added;
       most[r] = larger;
       if (shrink != 1.f) {
         for (int64_t k = 0; k < ldo; ++k) out[r * ldo + k] *= shrink;
@@ -256,17 +303,19 @@ void attend(const Attention& a, const int64_t* blocks, int64_t count, float* out
     }
     if constexpr (kPairs<V>) {
       for (int64_t i = 0; i < a.rows * kTokens; ++i) halves[i] = bf16_of_float(scores[i]);
-      by_rows<4>(a.rows, [&]<int M>(int64_t r) {
-        const uint16_t* weights = halves + r * kTokens;
-        int64_t k = 0;
-        for (; k + 4 / M * V::step <= width; k += 4 / M * V::step)
-          add_pairs<V, stored, M, 4 / M>(v, a, begin, n, weights, k, out + r * ldo);
-        for (; k < width; k += V::step) add_pairs<V, stored, M, 1>(v, a, begin, n, weights, k, out + r * ldo);
+      pair_values<V, stored>(v, a, begin, n, next, paired);
+      by_rows<8>(a.rows, [&]<int M>(int64_t r) {
+        for (int64_t k = 0; k < ldo; k += 32)
+          multiply_pairs<V, M, true>(halves + r * kTokens, kTokens, paired + k, ldo, (n + 1) / 2, out + r * ldo + k, ldo);
       });
     } else {
       by_rows<8>(a.rows,
                  [&]<int M>(int64_t r) { add_values<V, stored, M>(v, a, begin, n, scores + r * kTokens, out + r * ldo); });
     }
+  }
+  for (int64_t r = 0; r < a.rows; ++r) {
+    sum[r] = 0;
+    for (float lane : sums[r]) sum[r] += lane;
   }
   if constexpr (kPairs<V>) {
     for (int64_t k = 0; k < a.rows * ldo; k += V::step) V::in_order(out + k, stored == Stored::codes);

@@ -119,6 +119,37 @@ struct Avx512Bf16 {
     std::memcpy(&both, p, 4);
     return _mm512_set1_epi32(both);
   }
+  // Columns [0, n) of `count` tokens, no more than 64 of sixteen: to[i * ld + j] is the pair of columns 2 i of token j. What is
+  // missing is zero.
+  void across_codes(const char* token, int64_t stride, int64_t count, int64_t n, uint32_t* to, int64_t ld) const {
+    const __mmask64 mask = n < step ? (1ull << n) - 1 : ~0ull;
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) v[j] = _mm512_maskz_loadu_epi8(j < count ? mask : 0, token + j * stride);
+    transpose(v);
+    // Of four tokens in a lane first the columns 0 and 1, then 2 and 3, so that `expand` gives both pairs.
+    const __m512i apart = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const Chunk pairs = expand(_mm512_shuffle_epi8(v[i], apart));
+      _mm512_storeu_si512(to + 2 * i * ld, pairs.first);
+      _mm512_storeu_si512(to + (2 * i + 1) * ld, pairs.second);
+    }
+  }
+  static void across_halves(const char* token, int64_t stride, int64_t count, int64_t n, uint32_t* to, int64_t ld) {
+    const uint64_t mask = n < step ? (1ull << n) - 1 : ~0ull;
+    for (int half = 0; half < 2; ++half) {
+      const __mmask32 part = static_cast<__mmask32>(mask >> 32 * half);
+      __m512i v[16];
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j) v[j] = _mm512_maskz_loadu_epi16(j < count ? part : 0, token + j * stride + 64 * half);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (16 * half + i) * ld, v[i]);
+    }
+  }
+  static Pair load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_pairs(uint32_t* p, Pair pair) { _mm512_storeu_si512(p, pair); }
   static Acc load_sum(const float* p) { return _mm512_loadu_ps(p); }
   static void store_sum(float* p, Acc sum) { _mm512_storeu_ps(p, sum); }
   // 64 sums in the order of `pairs` of decoded codes, or of `halves`, brought into the order of columns.
