@@ -46,7 +46,7 @@ def backend(
             FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"`, `"scaled_mm"` or `"triton"`.
             `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs. `ctfp8.collectives`, of a model on
             several processes: `"codes"` lets FP8 codes travel in all-gathers, `"tokens"` also spreads norms over the ranks.
-            `ctfp8.regions`: whether layers that repeat, four or more, are compiled once; off by default.
+            `ctfp8.regions`: whether layers that repeat, four or more, are compiled once; default: on CPUs.
 
     Raises:
         UsageError: the graph needs gradients, or an option is unknown.
@@ -86,7 +86,7 @@ def backend(
         if any(node is one.sources[0] for one in laid_out):
             inputs[place] = fake_value(node)
     groups = side_by_side.groups(gm.graph)
-    repeated = _regions(gm, ours.get("ctfp8.regions", False), collectives, config) if marked else Regions()
+    repeated = _regions(gm, ours.get("ctfp8.regions", target.device == "cpu"), collectives, config) if marked else Regions()
     before = len(_reports)
     compiled, repeated = _compile(gm, inputs, config, repeated)
     if marked and len(_reports) == before:
