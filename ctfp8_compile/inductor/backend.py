@@ -24,6 +24,7 @@ from ..passes.regions import Regions
 from ..report import Report
 from ..target import Target
 from . import weight_only
+from .decompositions import decompositions
 from .laid_out import WithLaidOut
 from .packed import Adjacent
 
@@ -119,16 +120,16 @@ def _compile(
 ) -> tuple[Callable[..., Any], Regions]:
     gm.recompile()
     if not repeated.names:
-        return compile_fx(gm, inputs, config_patches=config), repeated
+        return compile_fx(gm, inputs, config_patches=config, decompositions=decompositions()), repeated
     before = len(_reports)
     try:
-        return compile_fx(gm, inputs, config_patches=config), repeated
+        return compile_fx(gm, inputs, config_patches=config, decompositions=decompositions()), repeated
     except Exception as error:  # whatever torch does not take of a region: the graph is compiled as without
         log.warning("repeated layers are compiled one by one; as regions they could not be: %s", error)
         del _reports[before:]
         regions.inline(gm, repeated.stacks)
         said = f"layers compiled one by one: {type(error).__name__} as regions"
-        return compile_fx(gm, inputs, config_patches=config), Regions(said)
+        return compile_fx(gm, inputs, config_patches=config, decompositions=decompositions()), Regions(said)
 
 
 def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -61,8 +61,8 @@ class Regions:
         entries, every = list(entries), []
         compiled = {entry.name for entry in entries}  # a module may be in part in a region
         for entry in entries:
-            others = (other for names in self.names if (other := names.get(entry.name)) not in {None, *compiled})
-            every += [replace(entry, name=name) for name in dict.fromkeys((entry.name, *others))]
+            others = (names[entry.name] for names in self.names if entry.name in names)
+            every += [entry, *(replace(entry, name=name) for name in dict.fromkeys(others) if name not in compiled)]
         place = {name: i for i, name in enumerate(self.order)}
         return sorted(every, key=lambda entry: place.get(entry.name, 0))
 

@@ -191,3 +191,25 @@ def test_second_process_reuses_the_code(tmp_path):
     assert "3 FP8 weights for cpu" in runs[0]
     assert "code came from Inductor's cache" in runs[1]
     assert runs[0].splitlines()[-1] == runs[1].splitlines()[-1]
+
+
+def test_what_a_growing_cache_begins_with_is_contiguous():
+    """As in eager: else its first token compiles a graph that no other takes."""
+
+    class Begins(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(64, 64, bias=False)
+
+        def forward(self, x, kept):
+            return torch.cat([kept, self.lin(x).view(2, 8, 4, 16).transpose(1, 2)], dim=-2)
+
+    module = Begins()
+    weight, scale = quantize(module.lin.weight)
+    module = ctfp8.load_state_dict(module, {"lin.weight": weight, "lin.weight_scale": scale}, fp8_config())
+    x, nothing = torch.randn(2, 8, 64), torch.empty(0)
+    with torch.no_grad():
+        want = module(x, nothing)
+        got = torch.compile(module, backend="ctfp8", fullgraph=True)(x, nothing)
+    assert got.stride() == want.stride()
+    assert relative_error(got, want) < 1e-2

@@ -60,8 +60,19 @@ def choose(
     else:
         large = shared > 2 * SHARED_BY_DEFAULT and itemsize <= 2
         tile = _many(rows, outputs, fit, bool(block_cols), matrices, large)
+    return _within(tile, itemsize, shared - 2 << 10)
+
+
+def _within(tile: Tile, itemsize: int, room: int) -> Tile:
+    """The tile, or a smaller one, that takes no more than `room` bytes of shared memory."""
     loaded = tile.cols * (tile.outputs + itemsize * tile.rows)
-    return replace(tile, stages=max(2, min(tile.stages, (shared - 2 << 10) // loaded)))
+    if itemsize <= 2:
+        return replace(tile, stages=max(2, min(tile.stages, room // loaded)))
+    # float32 operands come from shared memory, the decoded weight too; of what is loaded, one tile less is there
+    decoded = tile.outputs * tile.cols * itemsize
+    if loaded + decoded > room:
+        return _within(replace(tile, cols=tile.cols // 2, split=max(1, tile.split // 2)), itemsize, room)
+    return replace(tile, stages=max(2, min(tile.stages, 1 + (room - decoded) // loaded)))
 
 
 def _few(rows: int, outputs: int, fit: int, blocks: bool, matrices: int) -> Tile:
