@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 PRIVATE = {
     "compile_fx": ("torch._inductor.compile_fx.compile_fx", "2.11 2.13 2.14"),
     "CompileWrapper": ("torch._TorchCompileInductorWrapper", "2.11 2.13 2.14"),  # checks and expands mode and options
-    "select_decomp_table": ("torch._inductor.decomposition.select_decomp_table", "2.11 2.13 2.14"),
     "CustomGraphPass": ("torch._inductor.custom_graph_pass.CustomGraphPass", "2.11 2.13 2.14"),
     "inductor_config": ("torch._inductor.config", "2.11 2.13 2.14"),
     "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer

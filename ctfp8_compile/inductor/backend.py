@@ -23,8 +23,7 @@ from ..passes.collectives import WAYS
 from ..passes.regions import Regions
 from ..report import Report
 from ..target import Target
-from . import weight_only
-from .decompositions import decompositions
+from . import strides, weight_only
 from .laid_out import WithLaidOut
 from .packed import Adjacent
 
@@ -77,6 +76,8 @@ def backend(
     if marked and target.device == "cpu":
         config = small_loops_alone(torch.get_num_threads()) | config
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), collectives)
+    if marked:
+        strides.keep(gm.graph)
     if marked and ours.get("ctfp8.join", target.device != "cpu"):
         side_by_side.declare(gm.graph)
     if marked and target.device != "cpu":
@@ -120,16 +121,16 @@ def _compile(
 ) -> tuple[Callable[..., Any], Regions]:
     gm.recompile()
     if not repeated.names:
-        return compile_fx(gm, inputs, config_patches=config, decompositions=decompositions()), repeated
+        return compile_fx(gm, inputs, config_patches=config), repeated
     before = len(_reports)
     try:
-        return compile_fx(gm, inputs, config_patches=config, decompositions=decompositions()), repeated
+        return compile_fx(gm, inputs, config_patches=config), repeated
     except Exception as error:  # whatever torch does not take of a region: the graph is compiled as without
         log.warning("repeated layers are compiled one by one; as regions they could not be: %s", error)
         del _reports[before:]
         regions.inline(gm, repeated.stacks)
         said = f"layers compiled one by one: {type(error).__name__} as regions"
-        return compile_fx(gm, inputs, config_patches=config, decompositions=decompositions()), Regions(said)
+        return compile_fx(gm, inputs, config_patches=config), Regions(said)
 
 
 def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:

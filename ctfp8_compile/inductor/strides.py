@@ -1,0 +1,31 @@
+"""Where Inductor would give other strides than eager: a stride that changes costs a model another graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from ..graph import arguments, fake_value
+
+
+def keep(graph: fx.Graph) -> None:
+    """Copies, in place in a graph of dynamo's, what is concatenated with nothing but empty tensors: to a contiguous tensor.
+
+    A growing cache begins empty. Inductor drops what is empty, and keeps the strides of the rest: what a prompt leaves would
+    lie as its keys were computed, and what the first token leaves, contiguous: a graph for either.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.cat):
+        tensors = arguments(node)[0]
+        full = [n for n in tensors if isinstance(n, fx.Node) and not _is_empty(fake_value(n))]
+        if len(full) != 1 or len(full) == len(tensors) or fake_value(full[0]).dtype != fake_value(node).dtype:
+            continue
+        with graph.inserting_before(node):
+            copy = graph.call_function(torch.clone, (full[0],), {"memory_format": torch.contiguous_format})
+        copy.meta = dict(node.meta)
+        node.replace_all_uses_with(copy, propagate_meta=False)
+        graph.erase_node(node)
+
+
+def _is_empty(value: Tensor) -> bool:
+    """Of the kind that any tensor may be concatenated with."""
+    return isinstance(value, Tensor) and value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
