@@ -12,6 +12,7 @@ from .weight import (
     is_view,
     module_name,
     module_path,
+    name_markers,
     parameter_name,
     trace_weight,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "is_view",
     "module_name",
     "module_path",
+    "name_markers",
     "op_name",
     "parameter_name",
     "sizes",

@@ -141,13 +141,22 @@ _MODEL = re.compile(r"^\.?L(?:\['(?:self|fn)'\]|\['\w+'\]\[0\]|(?=\[))")
 _STEPS = re.compile(r"[\[\].']+")
 
 
+def name_markers(graph: fx.Graph) -> None:
+    """Writes into the module stacks of the markers of dynamo's graph whose weights they are: a weight is read without a call."""
+    for node in graph.nodes:
+        if is_traced_marker(node) and isinstance(source := node.args[0], fx.Node) and "grapharg" in source.meta:
+            stack = node.meta.get("nn_module_stack") or {}
+            node.meta["nn_module_stack"] = {**stack, "weight": (source.meta["grapharg"].source.name, "Single")}
+
+
 def parameter_name(marker: fx.Node) -> str:
     """The model's name of the parameter a marker dequantizes, from the module stack that tracers keep."""
     stack = marker.meta.get("nn_module_stack") or {}
     for path, _ in reversed(list(stack.values())):
-        owner, found, rest = f".{path}".partition(".parametrizations.")
-        if found:
-            return ".".join([*_steps(owner), rest.split(".")[0]])
+        steps = _steps(f".{path}")
+        if "parametrizations" in steps:
+            at = steps.index("parametrizations")
+            return ".".join([*steps[:at], *steps[at + 1 : at + 2]])
     source = arguments(marker)[0]
     return source.name if isinstance(source, fx.Node) else str(source)
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, compile_fx, inductor_config, small_loops_alone
 from ..errors import TargetError, UsageError
-from ..graph import fake_value, is_traced_marker
+from ..graph import fake_value, is_traced_marker, name_markers
 from ..model.storage import detach_from_mmap, some_loaded
 from ..passes import regions, scales, side_by_side
 from ..passes.collectives import WAYS
@@ -53,6 +53,7 @@ def backend(
         TargetError: the target is not the device the weights are on.
     """
     ours, theirs = _split_options(options)
+    name_markers(gm.graph)
     marked = [node for node in gm.graph.nodes if is_traced_marker(node)]
     if not marked:
         if not some_loaded():  # else a piece, after a graph break

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_dynamo_compiling, is_exporting
 from torch.nn.utils import parametrize
 
 from ..checkpoint import files as ckpt
@@ -25,6 +26,9 @@ CAST = (
     "cast them too and throw their scales away. Choose the dtype when loading, from_pretrained(..., dtype=...), "
     "or load with dequantize=True for a plain model; .to(device) is fine."
 )
+
+
+_dequantize = torch.ops.ctfp8.dequantize.default
 
 
 class Dequantize(nn.Module):
@@ -54,15 +58,13 @@ class Dequantize(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         value = self.value(weight)
-        if torch.compiler.is_compiling() or type(value) is not Tensor:  # a tracer's own kind of tensor
+        if is_compiling() or type(value) is not Tensor:  # a tracer's own kind of tensor
             return value
         return Dequantized.of(value, functools.partial(self.value, weight))
 
     def value(self, weight: Tensor) -> Tensor:
         """The weight as the model wants it: in `dtype`, `[..., K, N]` where it keeps it transposed."""
-        block, activation, dtype, transposed = self.constants
-        out = torch.ops.ctfp8.dequantize(weight, self.weight_scale, self.input_scale, block, activation, dtype)
-        return out.transpose(-1, -2) if transposed else out
+        return _value(weight, self)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         """What assigning to the parameter (`linear.weight = …`) calls."""
@@ -94,6 +96,12 @@ class Dequantize(nn.Module):
         return f"{self.info.scheme}, block={tuple(self.constants[0])}, {self.info.dtype}"
 
 
+def _value(weight: Tensor, how: Dequantize) -> Tensor:
+    block, activation, dtype, transposed = how.constants
+    out = _dequantize(weight, how.weight_scale, how.input_scale, block, activation, dtype)
+    return out.transpose(-1, -2) if transposed else out
+
+
 class Single(parametrize.ParametrizationList):
     """The parametrization of one FP8 parameter, with nothing on top of it.
 
@@ -102,7 +110,7 @@ class Single(parametrize.ParametrizationList):
 
     def forward(self) -> Tensor:
         dequantize: Dequantize = getattr(self, "0")
-        return dequantize.value(self.original) if torch.compiler.is_compiling() else dequantize(self.original)
+        return dequantize.value(self.original) if is_compiling() else dequantize(self.original)
 
     def append(self, module: nn.Module) -> Any:
         self.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]  # which runs them all
@@ -114,7 +122,11 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
     """What `module.weight` calls, as torch's own does, but for what is for scripting and for `parametrize.cached`."""
 
     def read(module: nn.Module) -> Tensor:
-        return getattr(module.parametrizations, name)()
+        chain = getattr(module.parametrizations, name)
+        # to dynamo what follows, without the calls of modules, each of which it would trace for each weight
+        if is_dynamo_compiling() and not is_exporting() and isinstance(chain, Single):
+            return _value(chain.original, getattr(chain, "0"))
+        return chain()
 
     return read
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile.graph import arguments, is_traced_marker, parameter_name
+from ctfp8_compile.graph import arguments, is_traced_marker, name_markers, parameter_name
 from ctfp8_compile.model.freeze import dequantize_
 
 
@@ -85,6 +85,7 @@ def test_a_marker_is_named_by_its_parameter_whoever_reads_it(model):
     names = []
 
     def look(gm, inputs):
+        name_markers(gm.graph)
         names.extend(parameter_name(node) for node in gm.graph.nodes if is_traced_marker(node))
         return gm
 
