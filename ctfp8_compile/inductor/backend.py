@@ -89,7 +89,9 @@ def backend(
         if any(node is one.sources[0] for one in laid_out):
             inputs[place] = fake_value(node)
     groups = side_by_side.groups(gm.graph)
-    repeated = _regions(gm, ours.get("ctfp8.regions", target.device == "cpu"), collectives, config) if marked else Regions()
+    repeated = (
+        _regions(gm, ours.get("ctfp8.regions", target.device == "cpu"), collectives, config) if marked else Regions()
+    )
     before = len(_reports)
     compiled, repeated = _compile(gm, inputs, config, repeated)
     if marked and len(_reports) == before:
