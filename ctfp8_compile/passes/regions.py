@@ -14,8 +14,6 @@ what it is to and does it in place, and each piece is a region of its own.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from torch import Tensor, fx
 from ..compat import HigherOrderOperator, OpOverload, OpOverloadPacket, free_symbols, invoke_subgraph
 from ..graph import arguments, fake_value, is_traced_marker, module_name, module_path, parameter_name
 from ..report import Entry, Report
+from .effects import only_computes
 
 #: Fewer layers are compiled one by one: what they cost is little, and calls of a region are not fused with what is around them.
 LEAST = 4
@@ -156,7 +155,7 @@ def _pieces(layer: Sequence[fx.Node]) -> Iterator[_Piece]:
     for node in layer:
         if node.op in ("placeholder", "get_attr") or _is_weight(node) or _is_size(node):
             continue
-        if _only_computes(node) or _writes_within(node, own):
+        if only_computes(node) or _writes_within(node, own):
             own |= _memory(node).difference(*map(_memory, node.all_input_nodes))
             piece.append(node)
         else:
@@ -216,7 +215,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 
 def _is_declared(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and _only_computes(node) and _of_parameters(node)
+    return isinstance(node.target, OpOverload) and only_computes(node) and _of_parameters(node)
 
 
 def _of_parameters(node: fx.Node) -> bool:
@@ -280,7 +279,7 @@ def _outputs(pieces: Sequence[_Piece]) -> list[int] | None:
         i = waiting.pop()
         memory = _memory(first[i])
         again = memory and (memory & inputs or (any(len(shared[m]) > 1 for m in memory) and i != min(made[m] for m in memory)))
-        if again and not _only_computes(first[i]):
+        if again and not only_computes(first[i]):
             return None
         if again or not isinstance(_value(first[i]), Tensor):
             waiting += [place[n] for n in first[i].all_input_nodes if n in place and place[n] not in outputs]
@@ -385,50 +384,3 @@ def _writes_within(node: fx.Node, own: set[int]) -> bool:
     """Whether a node that does not only compute, does nothing else than to write to memory of its piece's own."""
     given = {m for n in node.all_input_nodes for m in _memory(n)}
     return bool(given) and given <= own and not isinstance(node.target, HigherOrderOperator)
-
-
-def _only_computes(node: fx.Node) -> bool:
-    """Whether a node of dynamo's graph neither writes to memory nor changes how what follows is computed."""
-    target: Any = node.target
-    if node.op == "call_method":
-        return not str(target).endswith("_") or str(target).endswith("__")
-    if node.op != "call_function" or isinstance(target, HigherOrderOperator):
-        return False
-    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") or _in_place(target, node.args):
-        return False
-    if isinstance(target, OpOverloadPacket):
-        return not _has_writing_overload(target)
-    if isinstance(target, OpOverload):
-        return not target._schema.is_mutable
-    name, module = getattr(target, "__name__", "_"), getattr(target, "__module__", "")
-    if module in ("operator", "_operator"):
-        return name not in _WRITES
-    if module == "torch" and isinstance(operator_of_it := getattr(torch.ops.aten, name, None), OpOverloadPacket):
-        return not _has_writing_overload(operator_of_it)  # _grouped_mm is private, and only computes
-    return not name.startswith("_") and not name.endswith("_")
-
-
-def _has_writing_overload(packet: OpOverloadPacket) -> bool:
-    """One that writes without being asked to by `out`."""
-    return any(getattr(packet, name)._schema.is_mutable for name in packet.overloads() if not name.endswith("out"))
-
-
-_WRITES = {
-    "setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift",
-    "isub", "itruediv", "ixor",
-}  # fmt: skip
-
-
-def _in_place(target: Any, args: Sequence[Any]) -> bool:
-    """Whether `inplace` of a function is given by its place."""
-    at = _place_of_inplace(target) if True in [a for a in args if isinstance(a, bool)] else None
-    return at is not None and at < len(args) and args[at] is True
-
-
-@functools.cache
-def _place_of_inplace(target: Any) -> int | None:
-    try:
-        names = list(inspect.signature(target).parameters)
-    except (TypeError, ValueError):
-        return None
-    return names.index("inplace") if "inplace" in names else None

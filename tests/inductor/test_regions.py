@@ -111,6 +111,16 @@ class _Block(nn.Module):
         if self.how == "writes":
             self.seen.add_(y.mean(0, keepdim=True))
             y = y + self.seen
+        if self.how == "writes to its own":  # with and without the result's being read, through a view, in a half of it
+            y = torch.relu(y)
+            y.mul_(2)
+            y[0] = y[1]
+            half, _ = y.chunk(2, -1)
+            half += 1
+            y /= y.abs().sum()
+        if self.how == "writes to its input":
+            x += y
+            return x
         if self.how == "views":  # two of one memory, from a region to the next
             first, second = y.chunk(2, -1)
             self.seen.add_(y.mean(0, keepdim=True))
@@ -124,6 +134,7 @@ class _Stack(nn.Module):
         self.layers = nn.ModuleList(_Block(width, how) for width in widths)
 
     def forward(self, x):
+        x = x.clone()
         for layer in self.layers:
             x = layer(x)
         return x
@@ -144,6 +155,8 @@ def _stack(widths, how="plain"):
         ([32] * 4, "plain", [4]),
         ([32] * 4, "views", [4, 4]),
         ([32] * 4, "writes", [4]),
+        ([32] * 4, "writes to its own", [4]),
+        ([32] * 4, "writes to its input", [4]),
         ([32, 48] * 4, "plain", [4, 4]),
         ([32] * 4 + [48], "plain", [4]),
         ([32, 48, 64, 80], "plain", []),
@@ -163,6 +176,21 @@ def test_what_is_alike_becomes_a_region(widths, how, calls, undone):
         f"{len(widths)} repeated layers compiled as {len(calls)} region{'s' * (len(calls) > 1)}" if calls
         else "4 repeated layers compiled one by one: they differ" if len(widths) >= 4 else ""
     )  # fmt: skip
+
+
+def test_experts_are_rewritten_within_regions(two_are_enough):
+    """Whatever their layers write to: a router's probabilities, a permutation."""
+    model = ctfp8.from_pretrained(DATA / "qwen3moe/FP8_DYNAMIC")
+    compiled = torch.compile(model.forward, backend="ctfp8", fullgraph=True, dynamic=True)
+    cache = {cache_argument(model): ctfp8.static_cache(model, 2, 64)}
+    with torch.no_grad():
+        got = compiled(IDS, **cache).logits
+        want = model(IDS, use_cache=False).logits
+    report = ctfp8.compiled_reports()[-1]
+    assert (report.layers, report.kept) == ("2 repeated layers compiled as 2 regions", ())
+    assert sum("experts" in entry.name for entry in report.rewritten) == 4
+    assert len(report.attention) == 2
+    assert relative_error(got, want) < 0.02
 
 
 def test_the_report_and_the_bits_are_those_of_the_whole_graph(kernel_everywhere):
