@@ -45,6 +45,7 @@ PRIVATE = {
     "dynamo_config": ("torch._dynamo.config", "2.11 2.13 2.14"),  # specialize_float
     "CallbackTrigger": ("torch._dynamo.callback.CallbackTrigger", "2.11 2.13 2.14"),
     "FailOnRecompileLimitHit": ("torch._dynamo.exc.FailOnRecompileLimitHit", "2.11 2.13 2.14"),
+    "RestartAnalysis": ("torch._dynamo.exc.RestartAnalysis", "2.11 2.13 2.14"),
     "guard_failures": ("torch._dynamo.guard_failures", "2.11 2.13 2.14"),  # of each code object
     "make_fx": ("torch.fx.experimental.proxy_tensor.make_fx", "2.11 2.13 2.14"),
     "functional_collectives": ("torch.distributed._functional_collectives", "2.11 2.13 2.14"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import lowering, passes
-from ..compat import CompileWrapper, CustomGraphPass, compile_fx, inductor_config, small_loops_alone
+from ..compat import CompileWrapper, CustomGraphPass, RestartAnalysis, compile_fx, inductor_config, small_loops_alone
 from ..errors import TargetError, UsageError
 from ..graph import fake_value, is_traced_marker, name_markers
 from ..model.storage import detach_from_mmap, some_loaded
@@ -128,6 +128,8 @@ def _compile(
     before = len(_reports)
     try:
         return compile_fx(gm, inputs, config_patches=config), repeated
+    except RestartAnalysis:  # dynamo traces again
+        raise
     except Exception as error:  # whatever torch does not take of a region: the graph is compiled as without
         log.warning("repeated layers are compiled one by one; as regions they could not be: %s", error)
         del _reports[before:]

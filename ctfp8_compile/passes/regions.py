@@ -68,6 +68,7 @@ class Regions:
 
 def declare(gm: fx.GraphModule) -> Regions:
     """Makes regions of repeated layers, in place, in a graph of dynamo's."""
+    _write_out_sizes(gm.graph)
     layers = _layers(gm.graph)
     if len(layers) < LEAST:
         return Regions()
@@ -147,6 +148,21 @@ def _layers(graph: fx.Graph) -> dict[Any, list[fx.Node]]:
             covered = size
             found = {path: nodes[begin : end + 1] for begin, end, path in spans}
     return found
+
+
+def _write_out_sizes(graph: fx.Graph) -> None:
+    """Sizes that turned out to be fixed while dynamo traced, such as the batch of a static cache: the first layers ask for them."""
+    for node in list(graph.nodes):
+        found = _value(node)
+        number = found.node.maybe_as_int() if isinstance(found, torch.SymInt) else None
+        if number is not None and node.op == "call_function":
+            written: Any = lambda n, node=node, number=number: number if n is node else n  # noqa: E731 - map_arg is typed for nodes only
+            for user in list(node.users):
+                user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), written)
+            graph.erase_node(node)
+    for node in graph.find_nodes(op="call_method", target="size"):
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _pieces(layer: Sequence[fx.Node]) -> Iterator[_Piece]:
@@ -323,7 +339,7 @@ def _region(piece: _Piece, symbols: Sequence[fx.Node], outputs: Sequence[int]) -
         inside[node] = graph.node_copy(node, inside.__getitem__)
     graph.output(tuple(inside[piece.nodes[i]] for i in outputs))
     names = [inside[node].name for node in piece.nodes]
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure() or not (node.op == "get_attr" or only_computes(node)))
     return fx.GraphModule({}, graph), names
 
 
