@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -15,9 +17,14 @@ def keep(graph: fx.Graph) -> None:
     lie as its keys were computed, and what the first token leaves, contiguous: a graph for either.
     """
     for node in graph.find_nodes(op="call_function", target=torch.cat):
-        tensors = arguments(node)[0]
-        full = [n for n in tensors if isinstance(n, fx.Node) and not _is_empty(fake_value(n))]
-        if len(full) != 1 or len(full) == len(tensors) or fake_value(full[0]).dtype != fake_value(node).dtype:
+        parts = arguments(node)[0]
+        if not isinstance(parts, (list, tuple)) or node.kwargs.get("out") is not None:
+            continue
+        values = [n.meta.get("example_value") if isinstance(n, fx.Node) else None for n in parts]
+        if not all(isinstance(value, Tensor) for value in values):
+            continue
+        full = [n for n, value in zip(parts, values, strict=True) if not _is_empty(value)]
+        if len(full) != 1 or len(full) == len(parts) or fake_value(full[0]).dtype != fake_value(node).dtype:
             continue
         with graph.inserting_before(node):
             copy = graph.call_function(torch.clone, (full[0],), {"memory_format": torch.contiguous_format})
@@ -26,6 +33,6 @@ def keep(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _is_empty(value: Tensor) -> bool:
+def _is_empty(value: Any) -> bool:
     """Of the kind that any tensor may be concatenated with."""
-    return isinstance(value, Tensor) and value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
+    return value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
