@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -357,20 +357,16 @@ def _call(graph: fx.Graph, name: str, piece: _Piece, symbols: Sequence[fx.Node],
         with graph.inserting_after(at):
             at = new[piece.nodes[i]] = graph.call_function(operator.getitem, (call, position))
         at.meta = {**stack, "example_value": _value(piece.nodes[i])}
-    read = {node for node in piece.nodes if any(user not in set(piece.nodes) for user in node.users)}
+    own = set(piece.nodes)
+    read = {node for node in piece.nodes if any(user not in own for user in node.users)}
     for node in _again(piece.nodes, read, new):
         with graph.inserting_after(at):
             at = new[node] = graph.node_copy(node, lambda n: new.get(n, n))
     for node in read:
-        node.replace_all_uses_with(new[node], delete_user_cb=_not_in(piece.nodes), propagate_meta=False)
+        node.replace_all_uses_with(new[node], delete_user_cb=lambda user: user not in own, propagate_meta=False)
     for node in reversed(piece.nodes):
         graph.erase_node(node)
     return call
-
-
-def _not_in(nodes: Iterable[fx.Node]) -> Callable[[fx.Node], bool]:
-    own = set(nodes)
-    return lambda user: user not in own
 
 
 def _again(nodes: Sequence[fx.Node], read: set[fx.Node], given: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
