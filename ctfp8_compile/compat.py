@@ -30,6 +30,7 @@ PRIVATE = {
     "CustomGraphPass": ("torch._inductor.custom_graph_pass.CustomGraphPass", "2.11 2.13 2.14"),
     "inductor_config": ("torch._inductor.config", "2.11 2.13 2.14"),
     "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer
+    "valid_vec_isa_list": ("torch._inductor.cpu_vec_isa.valid_vec_isa_list", "2.11 2.13 2.14"),
     "lowerings": ("torch._inductor.lowering.lowerings", "2.11 2.13 2.14"),
     "register_lowering": ("torch._inductor.lowering.register_lowering", "2.11 2.13 2.14"),
     "aot_compile": ("torch._inductor.aot_compile", "2.11 2.13 2.14"),

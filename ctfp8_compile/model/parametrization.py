@@ -96,9 +96,10 @@ class Dequantize(nn.Module):
         return f"{self.info.scheme}, block={tuple(self.constants[0])}, {self.info.dtype}"
 
 
-def _value(weight: Tensor, how: Dequantize) -> Tensor:
+def _value(weight: Tensor, how: Any) -> Tensor:
     block, activation, dtype, transposed = how.constants
-    out = _dequantize(weight, how.weight_scale, how.input_scale, block, activation, dtype)
+    scales = how._buffers
+    out = _dequantize(weight, scales["weight_scale"], scales["input_scale"], block, activation, dtype)
     return out.transpose(-1, -2) if transposed else out
 
 
@@ -122,10 +123,11 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
     """What `module.weight` calls, as torch's own does, but for what is for scripting and for `parametrize.cached`."""
 
     def read(module: nn.Module) -> Tensor:
-        chain = getattr(module.parametrizations, name)
+        # through the dicts: dynamo looks for a module's attribute in all of them, and guards each, for each weight
+        chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         # to dynamo what follows, without the calls of modules, each of which it would trace for each weight
         if is_dynamo_compiling() and not is_exporting() and isinstance(chain, Single):
-            return _value(chain.original, getattr(chain, "0"))
+            return _value(chain._parameters["original"], chain._modules["0"])
         return chain()
 
     return read
