@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import ops  # defines the ctfp8:: operators
+from .collector import collecting_seldom
 from .errors import (
     ArtifactError,
     CheckpointError,
@@ -25,8 +26,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .aot.export import export
-    from .aot.load import Artifact, load
+    from .aot.load import load
     from .aot.lower import explain, lower
+    from .aot.module import Artifact
     from .hf.fp8_cache import dynamic_cache
     from .hf.hub import from_pretrained, prepare, save_pretrained
     from .hf.static_cache import StaticCacheDecoder, static_cache
@@ -72,7 +74,8 @@ __all__ = [
 _HOMES = {
     ".aot.export": ("export",),
     ".aot.lower": ("explain", "lower"),
-    ".aot.load": ("Artifact", "load"),
+    ".aot.load": ("load",),
+    ".aot.module": ("Artifact",),
     ".hf.hub": ("from_pretrained", "prepare", "save_pretrained"),
     ".hf.fp8_cache": ("dynamic_cache",),
     ".hf.static_cache": ("StaticCacheDecoder", "static_cache"),
@@ -88,7 +91,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
+    with collecting_seldom():
+        value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
     return value
 
 

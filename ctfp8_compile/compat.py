@@ -39,9 +39,9 @@ PRIVATE = {
     "deserialize_scalar_type": ("torch._export.serde.serialize.deserialize_scalar_type", "2.11 2.13 2.14"),
     "ExportedProgramDeserializer": ("torch._export.serde.serialize.ExportedProgramDeserializer", "2.11 2.13 2.14"),
     "GraphModuleDeserializer": ("torch._export.serde.serialize.GraphModuleDeserializer", "2.11 2.13 2.14"),
-    "PT2ArchiveWriter": ("torch.export.pt2_archive._package.PT2ArchiveWriter", "2.11 2.13 2.14"),
     "package_pt2": ("torch.export.pt2_archive._package.package_pt2", "2.11 2.13 2.14"),
-    "load_pt2": ("torch.export.pt2_archive._package.load_pt2", "2.11 2.13 2.14"),
+    "AOTICompiledModel": ("torch.export.pt2_archive._package.AOTICompiledModel", "2.11 2.13 2.14"),
+    "AOTIModelPackageLoader": ("torch._C._aoti.AOTIModelPackageLoader", "2.11 2.13 2.14"),
     "callback_handler": ("torch._dynamo.callback_handler", "2.11 2.13 2.14"),  # around each compilation
     "dynamo_config": ("torch._dynamo.config", "2.11 2.13 2.14"),  # specialize_float
     "CallbackTrigger": ("torch._dynamo.callback.CallbackTrigger", "2.11 2.13 2.14"),

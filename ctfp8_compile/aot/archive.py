@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct, error, unpack_from
+from threading import Lock
 from typing import BinaryIO
 
 import torch
@@ -40,7 +44,7 @@ _ZIP64, _PADDING = 0x0001, 0x4246  # ids of extra fields; torch pads with "FB" s
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # stands for "see the zip64 field"
 #: A directory entry is at least its name; a file of ours has some thousand records.
 _MOST_RECORDS, _LONGEST_NAME = 1_000_000, 1024
-_CHUNK = 16 << 20
+_CHUNK, _LARGE = 16 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Archive:
 
     def __init__(self, path: Path, file: BinaryIO, records: dict[str, Record]):
         self.path, self.records = path, records
-        self._file = file
+        self._file, self._reading, self._left = file, Lock(), False
+        self._ahead: dict[str, Future[torch.Tensor]] = {}
 
     def read(self, name: str, most: int = 1 << 30) -> bytes:
         """The bytes of a record.
@@ -80,6 +85,36 @@ class Archive:
         Raises:
             ArtifactError: as `read`.
         """
+        ahead = self._ahead.pop(name, None)
+        return self._tensor(name) if ahead is None else ahead.result()
+
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Meanwhile, a thread reads what is large, for `tensor`: reading, and checksums, leave Python to others."""
+        with ThreadPoolExecutor(1) as reader:
+            for name, record in self.records.items():
+                if name.startswith("data/") and record.size >= _LARGE:
+                    self._ahead[name] = reader.submit(self._tensor, name)
+            try:
+                yield
+            finally:
+                self._left = True
+                reader.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def as_file(self) -> Iterator[str]:
+        """A name of the open file, for a loader that wants one: whatever is done to the path, it is this file."""
+        with tempfile.TemporaryDirectory() as folder:
+            name, open_file = f"{folder}/model.pt2", Path(f"/proc/self/fd/{self._file.fileno()}")
+            if open_file.exists():
+                os.symlink(open_file, name)
+            else:
+                with open(name, "wb") as copy:
+                    self._file.seek(0)
+                    shutil.copyfileobj(self._file, copy, _CHUNK)
+            yield name
+
+    def _tensor(self, name: str) -> torch.Tensor:
         record = self.records[name]
         out = torch.empty(record.size, dtype=torch.uint8)
         if record.size:
@@ -87,11 +122,15 @@ class Archive:
         return out
 
     def _fill(self, record: Record, memory: memoryview) -> None:
-        self._file.seek(record.offset)
         crc = 0
         for start in range(0, record.size, _CHUNK):
             part = memory[start : start + _CHUNK]
-            if self._file.readinto(part) != len(part):  # type: ignore[attr-defined]
+            if self._left:
+                raise CancelledError
+            with self._reading:
+                self._file.seek(record.offset + start)
+                count = self._file.readinto(part)  # type: ignore[attr-defined]
+            if count != len(part):
                 raise ArtifactError(f"{self.path}: it was cut while it was read. {AGAIN}")
             crc = zlib.crc32(part, crc)
         if crc != record.crc:

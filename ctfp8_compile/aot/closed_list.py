@@ -7,6 +7,7 @@ structures look classes up by name.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import keyword
 import re
@@ -109,6 +110,7 @@ def _check_expression(expression: schema.SymExpr) -> schema.SymExpr:
     return replace(expression, expr_str=size_of(expression.expr_str))
 
 
+@functools.lru_cache(1024)
 def size_of(text: str) -> str:
     """A symbolic size, written anew, if it is nothing but arithmetic that cannot grow large."""
     try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -83,16 +82,10 @@ def read_program(archive: Archive, device: str) -> Program:
         )
     devices, text = {"cpu", device}, archive.read(MODEL)
 
-    def tensors() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        return (
-            read_tensors(archive, "data/weights/", "weight_", "model_weights_config.json", devices),
-            read_tensors(archive, "data/constants/", "tensor_", "model_constants_config.json", devices),
-        )
-
-    with ThreadPoolExecutor(1) as reader, _naming(archive):  # reading and its checksums leave Python to the graph
-        reading = reader.submit(tensors)
+    with _naming(archive):
         graph = typed.build(schema.ExportedProgram, typed.parse(text), checks(devices), "the graph")
-    weights, constants = reading.result()
+    weights = read_tensors(archive, "data/weights/", "weight_", "model_weights_config.json", devices)
+    constants = read_tensors(archive, "data/constants/", "tensor_", "model_constants_config.json", devices)
     with _naming(archive):
         _check_signature(graph.graph_module, weights, constants)
     return Program(graph, weights, constants)

@@ -6,8 +6,10 @@ command line.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import warnings
@@ -19,6 +21,7 @@ import typer
 from rich.table import Table
 
 from .. import __version__
+from ..collector import collecting_seldom
 from ..errors import Ctfp8Error, UsageError
 from .terminal import err, escape, out, size
 
@@ -65,6 +68,7 @@ def main(
 ) -> None:
     global _debug
     _debug = debug
+    atexit.register(gc.freeze)  # else Python looks for garbage in all that torch made before it ends: for 0.7 s
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -83,7 +87,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), collecting_seldom():
                 if not _debug:
                     warnings.simplefilter("ignore")
                 function(*args, **kwargs)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..aot.load import load
-from ..aot.module import Artifact
 from ..errors import ArtifactError, CheckpointError, UsageError
 from .steps import Steps, Text, ends_of
+
+if TYPE_CHECKING:
+    from ..aot.module import Artifact  # with what is imported while the file is read
 
 
 class ArtifactDecoder(Steps):

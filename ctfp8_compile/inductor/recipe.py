@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import gc
 import inspect
 import logging
 import re
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..collector import collecting_seldom
 from ..compat import (
     AT_RECOMPILE_LIMIT,
     RECOMPILE_LOGGER,
@@ -111,8 +111,10 @@ class Compiled:
         progress = Progress(f"compiling {_weights(model)}{f', graph {self._graphs}' if self._graphs > 1 else ''}")
         during = contextlib.ExitStack()
         during.callback(progress.stop)
-        during.enter_context(_collecting_seldom())
-        if not _asked.is_set():
+        during.enter_context(collecting_seldom())
+        if (
+            not _asked.is_set()
+        ):  # it tries each in a process of its own; a second, which it would take when tracing is done
             _asked.set()
             threading.Thread(target=valid_vec_isa_list, daemon=True).start()
         # sizes are dynamic, an epsilon or a scaling is not: each would be an input of the graph, checked at every call
@@ -127,17 +129,6 @@ class Compiled:
             warnings.warn(
                 f"{self._at_limit} From now on, what fits none of them runs uncompiled, and slowly.", stacklevel=2
             )
-
-
-@contextlib.contextmanager
-def _collecting_seldom() -> Iterator[None]:
-    """What a compiler makes is kept till its end: looking for garbage in it every few hundred objects is a tenth of its time."""
-    often, *older = gc.get_threshold()
-    gc.set_threshold(max(often, 100_000) if often else 0, *older)
-    try:
-        yield
-    finally:
-        gc.set_threshold(often, *older)
 
 
 def _why(limit: int, failed: list[str]) -> str:
@@ -159,7 +150,7 @@ def _why(limit: int, failed: list[str]) -> str:
 
 _ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters  # from torch 2.13 on
 _running = threading.local()  # now: the `Compiled` that this thread is in
-_asked = threading.Event()  # Inductor, which vector instructions there are; it loads a library for each in another process
+_asked = threading.Event()  # Inductor, which vector instructions work
 _compiling: list[contextlib.ExitStack] = []
 
 

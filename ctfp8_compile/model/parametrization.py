@@ -127,7 +127,7 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
         chain: Any = module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         # to dynamo what follows, without the calls of modules, each of which it would trace for each weight
         if is_dynamo_compiling() and not is_exporting() and isinstance(chain, Single):
-            return _value(chain._parameters["original"], chain._modules["0"])
+            return _value(chain._parameters["original"], chain._modules["0"])  # type: ignore[arg-type]
         return chain()
 
     return read

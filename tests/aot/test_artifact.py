@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.export import Dim
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering
-from ctfp8_compile.aot import load as artifacts
+from ctfp8_compile.aot import instantiate as artifacts
 from ctfp8_compile.aot.manifest import NAME
 from ctfp8_compile.graph import format_graph
 from ctfp8_compile.ops import FP8
@@ -348,8 +349,40 @@ def test_aoti(tmp_path, kernel_everywhere):
     assert torch.equal(module(x), torch.compile(model, backend="ctfp8", dynamic=True)(x))
     with pytest.raises(ctfp8.InputError, match="expected float32"):
         module(x.double())
+    with ZipFile(path) as archive:
+        library = next(record for record in archive.infolist() if record.filename.endswith(".so"))
+    damaged = bytearray(path.read_bytes())
+    damaged[library.header_offset + 20_000] ^= 1
+    (tmp_path / "damaged.pt2").write_bytes(damaged)
+    with pytest.raises(ctfp8.ArtifactError, match=r"\.so is damaged"):
+        ctfp8.load(tmp_path / "damaged.pt2", trust=True)
     with pytest.raises(ctfp8.TargetError, match="compiles for the machine at hand, cpu, not for cuda:sm90"):
         ctfp8.export(model, (x,), path=path, package="aoti", target="cuda:sm90")
+
+
+@pytest.mark.parametrize(
+    ("made_for", "here", "problem"),
+    [
+        ({"AOTI_CPU_ISA": "AVX512 AVX512_VNNI"}, "AVX512", None),
+        ({"AOTI_CPU_ISA": "AVX2"}, "AVX512", None),
+        ({}, "DEFAULT", None),
+        (
+            {"AOTI_CPU_ISA": "AVX512 AVX512_VNNI AMX_TILE"},
+            "AVX2",
+            "AVX512 AVX512_VNNI AMX_TILE, and this machine has AVX2",
+        ),
+        ({"AOTI_CPU_ISA": "AVX2"}, "DEFAULT", "AVX2, and this machine has DEFAULT"),
+        ({"AOTI_MACHINE": "another"}, "AVX512", "another, and this machine has"),
+        ({"AOTI_PLATFORM": "another"}, "AVX512", "another, and this machine has"),
+    ],
+)
+def test_machine_code_of_another_machine(made_for, here, problem, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here)
+    if problem is None:
+        artifacts._check_machine(Path("m.pt2"), made_for)
+    else:
+        with pytest.raises(ctfp8.TargetError, match=f"m.pt2 is machine code for {problem}"):
+            artifacts._check_machine(Path("m.pt2"), made_for)
 
 
 def test_wrong_use_is_named(dense, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import sys
+import threading
 import zipfile
 
 import pytest
@@ -15,7 +16,8 @@ from support.hostile import Touch, edited, edited_json, pickled, records_of, two
 from torch import nn
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile.aot import load as loading
+from ctfp8_compile.aot import archive
+from ctfp8_compile.aot import instantiate as loading
 
 WEIGHTS = "data/weights/model_weights_config.json"
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -109,6 +111,38 @@ def test_a_file_replaced_while_it_is_loaded(file, tmp_path, monkeypatch, moment)
     want = torch.export.load(file).module()(X)["out"]
     torch.testing.assert_close(ctfp8.load(path)(X).out, want, atol=0.02, rtol=0.02)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_replaced_before_it_gets_a_name(file, tmp_path, monkeypatch, named):
+    """A loader that opens a file by its name gets the one that was opened, also where a system does not name open files."""
+    path, kept = tmp_path / "m.pt2", file.read_bytes()
+    path.write_bytes(kept)
+    with archive.open_archive(path) as opened:
+        (tmp_path / "other").write_bytes(b"other")
+        (tmp_path / "other").replace(path)
+        if not named:
+            monkeypatch.setattr(archive.Path, "exists", lambda self: False)
+        with opened.as_file() as name, open(name, "rb") as again:
+            assert again.read() == kept
+
+
+def test_what_is_read_ahead_is_checked(file, tmp_path, monkeypatch):
+    """Large records are read by another thread; what it finds is said, and what is left of it does not outlast the file."""
+    monkeypatch.setattr(archive, "_LARGE", 1)
+    torch.testing.assert_close(
+        ctfp8.load(file)(X).out, torch.export.load(file).module()(X)["out"], atol=0.02, rtol=0.02
+    )
+    path = tmp_path / "m.pt2"
+    with zipfile.ZipFile(file) as zipped:
+        contents = next(zipped.read(record) for record in zipped.infolist() if record.filename.endswith("weight_0"))
+    data = bytearray(file.read_bytes())
+    data[data.index(contents)] ^= 1
+    path.write_bytes(data)
+    before = threading.active_count()
+    with pytest.raises(ctfp8.ArtifactError, match="weight_0 is damaged"):
+        ctfp8.load(path)
+    assert threading.active_count() == before
 
 
 def _directory(offset, to, of=b"PK\1\2"):
