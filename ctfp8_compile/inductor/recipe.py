@@ -112,10 +112,8 @@ class Compiled:
         during = contextlib.ExitStack()
         during.callback(progress.stop)
         during.enter_context(collecting_seldom())
-        if (
-            not _asked.is_set()
-        ):  # it tries each in a process of its own; a second, which it would take when tracing is done
-            _asked.set()
+        if self.arguments["backend"] == "ctfp8" and not _asked.is_set():
+            _asked.set()  # it tries each in a process of its own; a second, for which it would wait when tracing is done
             threading.Thread(target=valid_vec_isa_list, daemon=True).start()
         # sizes are dynamic, an epsilon or a scaling is not: each would be an input of the graph, checked at every call
         during.enter_context(dynamo_config.patch(specialize_float=True))

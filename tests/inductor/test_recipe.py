@@ -7,6 +7,7 @@ import inspect
 import io
 import logging
 import sys
+import threading
 import warnings
 
 import pytest
@@ -100,6 +101,20 @@ def test_our_compiler_gives_the_modules_values(module):
     torch.testing.assert_close(ctfp8.compile(module)(x), want, atol=1e-2, rtol=1e-2)
     with pytest.raises(ctfp8.UsageError, match="an input of this graph requires a gradient"):
         module(torch.randn(4, 1, 64, requires_grad=True))
+
+
+def test_inductor_is_asked_for_vector_instructions_once_and_beside(module, monkeypatch):
+    asked = []
+    monkeypatch.setattr(recipe, "valid_vec_isa_list", lambda: asked.append(threading.current_thread()))
+    monkeypatch.setattr(recipe, "_asked", threading.Event())
+    other = ctfp8.compile(copy.deepcopy(module), backend=lambda graph, inputs: graph.forward)
+    other(torch.randn(3, 64))
+    assert not asked  # which may not be Inductor's
+    for _ in range(2):
+        torch.compiler.reset()
+        ctfp8.compile(module)(torch.randn(3, 64))
+    assert len(asked) == 1
+    assert asked[0] is not threading.current_thread()
 
 
 def test_a_copy_runs_its_own_weights(module):

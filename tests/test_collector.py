@@ -1,0 +1,53 @@
+"""Garbage is seldom looked for while something large is made, and as before when it is."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.collector import collecting_seldom
+
+
+@pytest.fixture
+def often():
+    kept = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield (700, 10, 10)
+    gc.set_threshold(*kept)
+
+
+def test_as_before_after_it(often):
+    with collecting_seldom():
+        assert gc.get_threshold() == (100_000, 10, 10)
+        with collecting_seldom():
+            pass
+        assert gc.get_threshold() == (100_000, 10, 10)
+    assert gc.get_threshold() == often
+    with pytest.raises(RuntimeError), collecting_seldom():
+        raise RuntimeError
+    assert gc.get_threshold() == often
+
+
+@pytest.mark.parametrize("chosen", [0, 200_000])
+def test_what_the_user_chose_stays(chosen, often):
+    gc.set_threshold(chosen)
+    with collecting_seldom():
+        assert gc.get_threshold()[0] == chosen
+    assert gc.get_threshold()[0] == chosen
+
+
+def test_while_a_model_compiles(often):
+    seen = []
+
+    def backend(gm, inputs):
+        seen.append(gc.get_threshold()[0])
+        return gm.forward
+
+    model = ctfp8.compile(nn.Linear(4, 4).eval(), backend=backend)
+    model(torch.randn(2, 4))
+    assert seen == [100_000]
+    assert gc.get_threshold() == often
