@@ -5,8 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 _SELDOM = 100_000  # objects more than before; Python's default is 700 to 2,000
+_lock = Lock()
+_inside = 0  # how many do, in all threads
+_often = gc.get_threshold()
 
 
 @contextmanager
@@ -15,9 +19,17 @@ def collecting_seldom() -> Iterator[None]:
 
     A collector that was turned off stays so.
     """
-    often, *older = gc.get_threshold()
-    gc.set_threshold(max(often, _SELDOM) if often else 0, *older)
+    global _inside, _often
+    with _lock:
+        if not _inside:
+            _often = gc.get_threshold()
+            if _often[0]:
+                gc.set_threshold(max(_often[0], _SELDOM), *_often[1:])
+        _inside += 1
     try:
         yield
     finally:
-        gc.set_threshold(often, *older)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                gc.set_threshold(*_often)

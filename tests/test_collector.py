@@ -32,6 +32,17 @@ def test_as_before_after_it(often):
     assert gc.get_threshold() == often
 
 
+def test_two_threads_at_once(often):
+    """The one that began first ends first."""
+    first, second = collecting_seldom(), collecting_seldom()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold()[0] == 100_000
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == often
+
+
 @pytest.mark.parametrize("chosen", [0, 200_000])
 def test_what_the_user_chose_stays(chosen, often):
     gc.set_threshold(chosen)
