@@ -29,6 +29,11 @@ FAMILY_REWRITES: dict[str, list[tuple[str, str]]] = {
 IDS = torch.arange(5, 45).reshape(2, 20)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first: `@pytest.mark.long(minutes=7)`. At the end, one process would run it and the others wait."""
+    items.sort(key=lambda item: -max((mark.kwargs.get("minutes", 0) for mark in item.iter_markers("long")), default=0))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     yield

@@ -92,7 +92,7 @@ def test_each_way_multiplies_the_weight_it_is_asked_for():
     assert set(absent) <= {"fbgemm alone", "torchao", "transformers"}
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=7)
 def test_a_dry_run_of_it_all(tmp_path):
     command = [sys.executable, BENCHMARKS / "gpu_all.py", "--device", "cpu", "--out", tmp_path, "--minutes", "30"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
