@@ -122,7 +122,7 @@ def model(way: str, folder: Path) -> Any:
     else:
         loaded = AutoModelForCausalLM.from_pretrained(folder / "bf16", dtype=torch.bfloat16).eval()
         if way == "bf16 Inductor":
-            loaded.forward = torch.compile(loaded.forward, dynamic=True)  # sizes as ours
+            loaded.forward = torch.compile(loaded.forward)
 
     def of(rows: int) -> Any:
         cache = {cache_argument(loaded): ctfp8.static_cache(loaded, rows, ROOM)}

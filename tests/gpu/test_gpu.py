@@ -239,8 +239,7 @@ def test_the_command_line_runs_here(tmp_path):
         ctfp8_command("generate", model, *options, "--eager"),
         ctfp8_command("generate", artifact, "--tokenizer", model, *options),
     ]
-    alike = os.path.commonprefix([texts[0], texts[2]])
-    assert len(alike) > 20, texts  # later, rounding decides between two tokens that are as likely
+    assert texts[0][:22] == texts[2][:22]  # later, rounding decides between two tokens that are as likely
     assert all(text.startswith("def add(a, b):") and len(text) > 20 for text in texts), texts
     rows = json.loads(ctfp8_command("bench", model, "--rounds", 2, "--new-tokens", 4, "--json"))
     assert rows["ctfp8"]["weight_bytes"] < 0.7 * rows["bf16 eager"]["weight_bytes"]
