@@ -26,7 +26,7 @@ from fresh import measured
 from rich.console import Console
 from rich.table import Table
 
-WAYS = ("bf16 Inductor", "ctfp8", "ctfp8, regions")
+WAYS = ("bf16 Inductor", "bf16 Inductor, dynamic", "ctfp8", "ctfp8, regions")
 PROMPT, TOKENS, ROOM = 16, 32, 64
 
 
@@ -38,7 +38,7 @@ def measure(way: str, folder: str) -> None:
     from ctfp8_compile.ops import cpu
 
     cpu.load()
-    model = ctfp8.from_pretrained(folder, dequantize=way == "bf16 Inductor")
+    model = ctfp8.from_pretrained(folder, dequantize="bf16" in way)
     torch.compile(torch.nn.Linear(8, 8))(torch.randn(2, 8))  # imports the compiler
     cache = {cache_argument(model): ctfp8.static_cache(model, max_length=ROOM)}
 
@@ -49,8 +49,8 @@ def measure(way: str, folder: str) -> None:
         return time.perf_counter() - begin
 
     begin, used = time.perf_counter(), cpu_seconds()
-    if way == "bf16 Inductor":
-        model.forward = torch.compile(model.forward)
+    if "bf16" in way:  # by default, torch makes a graph for these sizes alone, and another for others later
+        model.forward = torch.compile(model.forward, dynamic=True if "dynamic" in way else None)
     else:
         ctfp8.compile(model, options={"ctfp8.regions": way == "ctfp8, regions"})
     step(PROMPT, 0)
