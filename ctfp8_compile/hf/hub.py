@@ -14,6 +14,7 @@ from ..checkpoint import files as ckpt
 from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.scheme import Schemes
+from ..collector import collecting_seldom
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..inductor import recipe
 from ..model.freeze import dequantize_, freeze
@@ -33,6 +34,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 _OF_THE_LOADER = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", *_HUB_ARGUMENTS)
 
 
+@collecting_seldom()
 def from_pretrained(
     path_or_id: str | Path,
     auto_class: Any = AutoModelForCausalLM,

@@ -36,6 +36,7 @@ from .progress import Progress
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@collecting_seldom()
 def compile(model: Model, **torch_compile_arguments: Any) -> Model:
     """Compiles a model's `forward` in place: `generate`, pipelines and plain calls then run compiled.
 
