@@ -9,7 +9,6 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
 import torch
@@ -333,7 +332,7 @@ def test_compute_capability_must_fit(made_for, found, fine, monkeypatch):
 
 
 @pytest.mark.long
-def test_aoti(tmp_path, kernel_everywhere):
+def test_aoti(tmp_path, kernel_everywhere, monkeypatch):
     """Machine code for this machine: the same bits as the backend, shapes still dynamic, inputs still checked."""
     torch.manual_seed(0)
     weight, scale = quantize(torch.randn(32, 64))
@@ -349,13 +348,17 @@ def test_aoti(tmp_path, kernel_everywhere):
     assert torch.equal(module(x), torch.compile(model, backend="ctfp8", dynamic=True)(x))
     with pytest.raises(ctfp8.InputError, match="expected float32"):
         module(x.double())
-    with ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive:
         library = next(record for record in archive.infolist() if record.filename.endswith(".so"))
     damaged = bytearray(path.read_bytes())
     damaged[library.header_offset + 20_000] ^= 1
     (tmp_path / "damaged.pt2").write_bytes(damaged)
     with pytest.raises(ctfp8.ArtifactError, match=r"\.so is damaged"):
         ctfp8.load(tmp_path / "damaged.pt2", trust=True)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(artifacts.platform, "machine", lambda: "another")
+        with pytest.raises(ctfp8.TargetError, match=r"m\.pt2 is machine code for .*, and this machine has another"):
+            ctfp8.load(path, trust=True)
     with pytest.raises(ctfp8.TargetError, match="compiles for the machine at hand, cpu, not for cuda:sm90"):
         ctfp8.export(model, (x,), path=path, package="aoti", target="cuda:sm90")
 

@@ -233,13 +233,14 @@ def test_the_command_line_runs_here(tmp_path):
 
     assert str(Target.detect(DEVICE)) in ctfp8_command("explain", model)
     ctfp8_command("export", model, artifact, "--cache", 128)
-    options = ("--prompt", "def add(a, b):", "--max-new-tokens", 24)
+    # at each of its 24 tokens the likeliest leads by 0.06 or more in float64; after "def add(a, b):" by 0.02, less than rounding moves
+    options = ("--prompt", "import os", "--max-new-tokens", 24)
     texts = [
         ctfp8_command("generate", model, *options),
         ctfp8_command("generate", model, *options, "--eager"),
         ctfp8_command("generate", artifact, "--tokenizer", model, *options),
     ]
-    assert texts[0][:22] == texts[2][:22]  # later, rounding decides between two tokens that are as likely
-    assert all(text.startswith("def add(a, b):") and len(text) > 20 for text in texts), texts
+    assert texts[0] == texts[2]
+    assert all(text.startswith("import os") and len(text) > 20 for text in texts), texts
     rows = json.loads(ctfp8_command("bench", model, "--rounds", 2, "--new-tokens", 4, "--json"))
     assert rows["ctfp8"]["weight_bytes"] < 0.7 * rows["bf16 eager"]["weight_bytes"]
