@@ -11,7 +11,6 @@ import contextlib
 import functools
 import gc
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -76,45 +75,37 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
-        with contextlib.ExitStack() as printing:
-            if kwargs.get("tp") and os.environ.get("RANK", "0") != "0":
-                nowhere = printing.enter_context(open(os.devnull, "w"))
-                printing.enter_context(contextlib.redirect_stdout(nowhere))
-                printing.enter_context(contextlib.redirect_stderr(nowhere))
-            if kwargs.get("tp"):
-                printing.callback(_leave)
-            run(*args, **kwargs)
+        several = kwargs.get("tp", False)
+        with contextlib.ExitStack() as end:
+            if several:
+                from . import ranks
 
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            with warnings.catch_warnings(), collecting_seldom():
-                if not _debug:
-                    warnings.simplefilter("ignore")
-                function(*args, **kwargs)
-        except Ctfp8Error as error:
-            if _debug:
-                raise
-            err().print(f"[bold red]error:[/] {escape(error)}", soft_wrap=True)
-        except BrokenPipeError:
-            raise  # whoever read the output has enough: typer ends quietly
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            if _debug:
-                raise
-            first = next(iter(str(error).strip().splitlines()), "")
-            err().print(f"[bold red]error:[/] {type(error).__name__}: {escape(first)}", soft_wrap=True)
-            err().print("ctfp8 --debug … shows where it comes from.")
-        else:
-            return
-        raise typer.Exit(1)
+                end.callback(ranks.leave)
+            try:
+                with warnings.catch_warnings(), collecting_seldom():
+                    if not _debug:
+                        warnings.simplefilter("ignore")
+                    with ranks.quiet_but_first() if several else contextlib.nullcontext():
+                        function(*args, **kwargs)
+            except BrokenPipeError:
+                raise  # whoever read the output has enough: typer ends quietly
+            except (Ctfp8Error, OSError, ValueError, RuntimeError, ImportError) as error:
+                if _debug:
+                    raise
+                if not several or ranks.fails_first():
+                    _print(error)
+                raise typer.Exit(1) from None
 
     return app.command()(command)
 
 
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _print(error: Exception) -> None:
+    if isinstance(error, Ctfp8Error):
+        err().print(f"[bold red]error:[/] {escape(error)}", soft_wrap=True)
+        return
+    first = next(iter(str(error).strip().splitlines()), "")
+    err().print(f"[bold red]error:[/] {type(error).__name__}: {escape(first)}", soft_wrap=True)
+    err().print("ctfp8 --debug … shows where it comes from.")
 
 
 @_command

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import DATA
@@ -16,7 +18,7 @@ from ctfp8_compile.cli.app import app
 LLAMA = DATA.parent.parent / "examples/models/llama"
 
 
-def _on_two(*arguments: object) -> subprocess.CompletedProcess[str]:
+def _on_two(*arguments: object, folder: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     start = [
         sys.executable,
         "-m",
@@ -27,8 +29,8 @@ def _on_two(*arguments: object) -> subprocess.CompletedProcess[str]:
         "-m",
         "ctfp8_compile",
     ]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=600, cwd=folder,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})  # fmt: skip
 
 
 @pytest.mark.long
@@ -47,10 +49,24 @@ def test_generate_and_bench_print_once():
 
 
 @pytest.mark.long
-def test_an_error_is_printed_once():
-    run = _on_two("generate", DATA / "llama/FP8", "--prompt", "x", "--tp")  # no tokenizer
+@pytest.mark.parametrize("later", [0, 1])
+def test_an_error_is_printed_once(later, tmp_path):
+    """Whichever rank fails first: torchrun ends the other one."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, time\nif os.environ.get('RANK') == '{later}': time.sleep(3)\n"
+    )
+    run = _on_two("generate", DATA / "llama/FP8", "--prompt", "x", "--tp", PYTHONPATH=str(tmp_path))  # no tokenizer
     assert run.returncode != 0
     assert run.stderr.count("no tokenizer that transformers can read is there") == 1
+
+
+@pytest.mark.long
+def test_the_error_of_another_rank_than_the_first(tmp_path):
+    shutil.copytree(DATA / "llama/FP8", tmp_path / "model")
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1': os.chdir('/')\n")
+    run = _on_two("bench", "./model", "--tp", PYTHONPATH=str(tmp_path), folder=tmp_path)
+    assert run.returncode != 0
+    assert run.stderr.count("error: ./model: no such folder") == 1, run.stderr
 
 
 def test_one_process_is_told():

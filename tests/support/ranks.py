@@ -44,6 +44,8 @@ def _rank(n: int, count: int, port: int, results: Any, function: Callable[..., A
     os.environ |= {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
+    # as conftest does for its own process: our passes run only when Inductor compiles
+    torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
     # a model's mesh opens seven groups, each with threads of gloo that hardly sleep; models of a test share one
     dist.init_device_mesh = functools.cache(dist.init_device_mesh)
     try:
