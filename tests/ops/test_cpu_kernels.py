@@ -125,10 +125,11 @@ def test_linear_of_real_size(isa: str, dtype: torch.dtype, m: int) -> None:
         check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
 
 
-@pytest.mark.parametrize("block", [[1, 16500], [128, 128]])
-def test_activations_beyond_the_cache(block: list[int]) -> None:
-    """Tiles of the weight are larger then."""
-    x, weight, scale = torch.randn(260, 16500).bfloat16(), codes(100, 16500), scales(100, 16500, block)
+@pytest.mark.parametrize("block", [[1, 16500], [128, 128], MXFP8])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 260])
+def test_activations_beyond_the_cache(m: int, block: list[int]) -> None:
+    """Tiles of the weight are larger then, and its rows pass several abreast."""
+    x, weight, scale = torch.randn(m, 16500).bfloat16(), codes(100, 16500), scales(100, 16500, block)
     check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
 
 

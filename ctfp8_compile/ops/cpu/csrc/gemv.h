@@ -42,6 +42,15 @@ constexpr int rows_for(int m, bool blocked) {
   return rows > most ? most : rows < 1 ? 1 : rows;
 }
 
+// Weight rows pass some abreast, sharing chunks of activations, or in turn, which memory likes best: one run from the first code
+// to the last. Then each of them reads all activations again, which have to stay in the first-level cache.
+constexpr int kInTurn = 4;  // activation rows, at most
+
+template <Vector V>
+bool in_turn(const Weight& w, int64_t m) {
+  return m <= kInTurn && m * w.segments * padded<V>(w) <= V::in_turn;
+}
+
 // What scales a row of weights has: one, one for each segment, bytes.
 enum class Scales { one, blocked, bytes };
 
@@ -66,7 +75,105 @@ inline void reduce_all(const typename V::Acc* sums, float* results) {
   }
 }
 
-// y[i * ldy + r] += … for M activation rows and R weight rows starting at row n; `add` is false for the first columns.
+// Hardware prefetchers stop at a page, and the rows after these begin on others. `prefetch` asks for the second-level cache:
+// requests for the first-level one occupy its few miss buffers and halve the rate.
+class CodesAhead {
+ public:
+  // Codes `bytes` later, where rows pass `abreast` at a time.
+  CodesAhead(const Weight& w, int64_t bytes, int abreast)
+      : cols_(w.cols), jump_(abreast * w.row_stride), later_(bytes % w.cols), groups_(bytes / w.cols * jump_) {}
+
+  // Where those are, from the beginning of the row that is at this column.
+  int64_t of(int64_t column) const {
+    const int64_t next = column + later_;
+    return groups_ + (next < cols_ ? next : next + jump_ - cols_);
+  }
+
+ private:
+  int64_t cols_, jump_, later_, groups_;
+};
+
+// y[i * ldy + r] (+)= the sum of sums[i * R + r], scaled, for M activation rows and R weight rows from row n on.
+template <Vector V, int M, int R, Scales kind>
+inline void put(const Weight& w, int64_t n, const typename V::Acc* sums, bool add, float* y, int64_t ldy) {
+  alignas(64) float results[16];
+  reduce_all<V, M * R>(sums, results);
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const float scale = kind == Scales::blocked ? 1.f : w.scale_of(n + r)[0];  // of blocks, they are part of the sums
+      const float result = results[i * R + r] * (scale * V::gain);
+      y[i * ldy + r] = add ? y[i * ldy + r] + result : result;
+    }
+}
+
+// sums[i * ld] = the products of M activation rows with weight row n, lane by lane.
+template <Vector V, int M, Scales kind>
+inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, typename V::Acc* sums,
+                    int ld) {
+  const uint8_t* row = w.codes + n * w.row_stride;
+  const uint8_t* exponents = w.exponents_of(n);
+  const float* scales = w.scale_of(n);
+  const CodesAhead ahead(w, 2 * V::ahead, 1);
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) sums[i * ld] = V::zero();
+  for (int64_t segment = 0; segment < w.segments; ++segment) {
+    const int64_t length = w.length_of(segment), start = segment * w.block_cols;
+    const typename V::X* xs = x + segment * padded<V>(w);
+    typename V::Acc sum[2][M];  // of every other chunk: an addition waits for the one before
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) sum[0][i] = sum[1][i] = V::zero();
+
+    const auto add = [&](typename V::Acc* sum, int64_t k, int n) {
+      const uint8_t* bytes = exponents + k / kMxCols;
+      if constexpr (kind == Scales::bytes && requires { &V::shift_dot; }) {
+        if (n == V::step) {
+          const auto chunk = v.decode(row + start + k);
+#pragma GCC unroll 16
+          for (int i = 0; i < M; ++i) sum[i] = V::shift_dot(sum[i], chunk, V::load(xs + i * x_stride + k), bytes);
+          return;
+        }
+      }
+      const auto chunk = decode<V, kind>(v, row + start + k, bytes, n);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) sum[i] = V::dot(sum[i], chunk, V::load(xs + i * x_stride + k));
+    };
+    int64_t k = 0;
+    for (; k + 2 * V::step <= length; k += 2 * V::step) {
+      V::prefetch(row + ahead.of(start + k));
+      add(sum[0], k, V::step);
+      V::prefetch(row + ahead.of(start + k + V::step));
+      add(sum[1], k + V::step, V::step);
+    }
+    if (k + V::step <= length) add(sum[0], k, V::step), k += V::step;
+    if (k < length) add(sum[1], k, static_cast<int>(length - k));
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const auto both = V::scale_add(sum[0][i], sum[1][i], 1.f);
+      sums[i * ld] = kind == Scales::blocked ? V::scale_add(sums[i * ld], both, scales[segment]) : both;
+    }
+  }
+}
+
+template <Vector V, int M, Scales kind>
+void gemv_in_turn(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y,
+                  int64_t ldy) {
+  constexpr int R = 16 / M;
+  const V v;
+  typename V::Acc sums[M * R];
+  int64_t n = begin;
+  for (; n + R <= end; n += R) {
+    for (int r = 0; r < R; ++r) dot_row<V, M, kind>(v, w, n + r, x, x_stride, sums + r, R);
+    put<V, M, R, kind>(w, n, sums, add, y + n - begin, ldy);
+  }
+  for (; n < end; ++n) {
+    dot_row<V, M, kind>(v, w, n, x, x_stride, sums, 1);
+    put<V, M, 1, kind>(w, n, sums, add, y + n - begin, ldy);
+  }
+}
+
+// y[i * ldy + r] (+)= … for M activation rows and R weight rows abreast, from row n on.
 template <Vector V, int M, int R, Scales kind>
 inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, bool add, float* y,
                      int64_t ldy) {
@@ -74,7 +181,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
   typename V::Acc sum[M][R], total[blocked ? M : 1][blocked ? R : 1];
   const uint8_t* row = w.codes + n * w.row_stride;
   const int64_t pad = padded<V>(w);
-  const int64_t groups_ahead = V::ahead / w.cols * R * w.row_stride, ahead = V::ahead % w.cols;
+  const CodesAhead ahead(w, V::ahead, R);
   const float* scales[R];
   const uint8_t* exponents[R];
 #pragma GCC unroll 16
@@ -96,11 +203,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
 
     int64_t k = 0;
     for (; k + V::step <= length; k += V::step) {
-      // Hardware prefetchers stop at a page, and the rows after these begin on others. `prefetch` asks for the second-level
-      // cache: requests for the first-level one occupy its few miss buffers and halve the rate.
-      int64_t next = start + k + ahead;
-      if (next >= w.cols) next += R * w.row_stride - w.cols;
-      next += groups_ahead;
+      const int64_t next = ahead.of(start + k);
       if constexpr (hold_weights<V>(M)) {
         typename V::Chunk chunk[R];
 #pragma GCC unroll 16
@@ -149,20 +252,15 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
       }
     }
   }
-  alignas(64) float results[16];
-  reduce_all<V, M * R>(blocked ? &total[0][0] : &sum[0][0], results);
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const float result = results[i * R + r] * ((blocked ? 1.f : scales[r][0]) * V::gain);
-      y[i * ldy + r] = add ? y[i * ldy + r] + result : result;
-    }
+  put<V, M, R, kind>(w, n, blocked ? &total[0][0] : &sum[0][0], add, y, ldy);
 }
 
 template <Vector V, int M, Scales kind>
 void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y,
              int64_t ldy) {
+  if constexpr (M <= kInTurn && V::in_turn > 0) {
+    if (in_turn<V>(w, M)) return gemv_in_turn<V, M, kind>(w, begin, end, x, x_stride, add, y, ldy);
+  }
   constexpr int R = rows_for<V>(M, kind == Scales::blocked);
   const V v;
   int64_t n = begin;

@@ -18,7 +18,7 @@ struct Avx2 {
   using X = float;
   using Acc = __m256;
   using Chunk = __m256;
-  static constexpr int step = 8, registers = 16, constants = 4, parts = 1, ahead = 2048;
+  static constexpr int step = 8, registers = 16, constants = 4, parts = 1, ahead = 2048, in_turn = 0;
   static constexpr float gain = 256;
 
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }

@@ -19,7 +19,7 @@ struct Avx512 {
   using X = float;
   using Acc = __m512;
   using Chunk = __m512;
-  static constexpr int step = 16, registers = 32, constants = 3, parts = 1, ahead = 2048;
+  static constexpr int step = 16, registers = 32, constants = 3, parts = 1, ahead = 2048, in_turn = 0;
   static constexpr float gain = 256;
 
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }

@@ -31,7 +31,7 @@ struct Avx512Bf16 {
   struct Chunk {
     __m512i first, second;
   };
-  static constexpr int step = 64, registers = 32, constants = 5, parts = 2, ahead = 2048;
+  static constexpr int step = 64, registers = 32, constants = 5, parts = 2, ahead = 2048, in_turn = 16384;
   static constexpr float gain = 1;
 
   __m512i high0, high1, low0, low1;

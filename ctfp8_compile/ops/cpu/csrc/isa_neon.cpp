@@ -18,7 +18,7 @@ struct Neon {
   };
   using Chunk = Acc;
   // A chunk is two of the 32 vectors; registers are counted in chunks.
-  static constexpr int step = 8, registers = 16, constants = 2, parts = 1, ahead = 1024;
+  static constexpr int step = 8, registers = 16, constants = 2, parts = 1, ahead = 1024, in_turn = 0;
   static constexpr float gain = 256;
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }

@@ -38,7 +38,7 @@ struct NeonBf16 {
   struct Chunk {
     uint16x8_t first, second;
   };
-  static constexpr int step = 16, registers = 32, constants = 5, parts = 2, ahead = 1024;
+  static constexpr int step = 16, registers = 32, constants = 5, parts = 2, ahead = 1024, in_turn = 0;
   static constexpr float gain = 1;
 
   uint8x16_t low, high, top;

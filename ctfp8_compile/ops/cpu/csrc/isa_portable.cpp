@@ -10,7 +10,7 @@ struct Portable {
     float lane[8];
   };
   using Chunk = Acc;
-  static constexpr int step = 8, registers = 8, constants = 0, parts = 1, ahead = 256;
+  static constexpr int step = 8, registers = 8, constants = 0, parts = 1, ahead = 256, in_turn = 0;
   static constexpr float gain = 1;
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }

@@ -23,6 +23,8 @@ concept Vector =
       { V::registers + V::constants + V::parts } -> std::convertible_to<int>;
       // Bytes ahead of the codes being read that are worth asking for.
       { V::ahead } -> std::convertible_to<int>;
+      // Activations, at most, that each weight row may read again for weight rows to pass one by one; 0 where that is no faster.
+      { V::in_turn } -> std::convertible_to<int>;
       // What `decode` divides values by; sums are multiplied with it once, together with the scale.
       { V::gain } -> std::convertible_to<float>;
       // Asks for a cache line of codes; any address is allowed.
