@@ -64,7 +64,8 @@ PARTS = (
             first=tuple(("gpu_models.py", "--ways", way) for way in ("bf16", "ctfp8", "ctfp8, apart"))),
     Part.of("command-line", 0.1, "-m", "ctfp8_compile", "bench", LLAMA, "--inductor"),
 )  # fmt: skip
-TESTS = ("-m", "pytest", "-p", "no:cacheprovider", "-n", str(min(8, os.cpu_count() or 8)), "--durations", "10", str(ROOT / "tests/gpu"))
+WORKERS = str(min(8, os.cpu_count() or 8))
+TESTS = ("-m", "pytest", "-p", "no:cacheprovider", "-n", WORKERS, "--durations", "10", str(ROOT / "tests/gpu"))
 #: What a machine with torch may lack, or have in an older release; of these, `constraints.txt` says which.
 PACKAGES = (
     "transformers", "compressed-tensors", "regex", "tokenizers", "safetensors", "expecttest", "hypothesis", "torchao",
