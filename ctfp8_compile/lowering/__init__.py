@@ -20,6 +20,7 @@ __all__ = [
     "fingerprint",
     "kernels_of",
     "no",
+    "reads_in_one_run",
 ]
 
 
@@ -37,6 +38,11 @@ def attention_gate(target: Target, dtype: torch.dtype) -> Verdict:
     if target.device == "cpu":
         return cpu.attention(dtype)
     return no(f"there is no kernel for attention to an FP8 cache on {target}: it is dequantized in the graph")
+
+
+def reads_in_one_run(target: Target, dtype: torch.dtype) -> bool:
+    """Whether the target reads an unquantized weight faster than torch for a few rows of activations."""
+    return target.device == "cpu" and cpu.reads_in_one_run(dtype)
 
 
 def fingerprint(target: Target) -> str:

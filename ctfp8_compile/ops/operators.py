@@ -19,6 +19,9 @@ operators; each has a reference implementation in plain ATen, so a rewritten gra
 scales `[1]` or `[heads]`, or without, and then a token's last byte e stands for its scale 2^(e - 127). `attention` is that of
 queries `[batch, heads, tokens, columns]` to a cache, stored so or as numbers; its mask is bool or a summand.
 
+`linear` is torch's, of a weight that is not quantized; on CPUs with AVX512-BF16 it reads a bfloat16 weight in one run where there
+are no more than four rows of activations.
+
 `side_by_side` says that parameters lie one behind the other in memory, so that one matmul can read them all; where they do
 not, it concatenates them along the first dimension (see `ctfp8_compile.passes.side_by_side`).
 """
@@ -137,6 +140,14 @@ def _dequantized_gathered_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, id
         w = dequantize_reference(weight[expert], weight_scale[expert], block, x.dtype)
         out[row] = w @ x[row]
     return out
+
+
+@operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    meta=lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 @operator(

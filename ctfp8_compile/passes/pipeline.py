@@ -29,6 +29,7 @@ from .linear import BatchedMatmulRule, LinearRule, MatmulRule
 from .lower import lower_scaled
 from .rewrite import Kernels, rewrite
 from .rule import Rule
+from .unquantized import read_in_one_run
 
 #: Linears come before experts: both may start at `bmm`, and the linear's test (a broadcast weight) is the cheaper one.
 RULES: list[Rule] = [
@@ -70,6 +71,7 @@ def apply(
         change(graph)
     if lower:
         PASSES[-1][0](graph, kernels)
+        read_in_one_run(graph, target)
     return report(target, decisions, attention)
 
 
@@ -88,6 +90,8 @@ def run(
     if not any(is_marker(node) for node in graph.nodes):
         attention = fuse_attention(graph, target)
         decompose(graph)
+        if lower:
+            read_in_one_run(graph, target)
         return report(target, (), attention)
     return apply(graph, target, decide(graph, target, rules), lower, collectives)
 

@@ -133,6 +133,30 @@ bool run(const Kernels& kernels, const Shape& s) {
   return right;
 }
 
+// A weight that is bfloat16 itself, in two parts.
+bool dense(const Kernels& kernels, int64_t m, int64_t n, int64_t cols) {
+  const Array<uint16_t> weight(n * cols), activations(m * cols);
+  for (const Array<uint16_t>* array : {&weight, &activations}) {
+    for (uint16_t& value : *array) value = bf16_of_float((rand() % 17 - 8) / 4.f);
+  }
+  const uint16_t* x[kDenseRows];
+  for (int64_t i = 0; i < m; ++i) x[i] = activations.data() + i * cols;
+  const Array<float> y(m * n);
+  const int64_t half = n / 2;
+  kernels.dense({weight.data(), cols, cols}, 0, half, x, m, y.data(), n);
+  kernels.dense({weight.data(), cols, cols}, half, n, x, m, y.data() + half, n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t r = 0; r < n; ++r) {
+      double sum = 0;
+      for (int64_t j = 0; j < cols; ++j) {
+        sum += double{float_of_bits(weight[r * cols + j] << 16)} * float_of_bits(x[i][j] << 16);
+      }
+      if (std::fabs(sum - y[i * n + r]) > 1e-5 * cols) return false;
+    }
+  }
+  return true;
+}
+
 // Whether each code, NaN among them, times one is its value, at each of some places of a chunk.
 bool every_code(const Kernels& kernels, int64_t m) {
   constexpr int64_t cols = 101;
@@ -239,12 +263,13 @@ bool attention(const Kernels& kernels) {
 }
 
 bool matmul(const Kernels& kernels) {
-  for (int64_t m : {1, 2, 3, 5, 8, 9, 11, 13, 16, 17, 24, 32, 33, 64, 70, 130}) {
+  for (int64_t m : {1, 2, 3, 4, 5, 8, 9, 11, 13, 16, 17, 24, 32, 33, 64, 70, 130}) {
     if (!every_code(kernels, m)) return std::printf("wrong: %s, the codes, m %ld\n", kernels.name, long(m)), false;
     for (int64_t n : {1, 2, 3, 8, 15, 33, 97}) {
-      for (int64_t cols : {1, 2, 7, 15, 16, 17, 63, 64, 65, 127, 129, 300, 1100}) {
+      for (int64_t cols : {1, 2, 7, 15, 16, 17, 63, 64, 65, 127, 129, 300, 1100, 5500}) {
         for (int64_t block : {int64_t{0}, int64_t{1}, int64_t{7}, int64_t{128}, int64_t{1030}, cols}) {
-          if (block > cols || (block && block < 128 && cols > 300) || (block == 1 && cols > 17) || (cols > 300 && n > 15))
+          if (block > cols || (block && block < 128 && cols > 300) || (block == 1 && cols > 17) || (cols > 300 && n > 15) ||
+              (cols > 1100 && (n != 8 || m < 3 || m > 4)))  // more activations than `in_turn` takes
             continue;
           ++cases;
           if (run(kernels, {m, n, cols, block})) continue;
@@ -257,13 +282,26 @@ bool matmul(const Kernels& kernels) {
   return true;
 }
 
+bool dense(const Kernels& kernels) {
+  for (int64_t m = 1; m <= kDenseRows; ++m) {
+    for (int64_t n : {1, 7, 8, 9, 16, 37}) {
+      for (int64_t cols : {1, 2, 63, 64, 65, 127, 128, 129, 255, 300}) {
+        ++cases;
+        if (!dense(kernels, m, n, cols))
+          return std::printf("wrong: dense, m %ld, n %ld, cols %ld\n", long(m), long(n), long(cols)), false;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
   for (const auto get : kAll) {
     const Kernels* kernels = get();
     if (!kernels) continue;
-    if ((kernels->attention && !attention(*kernels)) || !matmul(*kernels)) return 1;
+    if ((kernels->attention && !attention(*kernels)) || !matmul(*kernels) || (kernels->dense && !dense(*kernels))) return 1;
     std::printf("%s\n", kernels->name);
   }
   std::printf("%ld cases, no fault\n", cases);

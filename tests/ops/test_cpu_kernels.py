@@ -133,6 +133,49 @@ def test_activations_beyond_the_cache(m: int, block: list[int]) -> None:
     check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    m=st.integers(0, 6),
+    n=st.integers(1, 200),
+    k=st.one_of(st.integers(1, 700), st.sampled_from([4096, 4097, 16384, 16385])),
+    offset=st.integers(0, 31),
+    strided=st.booleans(),
+    dtype=DTYPES,
+    bias=st.booleans(),
+    data=st.data(),
+)
+def test_a_weight_that_is_not_quantized(
+    m: int, n: int, k: int, offset: int, strided: bool, dtype: torch.dtype, bias: bool, data: st.DataObject
+) -> None:
+    torch.manual_seed(0)
+    torch.ops.ctfp8_cpu.set_isa(data.draw(st.sampled_from(ISAS)))
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2])))
+    ld = k + 3 * strided
+    weight = torch.randn(n * ld + offset)[offset:].to(dtype).as_strided((n, k), (ld, 1))
+    x = torch.randn(m, k).to(dtype)
+    if data.draw(st.booleans()):
+        x = torch.randn(k, m).to(dtype).t()
+    b = torch.randn(n).to(dtype) if bias else None
+    expected, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
+    if b is not None:
+        expected, size = expected + b.double(), size + b.double().abs()
+    for shape in ((m, k), (1, m, k)):
+        out = op.linear(x.reshape(shape), weight, b)
+        assert out.dtype == dtype
+        assert out.shape == (*shape[:-1], n)
+        check(out.reshape(m, n), expected, size)
+
+
+def test_infinities_and_nan_of_such_a_weight_stay() -> None:
+    weight = torch.ones(70, 130).bfloat16()
+    weight[3, 129], weight[65, 0], weight[69, 64] = float("inf"), float("nan"), float("-inf")
+    out = op.linear(torch.ones(1, 130).bfloat16(), weight, None)[0]
+    assert out[3] == float("inf")
+    assert out[65].isnan()
+    assert out[69] == float("-inf")
+    assert out.isfinite().sum() == 67
+
+
 def test_no_worse_than_torch_on_dequantized_weights() -> None:
     x, weight, scale = torch.randn(16, 2048).bfloat16(), codes(256, 2048), scales(256, 2048, [128, 128])
     expected, _ = exact(x, weight, scale, [128, 128])

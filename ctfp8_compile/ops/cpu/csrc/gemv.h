@@ -159,7 +159,7 @@ inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X*
 template <Vector V, int M, Scales kind>
 void gemv_in_turn(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y,
                   int64_t ldy) {
-  constexpr int R = 16 / M;
+  constexpr int R = M <= 2 ? 8 : 4;  // work is cut into eight rows and more
   const V v;
   typename V::Acc sums[M * R];
   int64_t n = begin;

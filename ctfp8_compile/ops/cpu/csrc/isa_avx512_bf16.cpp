@@ -167,6 +167,7 @@ struct Avx512Bf16 {
 
 }  // namespace
 }  // namespace ctfp8
+#include "dense.h"
 #include "panel.h"
 
 namespace ctfp8 {
@@ -176,7 +177,7 @@ void set_brgemm(Brgemm function) { brgemm = function; }
 const Kernels* avx512_bf16() {
   using V = Avx512Bf16;
   static const Kernels kernels = {"avx512-bf16",   2,         kPanelCols, panel_bytes<V>, panel_prepare<V>,
-                                  panel_matmul<V>, finish<V>, nullptr,    attention<V>};
+                                  panel_matmul<V>, finish<V>, nullptr,    attention<V>,   dense<V>};
   const bool here = avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
   return here ? &kernels : nullptr;
 }

@@ -61,6 +61,16 @@ struct Attention {
   const float* const* mask;
 };
 
+// A weight of bfloat16s, and for how many rows of activations, and activations in all, it is read in one run: they have to stay
+// in the first-level cache.
+constexpr int64_t kDenseRows = 4, kDenseActivations = 16384;
+
+struct Dense {
+  const uint16_t* values;
+  int64_t row_stride;
+  int64_t cols;
+};
+
 struct Kernels {
   const char* name;
   int64_t item;  // bytes of an activation as `prepare` takes it: 2 for bfloat16, 4 for float32
@@ -83,6 +93,9 @@ struct Kernels {
   // Over the tokens of some blocks: out[r] = sum_j e^(s_j - most[r]) value_j and sum[r] = sum_j e^(s_j - most[r]), most[r] the
   // largest s_j, -inf if every one is.
   void (*attention)(const Attention& a, const int64_t* blocks, int64_t count, float* out, float* most, float* sum);
+
+  // y[i * ldy + n - begin] = sum_k x[i][k] * weight[n, k] for `m` rows of bfloat16 activations; null where torch's is no slower.
+  void (*dense)(const Dense& w, int64_t begin, int64_t end, const uint16_t* const* x, int64_t m, float* y, int64_t ldy) = nullptr;
 };
 
 // Null where this CPU, or this build, lacks the instructions.
