@@ -147,8 +147,10 @@ def test_activations_beyond_the_cache(m: int, block: list[int]) -> None:
 def test_a_weight_that_is_not_quantized(
     m: int, n: int, k: int, offset: int, strided: bool, dtype: torch.dtype, bias: bool, data: st.DataObject
 ) -> None:
+    """Few rows of bfloat16 are ours where this CPU has the kernel; all else is torch's, to the bit."""
     torch.manual_seed(0)
-    torch.ops.ctfp8_cpu.set_isa(data.draw(st.sampled_from(ISAS)))
+    isa = data.draw(st.sampled_from(ISAS))
+    torch.ops.ctfp8_cpu.set_isa(isa)
     torch.set_num_threads(data.draw(st.sampled_from([1, 2])))
     ld = k + 3 * strided
     weight = torch.randn(n * ld + offset)[offset:].to(dtype).as_strided((n, k), (ld, 1))
@@ -163,7 +165,10 @@ def test_a_weight_that_is_not_quantized(
         out = op.linear(x.reshape(shape), weight, b)
         assert out.dtype == dtype
         assert out.shape == (*shape[:-1], n)
-        check(out.reshape(m, n), expected, size)
+        if isa == "avx512-bf16" and dtype == torch.bfloat16 and 1 <= m <= 4 and m * k <= 16384:
+            check(out.reshape(m, n), expected, size)
+        else:
+            assert torch.equal(out, torch.nn.functional.linear(x.reshape(shape), weight, b))
 
 
 def test_infinities_and_nan_of_such_a_weight_stay() -> None:
