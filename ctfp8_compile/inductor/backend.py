@@ -44,7 +44,7 @@ def backend(
     Args:
         mode, options: as for Inductor. Options of ours: `ctfp8.target`, such as `"cuda:sm90"`; default: the device the
             FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"`, `"scaled_mm"` or `"triton"`.
-            `ctfp8.join`: whether linears with one input become one matmul; default: on GPUs. `ctfp8.collectives`, of a model on
+            `ctfp8.join`: whether linears with one input become one matmul; default: yes. `ctfp8.collectives`, of a model on
             several processes: `"codes"` lets FP8 codes travel in all-gathers, `"tokens"` also spreads norms over the ranks.
             `ctfp8.regions`: whether layers that repeat, four or more, are compiled once; default: on CPUs.
 
@@ -79,7 +79,7 @@ def backend(
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), collectives)
     if marked:
         strides.keep(gm.graph)
-    if marked and ours.get("ctfp8.join", target.device != "cpu"):
+    if marked and ours.get("ctfp8.join", True):
         side_by_side.declare(gm.graph)
     if marked and target.device != "cpu":
         scales.declare(gm.graph, target)
