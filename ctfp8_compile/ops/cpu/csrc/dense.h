@@ -18,8 +18,8 @@ inline void dense_row(const uint16_t* row, int64_t cols, const uint16_t* const* 
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) sum[0][i] = sum[1][i] = V::zero();
   const auto add = [&](typename V::Acc* sum, int64_t k) {
-    V::prefetch(reinterpret_cast<const uint8_t*>(row + k) + 2 * V::ahead);
-    V::prefetch(reinterpret_cast<const uint8_t*>(row + k) + 2 * V::ahead + 64);
+    V::prefetch_once(reinterpret_cast<const uint8_t*>(row + k) + 2 * V::ahead);
+    V::prefetch_once(reinterpret_cast<const uint8_t*>(row + k) + 2 * V::ahead + 64);
     const auto chunk = V::load(row + k);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) sum[i] = V::dot(sum[i], chunk, V::load(x[i] + k));

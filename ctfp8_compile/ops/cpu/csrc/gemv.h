@@ -75,8 +75,7 @@ inline void reduce_all(const typename V::Acc* sums, float* results) {
   }
 }
 
-// Hardware prefetchers stop at a page, and the rows after these begin on others. `prefetch` asks for the second-level cache:
-// requests for the first-level one occupy its few miss buffers and halve the rate.
+// Hardware prefetchers stop at a page, and the rows after these begin on others.
 class CodesAhead {
  public:
   // Codes `bytes` later, where rows pass `abreast` at a time.
@@ -141,9 +140,9 @@ inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X*
     };
     int64_t k = 0;
     for (; k + 2 * V::step <= length; k += 2 * V::step) {
-      V::prefetch(row + ahead.of(start + k));
+      V::prefetch_once(row + ahead.of(start + k));
       add(sum[0], k, V::step);
-      V::prefetch(row + ahead.of(start + k + V::step));
+      V::prefetch_once(row + ahead.of(start + k + V::step));
       add(sum[1], k + V::step, V::step);
     }
     if (k + V::step <= length) add(sum[0], k, V::step), k += V::step;
@@ -208,7 +207,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
         typename V::Chunk chunk[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          V::prefetch(row + r * w.row_stride + next);
+          V::prefetch_once(row + r * w.row_stride + next);
           chunk[r] = decode<V, kind>(v, p + r * w.row_stride + k, exponents[r] + k / kMxCols);
         }
 #pragma GCC unroll 16
@@ -221,7 +220,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
       } else {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          V::prefetch(row + r * w.row_stride + next);
+          V::prefetch_once(row + r * w.row_stride + next);
           if constexpr (kind == Scales::bytes && requires { &V::shift_dot; }) {
             const auto chunk = v.decode(p + r * w.row_stride + k);
 #pragma GCC unroll 16

@@ -22,6 +22,7 @@ struct Avx2 {
   static constexpr float gain = 256;
 
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch_once(const uint8_t* p) { prefetch(p); }
   static Acc zero() { return _mm256_setzero_ps(); }
   static Chunk zeros() { return _mm256_setzero_ps(); }
 

@@ -42,6 +42,7 @@ struct Avx512Bf16 {
   }
 
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+  static void prefetch_once(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
   static Acc zero() { return _mm512_setzero_ps(); }
 
   // Unpacking works within 128-bit lanes, so `first` holds columns 0-7, 16-23, 32-39, 48-55 and `second` the others.

@@ -22,6 +22,7 @@ struct Neon {
   static constexpr float gain = 256;
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+  static void prefetch_once(const uint8_t* p) { prefetch(p); }
   static Acc zero() { return {vdupq_n_f32(0), vdupq_n_f32(0)}; }
   static Chunk zeros() { return zero(); }
 

@@ -46,6 +46,7 @@ struct NeonBf16 {
   NeonBf16() { low = vld1q_u8(ends.low), high = vld1q_u8(ends.high), top = vld1q_u8(ends.top); }
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }
+  static void prefetch_once(const uint8_t* p) { prefetch(p); }
   static Acc zero() { return vdupq_n_f32(0); }
   static Chunk zeros() { return {vdupq_n_u16(0), vdupq_n_u16(0)}; }
 

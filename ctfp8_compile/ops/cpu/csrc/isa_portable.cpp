@@ -14,6 +14,7 @@ struct Portable {
   static constexpr float gain = 1;
 
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+  static void prefetch_once(const uint8_t* p) { prefetch(p); }
   static Acc zero() { return {}; }
   static Chunk zeros() { return {}; }
   Chunk decode(const uint8_t* p) const {

@@ -27,8 +27,11 @@ concept Vector =
       { V::in_turn } -> std::convertible_to<int>;
       // What `decode` divides values by; sums are multiplied with it once, together with the scale.
       { V::gain } -> std::convertible_to<float>;
-      // Asks for a cache line of codes; any address is allowed.
+      // Asks for a cache line of codes in the second-level cache; any address is allowed.
       V::prefetch(codes);
+      // The same of one that is read once, and need not push anything out of larger caches: the code and data of all that runs
+      // between two matmuls, which an interpreter has much of.
+      V::prefetch_once(codes);
       // `step` codes from any address as a chunk of values / gain, exactly; NaN codes give NaN.
       { v.decode(codes) } -> std::same_as<typename V::Chunk>;
       // The same for the last n < step of them, the rest zero; reads nothing behind them.
