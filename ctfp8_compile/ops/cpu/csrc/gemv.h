@@ -113,7 +113,7 @@ inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X*
                     int ld) {
   const uint8_t* row = w.codes + n * w.row_stride;
   const uint8_t* exponents = w.exponents_of(n);
-  const float* scales = w.scale_of(n);
+  const float* scales = kind == Scales::blocked ? w.scale_of(n) : nullptr;  // a division
   const CodesAhead ahead(w, 2 * V::ahead, 1);
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) sums[i * ld] = V::zero();
@@ -184,7 +184,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
   const float* scales[R];
   const uint8_t* exponents[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) scales[r] = w.scale_of(n + r), exponents[r] = w.exponents_of(n + r);
+  for (int r = 0; r < R; ++r) scales[r] = blocked ? w.scale_of(n + r) : nullptr, exponents[r] = w.exponents_of(n + r);
   if constexpr (blocked) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
