@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def quiet_but_first() -> Iterator[None]:
-    """Results and progress of rank 0 alone; that rank goes for good at the end."""
+    """Results and progress are those of rank 0; what others print inside goes nowhere."""
     with contextlib.ExitStack() as printing:
         if os.environ.get("RANK", "0") != "0":
             nowhere = printing.enter_context(open(os.devnull, "w"))

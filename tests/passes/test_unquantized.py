@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DATA, relative_error
 from expecttest import assert_expected_inline
+from support.fresh import run_fresh
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
@@ -93,31 +95,36 @@ class Product(nn.Module):
 
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize(
-    "way",
+    ("way", "shape"),
     [
-        lambda x, w: x @ w,  # not transposed
-        lambda x, w: x @ (w * 2).t(),  # no parameter
-        lambda x, w: torch.addmm(torch.zeros(1, K).bfloat16(), x, w.t(), beta=2),
-        lambda x, w: torch.addmm(torch.zeros(1, K).bfloat16(), x, w.t()),  # an addend that is broadcast
+        (lambda x, w: x @ w, (4096, K)),  # not transposed
+        (lambda x, w: x @ (w * 2).t(), (K, 4096)),  # no parameter
+        (lambda x, w: torch.addmm(torch.zeros(1, K).bfloat16(), x, w.t(), beta=2), (K, 4096)),
+        (lambda x, w: torch.addmm(torch.zeros(1, K).bfloat16(), x, w.t()), (K, 4096)),  # an addend that is broadcast
     ],
 )
-def test_products_of_other_forms_are_left(way: Callable[..., Tensor]) -> None:
-    w = torch.zeros(4096, K) if way.__code__.co_consts == (None,) else torch.zeros(K, 4096)
-    x = torch.zeros(1, 4096).bfloat16()
-    assert "ctfp8.linear" not in rewritten(Product(way), x, w.bfloat16(), decompose=True)
+def test_products_of_other_forms_are_left(way: Callable[..., Tensor], shape: tuple[int, int]) -> None:
+    x, w = torch.zeros(1, 4096).bfloat16(), torch.zeros(shape).bfloat16()
+    assert "ctfp8.linear" not in rewritten(Product(way), x, w, decompose=True)
 
 
 def test_float32_is_torchs() -> None:
     assert "ctfp8.linear" not in rewritten(head(dtype=torch.float32), torch.zeros(1, K))
 
 
-@pytest.mark.parametrize("regions", [False, True])
-def test_a_compiled_model_with_a_large_vocabulary(regions: bool) -> None:
-    """Batches of one to five texts through `ctfp8.compile`, against float64."""
+def with_large_vocabulary() -> tuple[nn.Module, nn.Module]:
+    """A model in bfloat16, and the same in float64."""
     folder = DATA / "llama/FP8_DYNAMIC"
     model, exact = ctfp8.from_pretrained(folder, dtype=torch.bfloat16), ctfp8.from_pretrained(folder, dequantize=True).double()
     head = torch.randn((1 << 22) // model.config.hidden_size + 1, model.config.hidden_size)
     model.lm_head.weight, exact.lm_head.weight = nn.Parameter(head.bfloat16()), nn.Parameter(head.bfloat16().double())
+    return model, exact
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_a_compiled_model_with_a_large_vocabulary(regions: bool) -> None:
+    """Batches of one to five texts through `ctfp8.compile`, against float64."""
+    model, exact = with_large_vocabulary()
     ctfp8.compile(model, options={"ctfp8.regions": regions})
     codes: list[str] = []
     for batch in (1, 2, 4, 5):
@@ -128,6 +135,18 @@ def test_a_compiled_model_with_a_large_vocabulary(regions: bool) -> None:
         codes += code
     assert all(("ctfp8.linear" in code) == torch.ops.ctfp8_cpu.reads_in_one_run() for code in codes)
     assert codes
+
+
+def test_an_artifact_in_a_fresh_process(tmp_path: Path) -> None:
+    """It holds the linear as it was; the machine that loads it, with three tokens here, chooses."""
+    model, exact = with_large_vocabulary()
+    ids = torch.tensor([[5, 9, 2]])
+    ctfp8.export(model, (ids,), {"use_cache": False}, path=tmp_path / "m.pt2")
+    with torch.no_grad():
+        want = exact(ids).logits
+    assert relative_error(run_fresh([tmp_path / "m.pt2"], ids, tmp_path)[0], want) < 0.02
+    codes = [node.target for node in ctfp8.load(tmp_path / "m.pt2")._run.graph.nodes]
+    assert (torch.ops.ctfp8.linear.default in codes) == torch.ops.ctfp8_cpu.reads_in_one_run()
 
 
 def test_only_avx512_bf16_has_the_kernel() -> None:
