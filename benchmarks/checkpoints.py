@@ -31,8 +31,8 @@ def write_llama(folder: Path, layers: int) -> int:
     fp8_bytes = 0
     for i in range(layers):
         for name, (rows, cols) in shapes.items():
-            codes = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, generator=generator)
-            state[f"model.layers.{i}.{name}.weight"] = codes.view(torch.float8_e4m3fn)
+            fp8 = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, generator=generator)
+            state[f"model.layers.{i}.{name}.weight"] = fp8.view(torch.float8_e4m3fn)
             state[f"model.layers.{i}.{name}.weight_scale"] = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16)
             fp8_bytes += rows * cols
         for which in ("input_layernorm", "post_attention_layernorm"):
@@ -57,11 +57,11 @@ def write_llama(folder: Path, layers: int) -> int:
 
 def write_moe(
     folder: Path, gigabytes: float = 1.0, *, layers: int | None = None, hidden: int = 1024, intermediate: int = 512,
-    experts: int = 32, heads: int = 8, top_k: int = 4, dialect: str = "FP8_DYNAMIC",
+    experts: int = 32, heads: int = 8, top_k: int = 4, format: str = "FP8_DYNAMIC",
 ) -> int:  # fmt: skip
     """A Qwen3-MoE checkpoint of about that size, one Linear per expert; returns the bytes of the file.
 
-    `dialect`: one of `DIALECTS`.
+    `format`: one of `FORMATS`.
     """
     per_layer = experts * 3 * hidden * intermediate + 4 * hidden * hidden
     layers = layers or max(1, round(gigabytes * 1e9 / per_layer))
@@ -74,12 +74,12 @@ def write_moe(
     state: dict[str, torch.Tensor] = {}
 
     def fp8(name: str, rows: int, cols: int) -> None:
-        codes = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, generator=generator)
-        state[f"{name}.weight"] = codes.view(torch.float8_e4m3fn)
-        if dialect == "fp8":
+        fp8 = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, generator=generator)
+        state[f"{name}.weight"] = fp8.view(torch.float8_e4m3fn)
+        if format == "fp8":
             blocks = math.ceil(rows / 128), math.ceil(cols / 128)
             state[f"{name}.weight_scale_inv"] = torch.rand(blocks, generator=generator) * 1e-4 + 1e-5
-        elif dialect == "MXFP8":
+        elif format == "MXFP8":
             shape = rows, cols // 32
             state[f"{name}.weight_scale"] = torch.randint(112, 115, shape, dtype=torch.uint8, generator=generator)
         else:
@@ -103,7 +103,7 @@ def write_moe(
         state[name] = torch.randn(1024, hidden, generator=generator).bfloat16()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(
-        json.dumps(config.to_dict() | {"quantization_config": DIALECTS[dialect](layers)}, default=str)
+        json.dumps(config.to_dict() | {"quantization_config": FORMATS[format](layers)}, default=str)
     )
     return (folder / "model.safetensors").stat().st_size
 
@@ -121,7 +121,7 @@ def _compressed_tensors(form: str, weights: dict[str, Any], inputs: dict[str, An
 _MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 
 #: What `write_moe` can write: the quantization config, given the number of layers.
-DIALECTS: dict[str, Callable[[int], dict[str, Any]]] = {
+FORMATS: dict[str, Callable[[int], dict[str, Any]]] = {
     "FP8_DYNAMIC": lambda layers: _compressed_tensors(
         "float-quantized", {"strategy": "channel"}, {"strategy": "token", "dynamic": True}
     ),

@@ -44,7 +44,7 @@ COPIES = 8
 
 def attention_calls(heads: int, group: int, width: int, length: int, filled: int) -> list[Callable[[int], object]]:
     plain = [tuple(torch.randn(1, heads, length, width).to(BF16) for _ in "kv") for _ in range(COPIES)]
-    codes = [tuple(quantize_cached_steps(apply, t, None) for t in pair) for pair in plain]
+    fp8 = [tuple(quantize_cached_steps(apply, t, None) for t in pair) for pair in plain]
     query = torch.randn(1, heads * group, 1, width).to(BF16)
     mask = torch.zeros(1, 1, 1, length, dtype=BF16)
     mask[..., filled:] = -math.inf
@@ -55,7 +55,7 @@ def attention_calls(heads: int, group: int, width: int, length: int, filled: int
     def ours(caches: list[tuple[torch.Tensor, ...]]) -> Callable[[int], object]:
         return lambda turn: torch.ops.ctfp8.attention(query, *caches[turn % COPIES], None, None, mask, width**-0.5)
 
-    return [theirs, ours(plain), ours(codes)]
+    return [theirs, ours(plain), ours(fp8)]
 
 
 @torch.no_grad()

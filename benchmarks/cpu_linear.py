@@ -1,4 +1,4 @@
-"""Times `ctfp8::dequantized_linear` against torch's bfloat16 linear on this CPU, as ratios taken in one run.
+"""Times `ctfp8::dequantized_linear` against torch's bfloat16 linear on this CPU, as ratios of one process.
 
 Calls of the two alternate, so that a change of clock or load meets both, and each call takes the next of several copies of
 its weight, so that the third-level cache does not pretend to be memory. A cell is `ratio (FP8 ms)`; above 1 FP8 is faster.
@@ -58,15 +58,15 @@ def case(n: int, k: int, m: int, block: list[int], dtype: torch.dtype, seconds: 
 def against_blocks(n: int, k: int, m: int, seconds: float) -> float:
     """The time of an MXFP8 linear divided by that of one with 128 x 128 blocks, calls alternating."""
     copies = max(2, math.ceil(COLD_BYTES / (n * k)))
-    codes = [torch.randint(0, 120, (n, k), dtype=torch.uint8).view(torch.float8_e4m3fn) for _ in range(2 * copies)]
+    fp8 = [torch.randint(0, 120, (n, k), dtype=torch.uint8).view(torch.float8_e4m3fn) for _ in range(2 * copies)]
     blocks = torch.rand(math.ceil(n / 128), math.ceil(k / 128)) * 1e-3
     exponents = torch.randint(112, 116, (n, k // 32), dtype=torch.uint8)
     each = [exponents.clone() for _ in range(copies)]  # as cold as the weights
     x, fused = torch.randn(m, k, dtype=torch.bfloat16), torch.ops.ctfp8.dequantized_linear
     block, mx = interleave(
         [
-            lambda i: fused(x, codes[i % copies], blocks, None, [128, 128]),
-            lambda i: fused(x, codes[copies + i % copies], each[i % copies], None, [1, 32]),
+            lambda i: fused(x, fp8[i % copies], blocks, None, [128, 128]),
+            lambda i: fused(x, fp8[copies + i % copies], each[i % copies], None, [1, 32]),
         ],
         seconds,
     )

@@ -42,7 +42,7 @@ class Paper:
     """What one rank holds and sends, by arithmetic; bytes.
 
     Attributes:
-        fp8: codes of FP8 weights, largest rank.
+        fp8: FP8 values of FP8 weights, largest rank.
         scales: of them.
         other: everything else, in bf16.
         sent: by one rank for one token: a ring sends 2 (N - 1) / N of a sum, (N - 1) / N of a gather.

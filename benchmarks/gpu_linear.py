@@ -77,21 +77,21 @@ class Weights:
     def __init__(self, n: int, k: int, device: str):
         self.n, self.k, self.device = n, k, device
         self.count = copies(n * k, device)
-        self.codes, self.scales, self.dense = [], [], []
+        self.fp8, self.scales, self.dense = [], [], []
         for _ in range(self.count):
             dense = torch.randn(n, k, device=device) * 0.05
             scale = dense.abs().amax(1, keepdim=True) / 448
-            self.codes.append((dense / scale).to(torch.float8_e4m3fn))
+            self.fp8.append((dense / scale).to(torch.float8_e4m3fn))
             self.scales.append(scale)
-            self.dense.append((self.codes[-1].float() * scale).bfloat16())
+            self.dense.append((self.fp8[-1].float() * scale).bfloat16())
 
     def layers(self, scheme: str = "channel") -> list[nn.Module]:
-        """A module for each; of other schemes than `channel`, all codes have the first one's scale."""
+        """A module for each; of other schemes than `channel`, all FP8 values have the first one's scale."""
         found = []
-        for codes, scale in zip(self.codes, self.scales, strict=True):
+        for fp8, scale in zip(self.fp8, self.scales, strict=True):
             one = scale[:1]
             scales = {"channel": scale, "tensor": one[0], "block": one.expand(self.n // 128, self.k // 128).clone()}
-            state = {"linear.weight": codes, "linear.weight_scale": scales[scheme]}
+            state = {"linear.weight": fp8, "linear.weight_scale": scales[scheme]}
             if scheme == "tensor":
                 state["linear.input_scale"] = torch.tensor([4 / 448], device=self.device)
             layer = ctfp8.load_state_dict(Layer(self.n, self.k, self.device), state, CONFIGS[scheme])
@@ -129,16 +129,16 @@ def ways(weights: Weights) -> dict[str, Callable[[], Call]]:
 
         op = torch.ops.fbgemm.f8f8bf16_rowwise
         flat = [scale.reshape(-1) for scale in weights.scales]
-        return lambda x, i: op(quantized(x)[0], weights.codes[i], quantized(x)[1].reshape(-1), flat[i])
+        return lambda x, i: op(quantized(x)[0], weights.fp8[i], quantized(x)[1].reshape(-1), flat[i])
 
     def scaled_mm() -> Call:
         flat = [scale.reshape(1, -1) for scale in weights.scales]
         fast = weights.device == "cuda"
 
         def call(x: Tensor, i: int) -> Tensor:
-            codes, scale = quantized(x)
+            fp8, scale = quantized(x)
             return torch._scaled_mm(
-                codes, weights.codes[i].t(), scale, flat[i], out_dtype=torch.bfloat16, use_fast_accum=fast
+                fp8, weights.fp8[i].t(), scale, flat[i], out_dtype=torch.bfloat16, use_fast_accum=fast
             )
 
         return call
@@ -147,9 +147,9 @@ def ways(weights: Weights) -> dict[str, Callable[[], Call]]:
         from transformers.integrations.compressed_tensors import CompressedTensorsFP8Linear
 
         layers = []
-        for codes, scale in zip(weights.codes, weights.scales, strict=True):
+        for fp8, scale in zip(weights.fp8, weights.scales, strict=True):
             layers.append(CompressedTensorsFP8Linear(weights.k, weights.n).to(weights.device))
-            layers[-1].weight = nn.Parameter(codes, requires_grad=False)
+            layers[-1].weight = nn.Parameter(fp8, requires_grad=False)
             layers[-1].weight_scale = nn.Parameter(scale.reshape(1, -1), requires_grad=False)
         return compiled(layers)  # not one graph with torch 2.11
 
@@ -179,7 +179,7 @@ def ways(weights: Weights) -> dict[str, Callable[[], Call]]:
     }
 
 
-#: Whose values are other ones: its codes have another scale.
+#: Whose values are other ones: its FP8 values have another scale.
 OTHER_VALUES = ("ctfp8, tensor", "ctfp8, block", "ctfp8, block, scaled_mm", "ctfp8, block, weight-only")
 
 

@@ -4,8 +4,8 @@
 
 Random weights, made on the device. Prefill of 2048 tokens, then 64 steps of one token, batch 1, static cache,
 `torch.compile(mode="reduce-overhead")` for every way: milliseconds of the prefill and of a step (medians of 3 generations),
-graphs and recompilations after the first generation, memory. `ctfp8, apart` is ctfp8 with `ctfp8.join` off: q, k, v and gate,
-up as matmuls of their own.
+graphs and recompilations after the first generation, memory. `ctfp8, apart` is ctfp8 with
+`ctfp8.horizontal_fusion` off: q, k, v and gate, up as matmuls of their own.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def build(way: str, device: str, dry: bool) -> Any:
         return model
     state = dict(model.state_dict())
     for name in [n for n in state if n.endswith("_proj.weight")]:
-        codes = torch.randint(0, 256, state[name].shape, dtype=torch.uint8, device=device)
-        codes[codes & 0x7F >= 0x78] = 0  # no NaN, no huge values
-        state[name] = codes.view(torch.float8_e4m3fn)
-        state[f"{name}_scale"] = torch.full((len(codes), 1), 2e-4, device=device)
+        fp8 = torch.randint(0, 256, state[name].shape, dtype=torch.uint8, device=device)
+        fp8[fp8 & 0x7F >= 0x78] = 0  # no NaN, no huge values
+        state[name] = fp8.view(torch.float8_e4m3fn)
+        state[f"{name}_scale"] = torch.full((len(fp8), 1), 2e-4, device=device)
     return ctfp8.load_state_dict(model, state, {**CONFIG, "ignore": ["lm_head"]})
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         if way == "bf16":
             forward = torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
         else:
-            ours = {"ctfp8.join": way == "ctfp8"}
+            ours = {"ctfp8.horizontal_fusion": way == "ctfp8"}
             inductor = {} if dry else torch._inductor.list_mode_options(mode)
             forward = torch.compile(
                 model.forward, backend="ctfp8", options={**inductor, **ours}, fullgraph=True, dynamic=False

@@ -58,11 +58,11 @@ class Work:
     @cached_property
     def weights(self) -> list[Tensor]:
         number = 1 if self.device == "meta" else copies(self.n * self.k * math.prod(self.stacked), self.device)
-        return [self._codes(*self.stacked, self.n, self.k) for _ in range(number)]
+        return [self._fp8(*self.stacked, self.n, self.k) for _ in range(number)]
 
-    def _codes(self, *shape: int) -> Tensor:
-        codes = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
-        return torch.where(codes & 0x7F >= 0x78, 0, codes).view(torch.float8_e4m3fn)  # no NaN, no huge values
+    def _fp8(self, *shape: int) -> Tensor:
+        fp8 = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
+        return torch.where(fp8 & 0x7F >= 0x78, 0, fp8).view(torch.float8_e4m3fn)  # no NaN, no huge values
 
     @cached_property
     def scale(self) -> Tensor:

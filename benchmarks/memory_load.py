@@ -1,6 +1,6 @@
 """Peak anonymous memory of loading a ~1 GB FP8 MoE and running one forward pass, against transformers' own path.
 
-    python benchmarks/memory_load.py [--gigabytes 1.0] [--dialect fp8]
+    python benchmarks/memory_load.py [--gigabytes 1.0] [--format fp8]
 
 Writes a random Qwen3-MoE checkpoint (one Linear per expert, as llm-compressor and DeepSeek do) to a temporary folder,
 then loads it in one fresh process per way and samples `RssAnon` every 2 ms. Anonymous memory is what counts: mapped file
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from checkpoints import DIALECTS, write_moe
+from checkpoints import FORMATS, write_moe
 from fresh import Peak, measured
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +43,7 @@ def measure(way: str, folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--dialect", choices=DIALECTS, default="FP8_DYNAMIC")
+    parser.add_argument("--format", "--dialect", choices=FORMATS, default="FP8_DYNAMIC")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -55,12 +55,12 @@ def main() -> None:
         table.add_column(column)
     with tempfile.TemporaryDirectory() as folder:
         with console.status("writing the checkpoint …"):
-            size = write_moe(Path(folder), args.gigabytes, dialect=args.dialect)
+            size = write_moe(Path(folder), args.gigabytes, format=args.format)
         for way in WAYS:
             with console.status(f"{way} …"):
                 result = measured(__file__, way, folder)
             table.add_row(way, f"{result['load'] / size:.2f}×", f"{result['peak'] / size:.2f}×")
-    console.print(f"{args.dialect} file: {size / 1e9:.2f} GB")
+    console.print(f"{args.format} file: {size / 1e9:.2f} GB")
     console.print(table)
 
 

@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import ops  # defines the ctfp8:: operators
-from .collector import collecting_seldom
 from .errors import (
     ArtifactError,
     CheckpointError,
@@ -23,6 +22,7 @@ from .errors import (
     TargetError,
     UsageError,
 )
+from .paused_gc import paused_gc
 
 if TYPE_CHECKING:
     from .aot.export import export
@@ -91,7 +91,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with collecting_seldom():
+    with paused_gc():
         value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name], __name__), name)
     return value
 

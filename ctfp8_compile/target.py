@@ -59,7 +59,7 @@ KERNEL_LIBRARIES = {
     ),
     "mslk": KernelLibrary("mslk", "mslk.gemm", ("mslk-cuda", "mslk"), (("mslk-cuda", "1.1", "2.11"),)),
 }  # fmt: skip
-#: Libraries a target's kernels may be limited to; `auto` takes the first whose gate says yes.
+#: Libraries a target's kernels may be limited to; `auto` takes the first that is eligible.
 LIBRARIES = ("auto", *KERNEL_LIBRARIES, "scaled_mm", "triton")
 
 

@@ -16,13 +16,13 @@ import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering
 
 DATA = Path(__file__).parent / "data"
-FAMILIES = ("llama", "qwen3", "mixtral", "qwen3moe")
+ARCHITECTURES = ("llama", "qwen3", "mixtral", "qwen3moe")
 SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK")
-CHECKPOINTS = [f"{family}/{scheme}" for family in FAMILIES for scheme in SCHEMES]
-#: FP8 parameters of each family's model: 2 layers of q, k, v, o and either three MLP matrices or two stacks of experts.
+CHECKPOINTS = [f"{architecture}/{scheme}" for architecture in ARCHITECTURES for scheme in SCHEMES]
+#: FP8 parameters of each architecture's model: 2 layers of q, k, v, o and either three MLP matrices or two stacks of experts.
 FP8_PARAMETERS = {"llama": 14, "qwen3": 14, "mixtral": 12, "qwen3moe": 12}
-#: Weights that stay dequantized, with the reason, in families where not all are rewritten.
-FAMILY_REWRITES: dict[str, list[tuple[str, str]]] = {
+#: Weights that stay dequantized, with the reason, in architectures where not all are rewritten.
+ARCHITECTURE_REWRITES: dict[str, list[tuple[str, str]]] = {
     # the weight is the left operand: matmul(W, x)
     "jamba": [("model.layers.0.mamba.dt_proj.weight", "no rule knows this use of a weight: aten.matmul.default")]
 }
@@ -54,7 +54,7 @@ def load() -> Callable[..., Any]:
 
 @pytest.fixture
 def kernel_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU gate says yes on every machine; where no kernel is built, operators run their reference implementation."""
+    """The CPU kernels are eligible on every machine; where no kernel is built, operators run their reference implementation."""
     monkeypatch.setattr(lowering.cpu.FusedDequantizeMatmul, "supports", lambda self, problem, target: lowering.YES)
 
 

@@ -217,7 +217,7 @@ def _check_exported(program: schema.ExportedProgram) -> schema.ExportedProgram:
     for name in program.range_constraints:
         _name(name)
     if program.verifiers != ["ATEN"]:
-        raise Misfit(f"the graph is of the dialects {short(program.verifiers)}")
+        raise Misfit(f"the graph names the verifiers {short(program.verifiers)}")
     return replace(program, guards_code=[])  # Python source; inputs are checked against the manifest instead
 
 

@@ -24,7 +24,7 @@ from .archive import AGAIN, Archive
 from .call import inputs_of, ranges_of
 from .manifest import Manifest, read_manifest
 from .module import Artifact
-from .ranks import bind, join
+from .ranks import bind, join_group
 from .verify import check_records, read_program
 
 
@@ -34,7 +34,7 @@ def instantiate(archive: Archive, device: torch.device | str | None, trust: bool
     manifest = read_manifest(archive)
     target = Target.parse(manifest.target)
     if manifest.ranks is not None:
-        join(manifest.ranks, path)
+        join_group(manifest.ranks, path)
     device = _device(path, target, device, int(os.environ.get("LOCAL_RANK", 0)) if manifest.ranks else 0)
     check_records(archive, manifest.package)
     if manifest.package == "aoti":

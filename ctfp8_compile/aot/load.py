@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..collector import collecting_seldom
+from ..paused_gc import paused_gc
 from .archive import open_archive
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def load(path: str | Path, device: torch.device | str | None = None, trust: bool
         RankError: it is for one of several processes, and this is not that one.
         TargetError: this machine lacks the device or the operator library the artifact was made for.
     """
-    with collecting_seldom(), open_archive(Path(path)) as archive, archive.reading_ahead():
+    with paused_gc(), open_archive(Path(path)) as archive, archive.reading_ahead():
         from .instantiate import instantiate
 
         return instantiate(archive, device, trust)

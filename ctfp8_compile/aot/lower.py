@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from .. import passes
 from ..compat import export_arguments, following
 from ..errors import UsageError
-from ..passes import scales, side_by_side
+from ..passes import horizontal_fusion, prepack
 from ..report import Report
 from ..target import Target
 from .parts import with_parts
@@ -106,15 +106,15 @@ def rewrite(program: ExportedProgram, target: Target) -> Report:
     _declare(program, target)
     with following(program):
         report = passes.run(program.graph, target)
-    scales.fold(program)
+    prepack.fold(program)
     program.graph_module.recompile()
     return report
 
 
 def _declare(program: ExportedProgram, target: Target) -> None:
     if target.device != "cpu":
-        side_by_side.declare(program.graph)
-        scales.declare(program.graph, target)
+        horizontal_fusion.declare(program.graph)
+        prepack.declare(program.graph, target)
 
 
 def target_of(model: nn.Module, target: str | Target | None) -> Target:
@@ -132,7 +132,7 @@ def _name(model: nn.Module) -> str:
 
 
 def _experts_per_token(model: nn.Module) -> int | None:
-    """As a transformers config says it, under one of the names that families give it."""
+    """As a transformers config says it, under one of the names that architectures give it."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")

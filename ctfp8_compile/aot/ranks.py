@@ -47,7 +47,7 @@ def ranks_of(graph: fx.Graph) -> Ranks | None:
     return Ranks(dist.get_world_size(), dist.get_rank(), groups) if groups else None
 
 
-def join(ranks: Ranks, path: object) -> None:
+def join_group(ranks: Ranks, path: object) -> None:
     """Makes sure that this process is the rank that a file is for.
 
     The default process group is opened here if torchrun started the process and it has not done so.

@@ -40,13 +40,13 @@ class Contents:
     """A checkpoint by kinds of tensors; sizes are in bytes.
 
     Attributes:
-        dialect: the `quant_method` of its config.
+        format: the `quant_method` of its config.
         bf16_bytes: what the model takes when decompressed.
     """
 
     model: str
     files: int
-    dialect: str
+    format: str
     schemes: str
     rows: tuple[Row, ...]
     fp8_bytes: int
@@ -69,7 +69,7 @@ def look(folder: Path) -> Contents:
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
     schemes, instead = _schemes(folder, config)
-    tensors = Checkpoint(files, {} if schemes is None else schemes.dialect.suffixes)
+    tensors = Checkpoint(files, {} if schemes is None else schemes.format.suffixes)
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0
@@ -78,7 +78,7 @@ def look(folder: Path) -> Contents:
         what = _what(name, info, schemes, why_not)
         if name in packed:
             weight = packed[name]
-            info, size = weight.codes, sum(map(nbytes, weight.parts.values()))
+            info, size = weight.packed, sum(map(nbytes, weight.parts.values()))
             other, bf16 = other + size, bf16 + 2 * math.prod(weight.info.shape)
             what = f"another format, decompressed while loading: {weight.kind}"
         elif info.dtype == FP8_DTYPE:
@@ -98,7 +98,7 @@ def look(folder: Path) -> Contents:
     return Contents(
         model=", ".join(config.get("architectures") or [config.get("model_type", "unknown model")]),
         files=len(files),
-        dialect="" if schemes is None else schemes.dialect.name,
+        format="" if schemes is None else schemes.format.name,
         schemes=instead if schemes is None else "; ".join(described) or "no FP8 weights",
         rows=tuple(rows),
         fp8_bytes=fp8,

@@ -28,8 +28,8 @@ PACKED = "packed"  #: of a weight in another format, seen as one tensor (`packed
 SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 #: Of scales that are powers of two: a byte e stands for 2^(e - 127), 255 for NaN.
 EXPONENT_DTYPES = {"U8": torch.uint8, "F8_E8M0": torch.float8_e8m0fnu}
-#: Of codes in other formats than FP8.
-CODE_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
+#: Of values in other formats than FP8.
+INTEGER_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -50,7 +50,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a checkpoint by name, from the headers of its files.
 
     Args:
-        suffixes: how names of a dialect end, and how they end here (`formats.canonical_names`).
+        suffixes: how names of a format end, and how they end here (`formats.canonical_names`).
 
     Raises:
         CheckpointError: a file cannot be opened, or two files hold a tensor of the same name.
@@ -95,7 +95,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self._open_files[info.file].get_tensor(info.name)
 
     def spellings(self, name: str) -> list[str]:
-        """Our name of a tensor, and what files of this dialect usually call it."""
+        """Our name of a tensor, and what files of this format usually call it."""
         there = (name.removesuffix(ours) + theirs for theirs, ours in self._suffixes.items() if name.endswith(ours))
         return list(dict.fromkeys([name, next(there, name)]))
 
@@ -122,7 +122,7 @@ class InMemory(Checkpoint):
 
 
 _DTYPE_NAMES = {torch.float8_e4m3fn: FP8_DTYPE, torch.float8_e5m2: "F8_E5M2"} | {
-    dtype: name for name, dtype in (SCALE_DTYPES | EXPONENT_DTYPES | CODE_DTYPES).items()
+    dtype: name for name, dtype in (SCALE_DTYPES | EXPONENT_DTYPES | INTEGER_DTYPES).items()
 }
 
 
@@ -287,7 +287,7 @@ def encode_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(torch.float8_e8m0fnu).view(torch.uint8) if dtype == torch.uint8 else values.to(dtype)
 
 
-#: A model has no tensor all of whose scales are larger: weights at the end of the codes' range would be above 7000.
+#: A model has no tensor all of whose scales are larger: weights at the end of FP8's range would be above 7000.
 _LARGEST_SCALE = 16
 
 
@@ -304,7 +304,7 @@ def check_scale_values(info: TensorInfo, scale: Tensor) -> None:
     if values.numel() and (smallest := float(values.min())) > _LARGEST_SCALE:
         raise CheckpointError(
             f"{info}: scales from {smallest:g} on, so weights of up to {448 * smallest:g}: these look like the reciprocals "
-            "of scales. A weight is its code times its scale; write 1 / scale instead."
+            "of scales. A weight is its FP8 value times its scale; write 1 / scale instead."
         )
 
 
@@ -317,8 +317,8 @@ def check_powers(info: TensorInfo, scale: Tensor) -> None:
         )
 
 
-def has_nan_code(weight: Tensor) -> bool:
-    """Whether a float8_e4m3fn tensor holds one of its two NaN codes: 0x7f, the largest int8, and 0xff, the largest uint8."""
+def has_nan(weight: Tensor) -> bool:
+    """Whether a float8_e4m3fn tensor holds one of its two NaN values: 0x7f, the largest int8, and 0xff, the largest uint8."""
     data = weight.detach().view(torch.uint8).reshape(-1)
     return data.numel() > 0 and (int(data.view(torch.int8).max()) == 0x7F or int(data.max()) == 0xFF)
 

@@ -1,4 +1,4 @@
-"""Dialects of FP8 checkpoints: each config becomes one in compressed-tensors' words, each tensor's name one of ours.
+"""Formats of FP8 checkpoints: each config becomes one in compressed-tensors' words, each tensor's name one of ours.
 
 One arithmetic, several spellings. What follows from here (`Schemes`, `Checkpoint`) does not know which it was; names of
 tensors as their file spells them, and the config as it was read, are kept for messages and for saving.
@@ -26,11 +26,11 @@ from ..errors import CheckpointError, SchemeError
 SIDE_FILE = "hf_quant_config.json"  #: where ModelOpt writes the config if it does not write it to `config.json`
 
 Suffixes = Mapping[str, str]
-"""How tensors' names end in a dialect, and how they end in ours."""
+"""How tensors' names end in a format, and how they end in ours."""
 
 
 @dataclass(frozen=True)
-class Dialect:
+class Format:
     """A quantization config in compressed-tensors' words.
 
     Attributes:
@@ -46,7 +46,7 @@ class Dialect:
     bound: float | None = None
 
 
-def read_dialect(quantization_config: Mapping[str, Any]) -> Dialect:
+def read_format(quantization_config: Mapping[str, Any]) -> Format:
     """Translates the dict under `quantization_config` in a checkpoint's `config.json`.
 
     Raises:
@@ -123,11 +123,11 @@ def _canonical(name: str, suffixes: Suffixes, present: set[str]) -> str:
 # ------------------------------------------------------------------------------------------------------ reading configs
 
 
-def _compressed_tensors(config: Mapping[str, Any]) -> Dialect:
-    return Dialect("compressed-tensors", config, {})
+def _compressed_tensors(config: Mapping[str, Any]) -> Format:
+    return Format("compressed-tensors", config, {})
 
 
-def _fp8(config: Mapping[str, Any]) -> Dialect:
+def _fp8(config: Mapping[str, Any]) -> Format:
     """DeepSeek's, and of all who took it over; AutoFP8's and Mistral's differ by names of tensors."""
     if config.get("expert_dtype", "fp8") != "fp8":
         raise SchemeError(f"quantization_config: expert_dtype={config['expert_dtype']!r} is not supported, only 'fp8'.")
@@ -154,19 +154,19 @@ def _fp8(config: Mapping[str, Any]) -> Dialect:
     if more := _names(config, "modules_to_convert"):
         groups["group_1"] = group([_pattern(name) for name in more], fp8_weights("tensor"), "none")
     kept = _names(config, "modules_to_not_convert") or _names(config, "ignored_layers")
-    return Dialect("fp8", config_of_groups(groups, map(_pattern, kept)), _FP8_SUFFIXES)
+    return Format("fp8", config_of_groups(groups, map(_pattern, kept)), _FP8_SUFFIXES)
 
 
-def _fbgemm(config: Mapping[str, Any]) -> Dialect:
+def _fbgemm(config: Mapping[str, Any]) -> Format:
     bound = config.get("activation_scale_ub", 1200.0)
     if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not 0 < bound < float("inf"):
         raise SchemeError(f"quantization_config: activation_scale_ub={bound!r} is not a positive number.")
     groups = {"group_0": group(["Linear"], fp8_weights("channel"), "token")}
     kept = _names(config, "modules_to_not_convert")
-    return Dialect("fbgemm_fp8", config_of_groups(groups, map(_pattern, kept)), {}, float(bound))
+    return Format("fbgemm_fp8", config_of_groups(groups, map(_pattern, kept)), {}, float(bound))
 
 
-def _modelopt(config: Mapping[str, Any]) -> Dialect:
+def _modelopt(config: Mapping[str, Any]) -> Format:
     inner = config.get("quantization", config)  # `hf_quant_config.json` nests it
     if not isinstance(inner, Mapping):
         raise SchemeError("quantization_config: 'quantization' is not an object.")
@@ -179,10 +179,10 @@ def _modelopt(config: Mapping[str, Any]) -> Dialect:
     kept = _names(inner, "exclude_modules") or _names(inner, "ignore")
     groups = {"group_0": group(["Linear"], weights, activation)}
     cache = inner.get("kv_cache_quant_algo") or inner.get("kv_cache_scheme")
-    return Dialect("modelopt", config_of_groups(groups, map(_wildcard, kept), cache=bool(cache)), {})
+    return Format("modelopt", config_of_groups(groups, map(_wildcard, kept), cache=bool(cache)), {})
 
 
-_READERS: Mapping[str, Callable[[Mapping[str, Any]], Dialect]] = {
+_READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm,

@@ -1,8 +1,8 @@
 """Weights of a mixed file that are not FP8 (INT8, packed INT4, NVFP4): compressed-tensors' own code decompresses them.
 
 A file may quantize some layers to FP8 and others to another format. No kernel here reads the others; so that the whole model
-runs, they are made plain weights once, while loading. Codes are carried to their parameter as they are, like FP8 codes, since
-a row of codes is a row of the weight in all of these formats (`layout`); there they become values.
+runs, they are made plain weights once, while loading. Their values are carried to the parameter as they are, like FP8 values,
+since a row of them is a row of the weight in all of these formats (`layout`); there they are dequantized.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
 from ..errors import CheckpointError, SchemeError
-from .files import CODE_DTYPES, FP8_DTYPE, PACKED, SCALE_DTYPES, Checkpoint, TensorInfo, nbytes
+from .files import FP8_DTYPE, INTEGER_DTYPES, PACKED, SCALE_DTYPES, Checkpoint, TensorInfo, nbytes
 from .layout import Layout
 from .scheme import Scheme, Schemes, is_fp8, word
 
@@ -33,7 +33,7 @@ class PackedWeight:
 
     Attributes:
         name: `….weight`; `info` is it as if it were a tensor of its own, of dtype `PACKED`.
-        codes: the tensor that holds it: `….weight_packed`, or `….weight` of integers.
+        packed: the tensor that holds it: `….weight_packed`, or `….weight` of integers.
         parts: all tensors of the file that belong to it, by the last part of their names.
         group: the config's name of the group that covers it.
         format: compressed-tensors' name of the format.
@@ -41,7 +41,7 @@ class PackedWeight:
     """
 
     info: TensorInfo
-    codes: TensorInfo
+    packed: TensorInfo
     parts: Mapping[str, TensorInfo]
     group: str
     format: str
@@ -53,8 +53,8 @@ class PackedWeight:
         return f"{self.scheme.weights.num_bits}-bit {word(self.scheme.weights.type)}, {self.format}"
 
     @property
-    def codes_dtype(self) -> torch.dtype:
-        return CODE_DTYPES[self.codes.dtype]
+    def packed_dtype(self) -> torch.dtype:
+        return INTEGER_DTYPES[self.packed.dtype]
 
     def decompress(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight's values, from the tensors of `parts`.
@@ -67,11 +67,11 @@ class PackedWeight:
             value = compressor.decompress(dict(parts), self.scheme)["weight"]
         except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.codes}: cannot be decompressed as {self.format} ({error!r}). Download it again."
+                f"{self.packed}: cannot be decompressed as {self.format} ({error!r}). Download it again."
             ) from error
         if tuple(value.shape) != self.info.shape or not torch.isfinite(value).all():
             raise CheckpointError(
-                f"{self.codes}: decompressed as {self.format}, it has values that are not finite, or another shape than "
+                f"{self.packed}: decompressed as {self.format}, it has values that are not finite, or another shape than "
                 f"{list(self.info.shape)}. The file is damaged; quantize it again."
             )
         return value.to(dtype)
@@ -89,7 +89,7 @@ def find(tensors: Checkpoint, schemes: Schemes, read_shapes: bool = True) -> dic
     found = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed" or (leaf == "weight" and info.dtype in CODE_DTYPES and len(info.shape) == 2):
+        if leaf == "weight_packed" or (leaf == "weight" and info.dtype in INTEGER_DTYPES and len(info.shape) == 2):
             found[f"{module}.weight"] = _packed(tensors, schemes, module, info, read_shapes)
     return found
 
@@ -129,44 +129,46 @@ class PackedParameter:
 
     @staticmethod
     def of(target: str, layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
-        """Raises SchemeError if the codes of merged weights cannot lie in one tensor."""
+        """Raises SchemeError if the values of merged weights cannot lie in one tensor."""
         weights = {source: packed[source] for source in layout.sources}
-        kinds = {(weight.codes.dtype, weight.codes.shape[-1]): weight for weight in weights.values()}
+        kinds = {(weight.packed.dtype, weight.packed.shape[-1]): weight for weight in weights.values()}
         if len(kinds) > 1:
             raise SchemeError(
-                f"{target}: {' and '.join(str(w.codes) for w in kinds.values())} are merged, but differ in format."
+                f"{target}: {' and '.join(str(w.packed) for w in kinds.values())} are merged, but differ in format."
             )
         return PackedParameter(layout, dtype, weights)
 
     @property
-    def codes_layout(self) -> Layout:
-        return replace(self.layout, shape=(*self.layout.shape[:-1], self._any.codes.shape[-1]))
+    def packed_layout(self) -> Layout:
+        return replace(self.layout, shape=(*self.layout.shape[:-1], self._any.packed.shape[-1]))
 
     @property
-    def codes_dtype(self) -> torch.dtype:
-        return self._any.codes_dtype
+    def packed_dtype(self) -> torch.dtype:
+        return self._any.packed_dtype
 
     @property
     def _any(self) -> PackedWeight:
         return next(iter(self.weights.values()))
 
     def read(self, tensors: Checkpoint) -> dict[str, dict[str, Tensor]]:
-        """By weight, all its tensors but the codes."""
-        return {name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items() if part != weight.codes}
+        """By weight, all its tensors but the packed values."""
+        return {name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items() if part != weight.packed}
                 for name, weight in self.weights.items()}  # fmt: skip
 
-    def codes(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """What is carried to the parameter: the codes of all weights, as the model's rows."""
-        return self.codes_layout.weight({n: parts[n][w.codes.name.rpartition(".")[2]] for n, w in self.weights.items()})
+    def packed(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """What is carried to the parameter: the packed values of all weights, as the model's rows."""
+        return self.packed_layout.weight(
+            {n: parts[n][w.packed.name.rpartition(".")[2]] for n, w in self.weights.items()}
+        )
 
-    def value(self, codes: Tensor, others: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """The parameter as the model declares it, on the device of its codes."""
+    def value(self, packed: Tensor, others: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """The parameter as the model declares it, on the device of its packed values."""
         layout = self.layout
-        out = torch.empty(layout.shape, dtype=self.dtype, device=codes.device)
+        out = torch.empty(layout.shape, dtype=self.dtype, device=packed.device)
         rows = out.view(-1, layout.shape[-1])
         for name, weight in self.weights.items():
-            parts = {leaf: tensor.to(codes.device) for leaf, tensor in others[name].items()}
-            parts[weight.codes.name.rpartition(".")[2]] = self.codes_layout.split_weight(codes, name)
+            parts = {leaf: tensor.to(packed.device) for leaf, tensor in others[name].items()}
+            parts[weight.packed.name.rpartition(".")[2]] = self.packed_layout.split_weight(packed, name)
             value = weight.decompress(parts, self.dtype)
             for p in layout.placements:
                 if p.source == name:
@@ -174,12 +176,12 @@ class PackedParameter:
         return out.transpose(-1, -2).contiguous() if layout.transposed else out
 
 
-def _packed(tensors: Checkpoint, schemes: Schemes, module: str, codes: TensorInfo, read_shapes: bool) -> PackedWeight:
+def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorInfo, read_shapes: bool) -> PackedWeight:
     group = schemes.group(module)
     scheme = None if group is None else schemes.config.config_groups[group]
     if group is None or scheme is None or scheme.weights is None or is_fp8(scheme.weights):
         raise SchemeError(
-            f"{codes}: quantized in another format than FP8, but {schemes.describe(module)} of quantization_config covers it. "
+            f"{packed}: quantized in another format than FP8, but {schemes.describe(module)} of quantization_config covers it. "
             "Correct its targets or ignore list."
         )
     try:
@@ -187,45 +189,47 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, codes: TensorInf
         names = BaseCompressor.get_value_from_registry(format_).compression_param_names(scheme)
     except (KeyError, NotImplementedError, StopIteration, ValueError) as error:
         raise SchemeError(
-            f"{codes}: group {group!r} says format={scheme.format!r}, which compressed-tensors cannot decompress."
+            f"{packed}: group {group!r} says format={scheme.format!r}, which compressed-tensors cannot decompress."
         ) from error
-    leaf = codes.name.rpartition(".")[2]
+    leaf = packed.name.rpartition(".")[2]
     missing = [name for name in names if name.startswith("weight") and f"{module}.{name}" not in tensors]
     if leaf not in names or missing:
         what = f"which needs {module}.{missing[0]}" if missing else f"which has no {leaf}"
         raise CheckpointError(
-            f"{codes}: group {group!r} says {format_}, {what}. The file does not fit its config; quantize it again."
+            f"{packed}: group {group!r} says {format_}, {what}. The file does not fit its config; quantize it again."
         )
     parts = {name: tensors[f"{module}.{name}"] for name in (*names, *_ACTIVATIONS) if f"{module}.{name}" in tensors}
-    shape = _shape(tensors, codes, parts.get("weight_shape") if read_shapes else None, scheme)
-    _check_scales(codes, parts, shape, scheme)
-    info = TensorInfo(f"{module}.weight", codes.file, PACKED, shape)
-    return PackedWeight(info, codes, parts, group, format_, scheme)
+    shape = _shape(tensors, packed, parts.get("weight_shape") if read_shapes else None, scheme)
+    _check_scales(packed, parts, shape, scheme)
+    info = TensorInfo(f"{module}.weight", packed.file, PACKED, shape)
+    return PackedWeight(info, packed, parts, group, format_, scheme)
 
 
 def _shape(
-    tensors: Checkpoint, codes: TensorInfo, stored: TensorInfo | None, scheme: QuantizationScheme
+    tensors: Checkpoint, packed: TensorInfo, stored: TensorInfo | None, scheme: QuantizationScheme
 ) -> tuple[int, ...]:
-    """Of the weight: stored in the file, or what the codes hold."""
-    if codes.dtype not in CODE_DTYPES or len(codes.shape) != 2:
-        raise CheckpointError(f"{codes}: not a matrix of codes. The file does not fit its config; quantize it again.")
-    rows, cols = codes.shape
-    if codes.name.endswith(".weight"):
+    """Of the weight: stored in the file, or what the packed values hold."""
+    if packed.dtype not in INTEGER_DTYPES or len(packed.shape) != 2:
+        raise CheckpointError(
+            f"{packed}: not a matrix of packed values. The file does not fit its config; quantize it again."
+        )
+    rows, cols = packed.shape
+    if packed.name.endswith(".weight"):
         return rows, cols
-    held, bits = 8 * CODE_DTYPES[codes.dtype].itemsize, int(scheme.weights.num_bits)
+    held, bits = 8 * INTEGER_DTYPES[packed.dtype].itemsize, int(scheme.weights.num_bits)
     if stored is None:
         return rows, cols * held // bits
     shape = tuple(int(n) for n in tensors.read_stored(stored).reshape(-1))
     if len(shape) != 2 or shape[0] != rows or math.ceil(shape[1] * bits / held) != cols:
         raise CheckpointError(
-            f"{codes}: does not hold a weight of {bits} bits of the shape in {stored.name}, {list(shape)}. The file does not "
+            f"{packed}: does not hold a weight of {bits} bits of the shape in {stored.name}, {list(shape)}. The file does not "
             "fit its config; quantize it again."
         )
     return shape
 
 
 def _check_scales(
-    codes: TensorInfo, parts: Mapping[str, TensorInfo], shape: tuple[int, ...], scheme: QuantizationScheme
+    packed: TensorInfo, parts: Mapping[str, TensorInfo], shape: tuple[int, ...], scheme: QuantizationScheme
 ) -> None:
     """compressed-tensors spreads scales of other shapes as torch does, which gives some value: refuse them."""
     args = scheme.weights
@@ -238,15 +242,15 @@ def _check_scales(
         dtypes = {FP8_DTYPE} if args.group_size == 16 else {"U8"}
     if scale.shape not in allowed or scale.dtype not in dtypes:
         raise CheckpointError(
-            f"{scale}: not a scale of {codes}, by its group of quantization_config; expected shape "
+            f"{scale}: not a scale of {packed}, by its group of quantization_config; expected shape "
             f"{' or '.join(str(list(s)) for s in allowed)} and {' or '.join(sorted(dtypes))}. Quantize it again."
         )
     whole = parts.get("weight_global_scale")
     if whole is not None and (math.prod(whole.shape) != 1 or whole.dtype not in SCALE_DTYPES):
-        raise CheckpointError(f"{whole}: of {codes}; expected shape [1]. Quantize it again.")
+        raise CheckpointError(f"{whole}: of {packed}; expected shape [1]. Quantize it again.")
     zero = parts.get("weight_zero_point")
     packed_rows = math.ceil(rows * args.num_bits / 32) if "weight_packed" in parts else rows
     if zero is not None and zero.shape not in (scale.shape, (packed_rows, *scale.shape[1:])):
         raise CheckpointError(
-            f"{zero}: not the zero points of {codes}; its shape does not fit the scale's. Quantize it again."
+            f"{zero}: not the zero points of {packed}; its shape does not fit the scale's. Quantize it again."
         )

@@ -19,7 +19,7 @@ from compressed_tensors.utils.match import match_targets
 from pydantic import ValidationError
 
 from ..errors import SchemeError
-from .formats import read_dialect
+from .formats import read_format
 
 #: Activation schemes: not quantized; one dynamic scale per token; one static scale per tensor (`input_scale`);
 #: one dynamic scale per tensor; one dynamic scale per token and group of 128 columns; one that is a power of two per token
@@ -68,18 +68,18 @@ class Schemes:
     """The schemes of a checkpoint, by module name.
 
     Args:
-        quantization_config: the dict under `quantization_config` in a checkpoint's `config.json`, of any dialect.
+        quantization_config: the dict under `quantization_config` in a checkpoint's `config.json`, of any format.
 
     Attributes:
-        dialect: how the checkpoint spells its config and its tensors' names.
+        format: how the checkpoint spells its config and its tensors' names.
 
     Raises:
         SchemeError: a method we do not know, or a config its own classes refuse.
     """
 
     def __init__(self, quantization_config: Mapping[str, Any]):
-        self.dialect = read_dialect(quantization_config)
-        quantization_config = self.dialect.config
+        self.format = read_format(quantization_config)
+        quantization_config = self.format.config
         known = {k: v for k, v in quantization_config.items() if k in QuantizationConfig.model_fields}
         try:
             self.config = QuantizationConfig.model_validate(known)
@@ -146,7 +146,7 @@ class Schemes:
             return None
         if group not in self._schemes:
             try:
-                self._schemes[group] = _reduce(self.config.config_groups[group], self.dialect.bound)
+                self._schemes[group] = _reduce(self.config.config_groups[group], self.format.bound)
             except SchemeError as error:
                 raise SchemeError(f"{module_name} (group {group!r} of quantization_config): {error}") from None
         return self._schemes[group]

@@ -203,7 +203,7 @@ def _is_read(p: Placement, own: Tensor, layout: Layout, cuts: Cuts) -> bool:
     cut = next((cut for cut in cuts if cut.dim == len(layout.shape) - 2), None)
     if cut is None:
         return len(own) == p.rows
-    one_of_many = len(layout.shape) == 3 and p.index is None  # a matrix per expert is cut in one run
+    one_of_many = len(layout.shape) == 3 and p.index is None  # the matrix of each expert is one slice
     read = [torch.arange(*run) for run in replace(cut, groups=1 if one_of_many else cut.groups).runs(p.rows)]
     return torch.equal(own, torch.cat(read or [own[:0]]))
 

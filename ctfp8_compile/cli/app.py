@@ -20,8 +20,8 @@ import typer
 from rich.table import Table
 
 from .. import __version__
-from ..collector import collecting_seldom
 from ..errors import Ctfp8Error, UsageError
+from ..paused_gc import paused_gc
 from .terminal import err, escape, out, size
 
 app = typer.Typer(
@@ -82,7 +82,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
                 end.callback(ranks.leave)
             try:
-                with warnings.catch_warnings(), collecting_seldom():
+                with warnings.catch_warnings(), paused_gc():
                     if not _debug:
                         warnings.simplefilter("ignore")
                     with ranks.quiet_but_first() if several else contextlib.nullcontext():

@@ -25,9 +25,9 @@ def inspect(checkpoint: str, as_json: bool) -> None:
 
 def _print(found: Contents) -> None:
     console = out()
-    dialect = f"{found.dialect}: " if found.dialect else ""
+    format = f"{found.format}: " if found.format else ""
     files = f"{found.files} file{'s' * (found.files != 1)}"
-    console.print(f"[bold]{escape(found.model)}[/], {files}; {dialect}{escape(found.schemes)}")
+    console.print(f"[bold]{escape(found.model)}[/], {files}; {format}{escape(found.schemes)}")
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("number", "shape", "dtype", "size", "tensors"):
         table.add_column(column, overflow="fold")

@@ -1,4 +1,4 @@
-"""Layers of a key-value cache that keep FP8: what transformers' own layers do with tokens, done with their codes.
+"""Layers of a key-value cache that keep FP8: what transformers' own layers do with tokens, done with FP8 values.
 
 A token is packed into bytes before the layer stores it, and what the layer gives back is marked to be read as numbers. So static,
 sliding and growing layers, `reset`, `crop` and the reordering of beams are transformers'. A model attends to what was rounded,

@@ -14,7 +14,6 @@ from ..checkpoint import files as ckpt
 from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.scheme import Schemes
-from ..collector import collecting_seldom
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..inductor import recipe
 from ..model.freeze import dequantize_, freeze
@@ -23,6 +22,7 @@ from ..model.plan import plan, read_scales
 from ..model.ranks import together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
+from ..paused_gc import paused_gc
 from .compat import cached_file
 from .parallel import is_distributed, take_config
 from .quantizer import Config, Quantizer
@@ -34,7 +34,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", 
 _OF_THE_LOADER = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", *_HUB_ARGUMENTS)
 
 
-@collecting_seldom()
+@paused_gc()
 def from_pretrained(
     path_or_id: str | Path,
     auto_class: Any = AutoModelForCausalLM,
@@ -66,7 +66,7 @@ def from_pretrained(
 
     Raises:
         CheckpointError: a file is damaged or incomplete; names the tensor. Nothing is ever initialised at random.
-        SchemeError: the config is of no FP8 dialect we know, or does not cover an FP8 weight.
+        SchemeError: the config is of no FP8 format we know, or does not cover an FP8 weight.
     """
     if "quantization_config" in transformers_kwargs:
         raise SchemeError("quantization_config is read from the checkpoint; do not pass one.")
@@ -138,9 +138,9 @@ def prepare(model: Any) -> Any:
     if config is None:
         raise UsageError("this model was not loaded from a quantized checkpoint. Use ctfp8.from_pretrained.")
     quantizer = Quantizer(Config(config if isinstance(config, dict) else config.to_dict()))
-    if (dialect := quantizer.schemes.dialect.name) != "compressed-tensors":
+    if (format := quantizer.schemes.format.name) != "compressed-tensors":
         raise UsageError(
-            f"transformers loads {dialect!r} checkpoints into modules of its own, or decompresses them. Load this one with "
+            f"transformers loads {format!r} checkpoints into modules of its own, or decompresses them. Load this one with "
             "ctfp8.from_pretrained, which keeps the model's modules and its FP8 weights."
         )
     for name, parameter in model.named_parameters():

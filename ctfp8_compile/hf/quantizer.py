@@ -1,7 +1,7 @@
 """The private transformers quantizer: tells its loader which parameters stay FP8, and how to fill and save them.
 
 The safetensors headers decide what is FP8, the config says the scheme. Scales never pass through transformers: they are
-read, checked and laid out before the first weight is loaded. What becomes of rows is in `conversions`.
+read, checked and placed before the first weight is loaded. What becomes of rows is in `conversions`.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from .conversions import PlaceRows, layouts, per_expert_conversions
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
-#: Codes of other formats take the weight's name, and so its way through all of the model's conversions.
-_CODES_ARE_WEIGHTS = WeightRenaming(r"\.weight_packed$", ".weight")
+#: Values of other formats take the weight's name, and so its way through all of the model's conversions.
+_PACKED_ARE_WEIGHTS = WeightRenaming(r"\.weight_packed$", ".weight")
 
 METHOD = "ctfp8"  #: the private name under which transformers finds this quantizer while it loads
 
 
 @register_quantization_config(METHOD)
 class Config(QuantizationConfigMixin):
-    """A checkpoint's quantization config, of any dialect, under our name. What is saved is the one that was read."""
+    """A checkpoint's quantization config, of any format, under our name. What is saved is the one that was read."""
 
     def __init__(self, stored: Mapping[str, Any], strict: bool = False, **kwargs: Any):
         self.quant_method = METHOD
@@ -82,7 +82,7 @@ class Quantizer(HfQuantizer):
         self.schemes = Schemes(quantization_config.stored)
         self.strict = quantization_config.strict
         # from here on everybody sees the stock method
-        quantization_config.quant_method = self.schemes.dialect.name
+        quantization_config.quant_method = self.schemes.format.name
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}
@@ -109,7 +109,7 @@ class Quantizer(HfQuantizer):
             check_heads(model)
             mark_local(model)
         files = tuple(map(Path, checkpoint_files or ()))
-        tensors = ckpt.Checkpoint(files, self.schemes.dialect.suffixes)
+        tensors = ckpt.Checkpoint(files, self.schemes.format.suffixes)
         declared = model.state_dict()
         stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
@@ -119,7 +119,7 @@ class Quantizer(HfQuantizer):
                 dtype = declared[target].dtype
                 if tensors[layout.sources[0]].dtype == ckpt.PACKED:
                     info = self.packed[target] = PackedParameter.of(target, layout, dtype, packed)
-                    stored[target] = torch.empty(info.codes_layout.shape, dtype=info.codes_dtype, device="meta")
+                    stored[target] = torch.empty(info.packed_layout.shape, dtype=info.packed_dtype, device="meta")
                 else:
                     self.plans[target] = plan(tensors, self.schemes, layout, dtype)
                     stored[target] = torch.empty(layout.shape, dtype=FP8, device="meta")
@@ -135,7 +135,7 @@ class Quantizer(HfQuantizer):
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
         # the scales were read above; the loader finds no place for them, which is as it should be
         leaves = {leaf for weight in packed.values() for leaf in weight.parts} - {"weight", "weight_packed"}
-        endings = "|".join(map(re.escape, {"weight_scale", "input_scale", *self.schemes.dialect.suffixes, *leaves}))
+        endings = "|".join(map(re.escape, {"weight_scale", "input_scale", *self.schemes.format.suffixes, *leaves}))
         ours = {rf"(^|[._])({endings})$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
@@ -171,9 +171,9 @@ class Quantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
         placed = {target: info.layout for target, info in self.plans.items()}
-        placed |= {target: info.codes_layout for target, info in self.packed.items()}
+        placed |= {target: info.packed_layout for target, info in self.packed.items()}
         return [
-            *([_CODES_ARE_WEIGHTS] if self.packed else []),
+            *([_PACKED_ARE_WEIGHTS] if self.packed else []),
             *(
                 c.copy(
                     c._original_source_patterns,
@@ -217,7 +217,7 @@ class Quantizer(HfQuantizer):
     def take_over_saving(self, model: Any) -> None:
         """From now on the state dict we give `save_pretrained` is in the checkpoint's names; transformers reverts nothing."""
         conversions = getattr(model, "_weight_conversions", None)
-        self.conversions = conversions and [c for c in conversions if c is not _CODES_ARE_WEIGHTS]
+        self.conversions = conversions and [c for c in conversions if c is not _PACKED_ARE_WEIGHTS]
         model._weight_conversions = []
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -242,7 +242,7 @@ class Quantizer(HfQuantizer):
         return (state | self.cache_scales if writes else {}), {}
 
     def _packed_tensors(self, model: Any) -> dict[str, Tensor]:
-        """What the file has in other formats than FP8, read from it again: values do not give back codes bit for bit.
+        """What the file has in other formats than FP8, read from it again: dequantized, they do not give back the same bits.
 
         Raises:
             UsageError: the file is not there any more, or a value is not what it says.
@@ -257,7 +257,7 @@ class Quantizer(HfQuantizer):
                     name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items()}
                     for name, weight in info.weights.items()
                 }
-                value = info.value(info.codes(parts), parts)
+                value = info.value(info.packed(parts), parts)
                 if not torch.equal(value, model.get_parameter(target).to(value.device)):
                     raise UsageError(
                         f"{target} was decompressed and has changed since, so that it cannot be saved as it was read. Load the "

@@ -18,18 +18,23 @@ from ..compat import CompileWrapper, CustomGraphPass, RestartAnalysis, compile_f
 from ..errors import TargetError, UsageError
 from ..graph import fake_value, is_traced_marker, name_markers
 from ..model.storage import detach_from_mmap, some_loaded
-from ..passes import regions, scales, side_by_side
+from ..passes import horizontal_fusion, prepack, regions
 from ..passes.collectives import WAYS
 from ..passes.regions import Regions
 from ..report import Report
 from ..target import Target
 from . import strides, weight_only
-from .laid_out import WithLaidOut
-from .packed import Adjacent
+from .packed import WithPacked
+from .prepacked import WithPrepacked
 
 log = logging.getLogger("ctfp8_compile")
 
-OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.join", "ctfp8.collectives", "ctfp8.regions")
+#: Options, and values of options, that had another name before.
+_RENAMED: dict[Any, Any] = {
+    "ctfp8.join": "ctfp8.horizontal_fusion",
+    ("ctfp8.collectives", "codes"): ("ctfp8.collectives", "fp8"),
+}
+OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.horizontal_fusion", "ctfp8.collectives", "ctfp8.regions")
 
 
 def backend(
@@ -44,8 +49,8 @@ def backend(
     Args:
         mode, options: as for Inductor. Options of ours: `ctfp8.target`, such as `"cuda:sm90"`; default: the device the
             FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"`, `"scaled_mm"` or `"triton"`.
-            `ctfp8.join`: whether linears with one input become one matmul; default: yes. `ctfp8.collectives`, of a model on
-            several processes: `"codes"` lets FP8 codes travel in all-gathers, `"tokens"` also spreads norms over the ranks.
+            `ctfp8.horizontal_fusion`: whether linears with one input become one matmul; default: yes. `ctfp8.collectives`, of a
+            model on several processes: `"fp8"` all-gathers FP8 values, `"tokens"` also spreads norms over the ranks.
             `ctfp8.regions`: whether layers that repeat, four or more, are compiled once; default: on CPUs.
 
     Raises:
@@ -79,16 +84,16 @@ def backend(
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), collectives)
     if marked:
         strides.keep(gm.graph)
-    if marked and ours.get("ctfp8.join", True):
-        side_by_side.declare(gm.graph)
+    if marked and ours.get("ctfp8.horizontal_fusion", True):
+        horizontal_fusion.declare(gm.graph)
     if marked and target.device != "cpu":
-        scales.declare(gm.graph, target)
-    laid_out = scales.take_out(gm.graph)
+        prepack.declare(gm.graph, target)
+    prepacked = prepack.take_out(gm.graph)
     inputs = list(example_inputs)
     for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if any(node is one.sources[0] for one in laid_out):
+        if any(node is one.sources[0] for one in prepacked):
             inputs[place] = fake_value(node)
-    groups = side_by_side.groups(gm.graph)
+    groups = horizontal_fusion.groups(gm.graph)
     repeated = (
         _regions(gm, ours.get("ctfp8.regions", target.device == "cpu"), collectives, config) if marked else Regions()
     )
@@ -99,11 +104,11 @@ def backend(
     elif len(_reports) > before:
         _reports[before:] = [repeated.report(_reports[before:])]
         log.info("%s", _reports[-1].summary())
-    if laid_out:
-        compiled = WithLaidOut(compiled, gm.graph, laid_out)
+    if prepacked:
+        compiled = WithPrepacked(compiled, gm.graph, prepacked)
     if groups:
-        compiled = Adjacent(compiled, gm.graph, groups)
-    # outermost: what lies side by side in a file must not be taken for moved, and then leave it one by one
+        compiled = WithPacked(compiled, gm.graph, groups)
+    # outermost: what is packed in a file must not be taken for moved, and then leave it one by one
     return _detaching_first(compiled) if marked and target.device == "cpu" else compiled
 
 
@@ -207,12 +212,25 @@ def _source_hash() -> str:
 
 
 def _split_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    options = options or {}
-    ours = {k: v for k, v in options.items() if k.startswith("ctfp8.")}
-    for key in ours:
-        if key not in OPTIONS:
+    theirs = dict(options or {})
+    ours = {}
+    for key in [key for key in theirs if key.startswith("ctfp8.")]:
+        name, value = _renamed(key, theirs.pop(key))
+        if name not in OPTIONS:
             raise UsageError(f"unknown option {key!r}; ctfp8 knows {', '.join(OPTIONS)}.")
-    return ours, {k: v for k, v in options.items() if k not in ours}
+        ours[name] = value
+    return ours, theirs
+
+
+def _renamed(option: str, value: Any) -> tuple[str, Any]:
+    """An option as it is spelled today; earlier spellings work, with a warning."""
+    new = _RENAMED.get(
+        option, _RENAMED.get((option, value), (option, value)) if isinstance(value, str) else (option, value)
+    )
+    name, today = (new, value) if isinstance(new, str) else new
+    if (name, today) != (option, value):
+        warnings.warn(f"{option}={value!r} is now spelled {name}={today!r}.", FutureWarning, stacklevel=3)
+    return name, today
 
 
 def _target(wanted: str | None, marked: list[fx.Node]) -> Target:

@@ -1,9 +1,9 @@
-"""Parameters of a compiled graph that lie side by side in memory: where they are moved there, and how Inductor reads them.
+"""Parameters of a compiled graph that are packed in memory: where they are moved there, and how Inductor reads them.
 
-`side_by_side.declare` says which. A graph may be called with other parameters than it was compiled with (another layer, a
+`horizontal_fusion.declare` says which. A graph may be called with other parameters than it was compiled with (another layer, a
 model moved to another device), so that they do is made sure at every call, by comparing addresses.
 
-They lie side by side in one storage: an allocator may put tensors one behind the other by chance, and torch then refuses to
+They are packed in one storage: an allocator may put tensors one behind the other by chance, and torch then refuses to
 read all of them through the first one. So that addresses tell one from the other, ours begin where no allocation does.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from ..compat import ir, lowerings, register_lowering
 from ..graph import fake_value
-from ..passes.side_by_side import SIDE_BY_SIDE
+from ..passes.horizontal_fusion import PACK
 
 aten = torch.ops.aten
 
@@ -30,8 +30,8 @@ _MOST = 4096  # sets of parameters that one graph remembers
 _BEGIN = 256
 
 
-class Adjacent:
-    """Calls a compiled graph after making sure that the parameters of each group lie side by side."""
+class WithPacked:
+    """Calls a compiled graph after making sure that the parameters of each group are packed."""
 
     def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, groups: Sequence[Sequence[fx.Node]]):
         at = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
@@ -42,7 +42,7 @@ class Adjacent:
             ends = itertools.accumulate(fake_value(node).nbytes for node in group)
             self.groups.append([(at[node], begin) for node, begin in zip(group, (0, *ends), strict=False)])
         self.pick = itemgetter(*(i for group in self.groups for i, _ in group))
-        #: Addresses that were found side by side: at the last call, and at calls before it.
+        #: Addresses that were found packed: at the last call, and at calls before it.
         self.last: tuple[int, ...] = ()
         self.known: set[tuple[int, ...]] = set()
 
@@ -90,7 +90,7 @@ def _apart(args: Sequence[Any], group: Sequence[tuple[int, int]]) -> bool:
 def move_together(tensors: Sequence[Tensor]) -> None:
     """Moves tensors into one allocation, one behind the other along the first dimension; they become views of it.
 
-    A tensor becomes a view when its bytes are there: another thread that finds all of them side by side may read them.
+    A tensor becomes a view when its bytes are there: another thread that finds all of them packed may read them.
     """
     first = tensors[0]
     rows = [t.shape[0] for t in tensors]
@@ -106,8 +106,8 @@ def move_together(tensors: Sequence[Tensor]) -> None:
         tensor.data = part
 
 
-@register_lowering(SIDE_BY_SIDE, type_promotion_kind=None)
-def _side_by_side(parts: Any) -> Any:
+@register_lowering(PACK, type_promotion_kind=None)
+def _pack(parts: Any) -> Any:
     inputs = [getattr(getattr(part, "data", None), "data", None) for part in parts]
     if not all(isinstance(i, ir.InputBuffer) and not isinstance(i, ir.ConstantBuffer) for i in inputs):
         return lowerings[aten.cat.default](parts, 0)  # frozen to constants, or copied: no longer parameters

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..collector import collecting_seldom
 from ..compat import (
     AT_RECOMPILE_LIMIT,
     RECOMPILE_LOGGER,
@@ -31,12 +30,13 @@ from ..compat import (
 )
 from ..errors import Ctfp8Error, UsageError
 from ..ops import FP8
+from ..paused_gc import paused_gc
 from .progress import Progress
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@collecting_seldom()
+@paused_gc()
 def compile(model: Model, **torch_compile_arguments: Any) -> Model:
     """Compiles a model's `forward` in place: `generate`, pipelines and plain calls then run compiled.
 
@@ -112,7 +112,7 @@ class Compiled:
         progress = Progress(f"compiling {_weights(model)}{f', graph {self._graphs}' if self._graphs > 1 else ''}")
         during = contextlib.ExitStack()
         during.callback(progress.stop)
-        during.enter_context(collecting_seldom())
+        during.enter_context(paused_gc())
         if self.arguments["backend"] == "ctfp8" and not _asked.is_set():
             _asked.set()  # it tries each in a process of its own; a second, for which it would wait when tracing is done
             threading.Thread(target=valid_vec_isa_list, daemon=True).start()

@@ -20,12 +20,12 @@ __all__ = [
     "fingerprint",
     "kernels_of",
     "no",
-    "reads_in_one_run",
+    "has_streaming_gemv",
 ]
 
 
 def kernels_of(target: Target) -> tuple[Kernel, ...]:
-    """The kernels of a target, best first; the gate of each decides per problem."""
+    """The kernels of a target, best first; each one's eligibility check decides per problem."""
     tables: dict[str, tuple[Kernel, ...]] = {"cpu": cpu.KERNELS, "cuda": cuda.KERNELS, "xpu": xpu.KERNELS}
     kernels = tables[target.device]
     if target.kernels == "auto":
@@ -40,9 +40,9 @@ def attention_gate(target: Target, dtype: torch.dtype) -> Verdict:
     return no(f"there is no kernel for attention to an FP8 cache on {target}: it is dequantized in the graph")
 
 
-def reads_in_one_run(target: Target, dtype: torch.dtype) -> bool:
+def has_streaming_gemv(target: Target, dtype: torch.dtype) -> bool:
     """Whether the target reads an unquantized weight faster than torch for a few rows of activations."""
-    return target.device == "cpu" and cpu.reads_in_one_run(dtype)
+    return target.device == "cpu" and cpu.has_streaming_gemv(dtype)
 
 
 def fingerprint(target: Target) -> str:

@@ -73,9 +73,9 @@ def attention(dtype: torch.dtype) -> Verdict:
     return Verdict(unavailable() or "")
 
 
-def reads_in_one_run(dtype: torch.dtype) -> bool:
+def has_streaming_gemv(dtype: torch.dtype) -> bool:
     """Whether `ctfp8.linear` is faster than torch's for a few rows of this dtype and a weight that no cache holds."""
-    return dtype == torch.bfloat16 and unavailable() is None and bool(torch.ops.ctfp8_cpu.reads_in_one_run())
+    return dtype == torch.bfloat16 and unavailable() is None and bool(torch.ops.ctfp8_cpu.has_streaming_gemv())
 
 
 KERNELS = (FusedDequantizeMatmul(),)

@@ -144,7 +144,7 @@ def kernels(library: str) -> tuple[ScaledKernel, ...]:
     def op(name: str) -> Any:
         return getattr(getattr(torch.ops, library), name).default
 
-    def gate(problem: Problem, target: Target) -> Verdict:
+    def eligible(problem: Problem, target: Target) -> Verdict:
         if target.capability not in ((9, 0), (10, 0)):
             return no(f"fbgemm and MSLK have FP8 kernels for sm90 and sm100, not {target}")
         if problem.scaling == "blockwise" and target.capability != (9, 0):
@@ -187,7 +187,7 @@ def kernels(library: str) -> tuple[ScaledKernel, ...]:
 
     def kernel(name: str, kinds: tuple[Kind, ...], scalings: tuple[Scaling, ...], build: Any) -> ScaledKernel:
         layout: ScaleLayout = "by row" if "rowwise" in name else "transposed"
-        return ScaledKernel(f"{library} {name}", library, kinds, scalings, gate, build, version, layout)
+        return ScaledKernel(f"{library} {name}", library, kinds, scalings, eligible, build, version, layout)
 
     return (
         kernel("f8f8bf16_rowwise", ("linear",), rowwise, build_rowwise),

@@ -1,6 +1,6 @@
-"""What a target offers: kernels, each with one gate that answers yes or a sentence.
+"""What a target offers: kernels, each with one eligibility check that answers yes or a sentence.
 
-A `Problem` is all a gate may look at. The sentence it answers with reaches the user's report unchanged.
+A `Problem` is all that such a check may look at. The sentence it answers with reaches the user's report unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate's answer: yes, or the sentence why not. True if it is yes, so that gates combine with `and`."""
+    """The answer of an eligibility check: yes, or the sentence why not. True if it is yes, so that checks combine with `and`."""
 
     why_not: str = ""
 
@@ -40,7 +40,7 @@ YES = Verdict()
 
 
 def no(why_not: str) -> Verdict:
-    """The verdict of a gate that declines, with its reason."""
+    """The verdict of a kernel that declines, with its reason."""
     return Verdict(why_not)
 
 
@@ -154,7 +154,7 @@ class Kernel(Protocol):
 
 
 def choose(kernels: Sequence[Kernel], problem: Problem, target: Target) -> tuple[Kernel | None, str]:
-    """The first kernel for this problem whose gate says yes, or None; and why each before it declined."""
+    """The first kernel for this problem that is eligible, or None; and why each before it declined."""
     reasons: list[str] = []
     for kernel in sorted(kernels, key=lambda kernel: not kernel.preferred(problem, target)):
         if problem.kind not in kernel.kinds or problem.scaling not in kernel.scalings:

@@ -41,8 +41,8 @@ class Scaled:
     """The arguments of a `ctfp8::scaled_…` node.
 
     Attributes:
-        x, scale_a: activation codes `[M, K]`, and their scales `[M, G]` or `[1, 1]` float32.
-        weight, weight_scale: `[N, K]` or `[E, N, K]` codes and their float32 scales.
+        x, scale_a: FP8 activations `[M, K]`, and their scales `[M, G]` or `[1, 1]` float32.
+        weight, weight_scale: `[N, K]` or `[E, N, K]` FP8 values and their float32 scales.
         bias: of a linear, or None.
         offs: ends of the experts' rows, of a grouped matmul.
     """
@@ -65,7 +65,7 @@ class ScaledKernel:
         name: what the report calls it.
         library: one of `target.LIBRARIES`.
         kinds, scalings: which problems it is for (`kernel.KINDS`, `kernel.SCALINGS`).
-        gate: whether it takes such a problem on a target.
+        eligible: whether it takes such a problem on a target.
         build: `(do, Scaled) -> node`: its operators, where `do(op, *args)` adds a node.
         version: identifies the library on this machine, for Inductor's cache key.
         scale_layout: how it reads weight scales (`kernel.ScaleLayout`).
@@ -76,7 +76,7 @@ class ScaledKernel:
     library: str
     kinds: tuple[Kind, ...]
     scalings: tuple[Scaling, ...]
-    gate: Callable[[Problem, Target], Verdict]
+    eligible: Callable[[Problem, Target], Verdict]
     build: Callable[[ops.Do, Scaled], fx.Node]
     version: Callable[[], str] = lambda: torch.__version__
     scale_layout: ScaleLayout = ""
@@ -88,7 +88,7 @@ class ScaledKernel:
             return no(f"{target} has no FP8 tensor cores (sm89 and later have)")
         if problem.x_dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return no(f"activations are {problem.x_dtype}, not bfloat16, float16 or float32")
-        return self.gate(problem, target)
+        return self.eligible(problem, target)
 
     def emit(self, graph: fx.Graph, problem: Problem, operands: Operands, like: fx.Node) -> fx.Node:
         return _emit(graph, problem, operands, like)
@@ -209,17 +209,17 @@ def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
             results = ops.quantize_mx_steps(do, arguments(node)[0], value(arguments(node)[0]).shape[1])
         else:
             results = ops.quantize_per_tensor_steps(do, *arguments(node))
-        codes, scale = results
-        if not value(codes).is_contiguous():  # kernels read rows
-            codes = do(aten.clone.default, codes, memory_format=torch.contiguous_format)
+        fp8, scale = results
+        if not value(fp8).is_contiguous():  # kernels read rows
+            fp8 = do(aten.clone.default, fp8, memory_format=torch.contiguous_format)
     for user in list(node.users):
-        user.replace_all_uses_with((codes, scale)[arguments(user)[1]], propagate_meta=False)
+        user.replace_all_uses_with((fp8, scale)[arguments(user)[1]], propagate_meta=False)
         graph.erase_node(user)
     graph.erase_node(node)
 
 
 def multiples_of(step: int, problem: Problem) -> Verdict:
-    """The gate of kernels that read in whole tiles."""
+    """The eligibility check of kernels that read in whole tiles."""
     n, k = problem.weight_shape[-2:]
     return no(f"N and K must be multiples of {step}, but they are {n} and {k}") if n % step or k % step else YES
 
@@ -246,7 +246,7 @@ def token_scales(do: ops.Do, s: Scaled, shape: list[int]) -> fx.Node:
 
 
 def transposed_scales(do: ops.Do, scale: fx.Node) -> fx.Node:
-    """A weight's `[..., N/128, K/128]` scales as `[..., K/128, N/128]`; no copy where they were laid out so before."""
+    """A weight's `[..., N/128, K/128]` scales as `[..., K/128, N/128]`; no copy where they were prepacked so before."""
     rank = value(scale).dim()
     transposed = do(aten.permute.default, scale, [*range(rank - 2), rank - 1, rank - 2])
     if value(transposed).is_contiguous():

@@ -83,7 +83,7 @@ def _grouped(problem: Problem, target: Target) -> Verdict:
 def _build_linear(do: ops.Do, s: Scaled, fast_accum: bool) -> fx.Node:
     weight = do(aten.permute.default, s.weight, [1, 0])
     scale_a, scale_b = token_scales(do, s, [-1, 1]), row_scales(do, s, [1, value(s.weight).shape[0]])
-    # Its bias argument is left alone: Inductor's template asserts on biases that lie side by side, and adds for free.
+    # Its bias argument is left alone: Inductor's template asserts on packed biases, and adds for free.
     out = do(aten._scaled_mm.default, s.x, weight, scale_a, scale_b, None, None, torch.bfloat16, fast_accum)
     return finish(do, s, out, s.bias)
 
@@ -108,8 +108,8 @@ def _build_blockwise(do: ops.Do, s: Scaled) -> fx.Node:
 def _build_mx(do: ops.Do, s: Scaled) -> fx.Node:
     cols = value(s.scale_a).shape[1]
     scale_a = ops.swizzle_steps(do, pad_rows(do, s.scale_a, 128), cols)
-    laid_out = s.weight_scale.target is ops.UNSWIZZLED
-    scale_b = arguments(s.weight_scale)[0] if laid_out else ops.swizzle_steps(do, s.weight_scale, cols)
+    prepacked = s.weight_scale.target is ops.UNSWIZZLED
+    scale_b = arguments(s.weight_scale)[0] if prepacked else ops.swizzle_steps(do, s.weight_scale, cols)
     scales = (do(aten.view.dtype, scale, torch.float8_e8m0fnu) for scale in (scale_a, scale_b))
     weight = do(aten.permute.default, s.weight, [1, 0])
     return finish(do, s, do(aten._scaled_mm.default, s.x, weight, *scales, None, None, torch.bfloat16, False), s.bias)

@@ -157,14 +157,14 @@ def attach(
     """Puts the parametrization on a module whose parameter `name` already is the stored FP8 tensor.
 
     Raises:
-        CheckpointError: the weight holds NaN codes.
+        CheckpointError: the weight holds NaN values.
     """
     weight = module._parameters[name]
     if weight is None or weight.dtype != FP8 or weight.device.type == "meta":
         raise CheckpointError(f"{info.layout.sources[0]}: was not loaded as float8_e4m3fn; please report this.")
-    if ckpt.has_nan_code(weight):
+    if ckpt.has_nan(weight):
         raise CheckpointError(
-            f"{info.layout.sources[0]}: holds NaN codes (0x7f or 0xff). The file is damaged or the weights overflowed; "
+            f"{info.layout.sources[0]}: holds NaN values (0x7f or 0xff). The file is damaged or the weights overflowed; "
             "quantize it again."
         )
     weight.requires_grad_(False)

@@ -31,7 +31,7 @@ def load_state_dict(
             state dict holds in float8_e4m3fn needs `p_scale` beside it (`weight` → `weight_scale`).
         state_dict: FP8 weights, scales, and everything else the module has. FP8 weights, which nothing can write to, stay
             where they are; everything else is copied.
-        quantization_config: as in a checkpoint's `config.json`, of any dialect. None: the shapes of scales say how weights
+        quantization_config: as in a checkpoint's `config.json`, of any format. None: the shapes of scales say how weights
             are quantized (`weight_scale`, `scale_weight` or `weight_scale_inv`), and a warning what they said.
 
     Weights in other formats that compressed-tensors writes are decompressed; a warning says how many bytes that costs.
@@ -42,7 +42,7 @@ def load_state_dict(
 
     Raises:
         CheckpointError: a parameter or scale is missing, left over, of the wrong shape or value.
-        SchemeError: the config does not cover an FP8 weight, or is of no dialect we know.
+        SchemeError: the config does not cover an FP8 weight, or is of no format we know.
     """
     tensors: ckpt.Checkpoint
     if quantization_config is None:
@@ -50,7 +50,7 @@ def load_state_dict(
         schemes = Schemes(infer(tensors))
     else:
         schemes = Schemes(quantization_config)
-        tensors = ckpt.InMemory(state_dict, schemes.dialect.suffixes)
+        tensors = ckpt.InMemory(state_dict, schemes.format.suffixes)
     packed = find(tensors, schemes)
     tensors = seen_as_weights(tensors, packed)
     own = module.state_dict()

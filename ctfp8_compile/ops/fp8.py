@@ -1,4 +1,4 @@
-"""The arithmetic of FP8 scales and codes, written once for tensors and for graphs."""
+"""The arithmetic of FP8 scales and FP8 values, written once for tensors and for graphs."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def exponent_steps(do: Do, exponents: Any) -> Any:
 
 
 def cached_steps(do: Do, stored: Any, columns: int, scale: Any, dtype: torch.dtype) -> Any:
-    """Keys or values as numbers, from uint8 codes, with scales `[1]` or `[heads]`, or with each token's as its last byte."""
-    codes = stored
+    """Keys or values as numbers, from FP8 in uint8, with scales `[1]` or `[heads]`, or with each token's as its last byte."""
+    fp8 = stored
     if scale is None:
-        codes = do(aten.slice.Tensor, stored, 3, 0, columns - 1)
+        fp8 = do(aten.slice.Tensor, stored, 3, 0, columns - 1)
         scale = exponent_steps(do, do(aten.slice.Tensor, stored, 3, columns - 1, columns))
     else:
         scale = do(aten.reshape.default, scale, [1, -1, 1, 1])
-    wide = do(_convert, do(aten.view.dtype, codes, FP8), torch.float32)
+    wide = do(_convert, do(aten.view.dtype, fp8, FP8), torch.float32)
     return do(_convert, do(aten.mul.Tensor, wide, scale), dtype)
 
 
@@ -70,15 +70,15 @@ def quantize_cached_steps(do: Do, x: Any, scale: Any) -> Any:
     """The reverse; a scale of a token's own is the smallest power of two with which none of its numbers is beyond FP8."""
     wide = do(_convert, x, torch.float32)
     if scale is not None:
-        codes = _round_steps(do, wide, do(aten.reshape.default, scale, [1, -1, 1, 1]))
-        return do(aten.view.dtype, codes, torch.uint8)
+        fp8 = _round_steps(do, wide, do(aten.reshape.default, scale, [1, -1, 1, 1]))
+        return do(aten.view.dtype, fp8, torch.uint8)
     amax = do(aten.amax.default, do(aten.abs.default, wide), [-1], True)
     ratio = do(aten.div.Tensor, do(aten.clamp_min.default, amax, AMAX_MIN), FP8_MAX)
     bits = do(aten.add.Tensor, do(aten.view.dtype, ratio, torch.int32), (1 << 23) - 1)
     exponents = do(aten.bitwise_right_shift.Tensor_Scalar, bits, 23)
     exponents = do(_convert, do(aten.clamp_max.default, exponents, 254), torch.uint8)
-    codes = _round_steps(do, wide, exponent_steps(do, exponents))
-    return do(aten.cat.default, [do(aten.view.dtype, codes, torch.uint8), exponents], -1)
+    fp8 = _round_steps(do, wide, exponent_steps(do, exponents))
+    return do(aten.cat.default, [do(aten.view.dtype, fp8, torch.uint8), exponents], -1)
 
 
 def quantize_per_token_steps(do: Do, x: Any, bound: float | None = None) -> tuple[Any, Any]:
@@ -95,8 +95,8 @@ def quantize_per_token_steps(do: Do, x: Any, bound: float | None = None) -> tupl
 def quantize_per_group_steps(do: Do, x: Any, cols: int, group: int) -> tuple[Any, Any]:
     """The same for every `group` columns of a row: `([M, K] FP8, [M, K / group])`; `cols` is K."""
     wide = do(aten.reshape.default, do(_convert, x, torch.float32), [-1, cols // group, group])
-    codes, scale = _quantize_steps(do, wide, do(aten.amax.default, do(aten.abs.default, wide), [-1], True))
-    return do(aten.reshape.default, codes, [-1, cols]), do(aten.squeeze.dim, scale, -1)
+    fp8, scale = _quantize_steps(do, wide, do(aten.amax.default, do(aten.abs.default, wide), [-1], True))
+    return do(aten.reshape.default, fp8, [-1, cols]), do(aten.squeeze.dim, scale, -1)
 
 
 def quantize_mx_steps(do: Do, x: Any, cols: int) -> tuple[Any, Any]:
@@ -107,8 +107,8 @@ def quantize_mx_steps(do: Do, x: Any, cols: int) -> tuple[Any, Any]:
     bits = do(aten.add.Tensor, do(aten.view.dtype, amax, torch.int32), 1 << 21)
     exponent = do(aten.clamp_min.default, do(aten.sub.Tensor, do(aten.__rshift__.Scalar, bits, 23), 8), 0)
     exponents = do(_convert, exponent, torch.uint8)
-    codes = _round_steps(do, wide, exponent_steps(do, exponents))
-    return do(aten.reshape.default, codes, [-1, cols]), do(aten.squeeze.dim, exponents, -1)
+    fp8 = _round_steps(do, wide, exponent_steps(do, exponents))
+    return do(aten.reshape.default, fp8, [-1, cols]), do(aten.squeeze.dim, exponents, -1)
 
 
 def quantize_per_tensor_steps(do: Do, x: Any, input_scale: Any) -> tuple[Any, Any]:

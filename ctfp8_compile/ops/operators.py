@@ -15,15 +15,15 @@ operators; each has a reference implementation in plain ATen, so a rewritten gra
   `[M, K / group]` for a scale per token and group of columns (bytes for MXFP8's groups of 32). A target lowers these to
   operators of its own.
 
-`cached` is the marker of keys or values `[batch, heads, length, columns]` that a cache keeps as FP8: uint8 codes, with float32
+`cached` is the marker of keys or values `[batch, heads, length, columns]` that a cache keeps as FP8 in uint8, with float32
 scales `[1]` or `[heads]`, or without, and then a token's last byte e stands for its scale 2^(e - 127). `attention` is that of
 queries `[batch, heads, tokens, columns]` to a cache, stored so or as numbers; its mask is bool or a summand.
 
-`linear` is torch's, of a weight that is not quantized; on CPUs with AVX512-BF16 it reads a bfloat16 weight in one run where there
+`linear` is torch's, of a weight that is not quantized; on CPUs with AVX512-BF16 it streams a bfloat16 weight (GEMV) where there
 are no more than four rows of activations.
 
-`side_by_side` says that parameters lie one behind the other in memory, so that one matmul can read them all; where they do
-not, it concatenates them along the first dimension (see `ctfp8_compile.passes.side_by_side`).
+`pack` says that parameters are packed one behind the other, so that one matmul can read them all; where they do
+not, it concatenates them along the first dimension (see `ctfp8_compile.passes.horizontal_fusion`).
 """
 
 from __future__ import annotations
@@ -151,10 +151,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @operator(
-    "side_by_side(Tensor[] parts) -> Tensor",
+    "pack(Tensor[] parts) -> Tensor",
     meta=lambda parts: parts[0].new_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:])),
 )
-def _side_by_side(parts: list[Tensor]) -> Tensor:
+def _pack(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
@@ -167,8 +167,8 @@ def _codes_and_scales(x: Tensor, *scales: int) -> tuple[Tensor, Tensor]:
     meta=lambda x, bound=None: _codes_and_scales(x, x.shape[0], 1),
 )
 def _quantize_per_token(x: Tensor, bound: float | None = None) -> tuple[Tensor, Tensor]:
-    codes, scale = quantize_per_token_steps(apply, x, bound)
-    return codes.contiguous(), scale
+    fp8, scale = quantize_per_token_steps(apply, x, bound)
+    return fp8.contiguous(), scale
 
 
 @operator(
@@ -192,9 +192,9 @@ def _quantize_mx(x: Tensor) -> tuple[Tensor, Tensor]:
     meta=lambda x, input_scale: _codes_and_scales(x, *((1, 1) if input_scale is None else input_scale.shape)),
 )
 def _quantize_per_tensor(x: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    codes, scale = quantize_per_tensor_steps(apply, x, input_scale)
+    fp8, scale = quantize_per_tensor_steps(apply, x, input_scale)
     scale = scale.clone() if input_scale is not None else scale  # an operator must not return its input
-    return codes.contiguous(), scale
+    return fp8.contiguous(), scale
 
 
 @operator(
@@ -236,7 +236,7 @@ def _scaled_grouped_mm(
 
 
 def _width(stored: Tensor, scale: Tensor | None) -> int:
-    """Columns of a stored key or value: its last byte is its scale where it is of codes and has no other."""
+    """Columns of a stored key or value: its last byte is its scale where it is FP8 and has no other."""
     return stored.shape[-1] - int(stored.dtype == torch.uint8 and scale is None)
 
 

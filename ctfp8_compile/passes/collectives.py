@@ -1,6 +1,6 @@
-"""What ranks send each other, made less: codes instead of activations, and each token's norm on one rank instead of on all.
+"""What ranks send each other, made less: FP8 values instead of activations, and each token's norm on one rank instead of on all.
 
-`gather_codes`: a row is quantized where it is, and its codes and scale travel; bit for bit the same, half the bytes of bf16.
+`gather_fp8`: a row is quantized where it is, and its FP8 values and scale travel; bit for bit the same, half the bytes of bf16.
 
     before                                              after
     %w = wait(all_gather(%x))                           %q, %a = ctfp8.quantize_per_token(%x)
@@ -11,7 +11,7 @@
     %y = wait(all_reduce(%x))                           %y = wait(reduce_scatter(%x))
     %h = add(%residual, %y)                             %h = add(%residual, %y)              of this rank's tokens
     %n = norm(%h)                                       %n = norm(%h)
-    … quantize(%n)                                      … quantize(wait(all_gather(%n))), which `gather_codes` turns round
+    … quantize(%n)                                      … quantize(wait(all_gather(%n))), which `gather_fp8` turns round
 
 Both are off unless asked for (`ctfp8.collectives`): no GPU has shown yet that they gain.
 """
@@ -43,7 +43,7 @@ _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def gather_codes(graph: fx.Graph) -> int:
+def gather_fp8(graph: fx.Graph) -> int:
     """Quantizes before all-gathers along rows instead of behind them, in place; returns how many."""
     done = 0
     for node in [n for n in graph.nodes if n.op == "call_function" and n.target in QUANTIZE]:
@@ -71,7 +71,7 @@ def gather_codes(graph: fx.Graph) -> int:
 
 
 def _gathered(graph: fx.Graph, part: fx.Node, count: int, group: str, like: fx.Node) -> fx.Node:
-    """All ranks' rows. gloo has no float8: there codes travel as bytes."""
+    """All ranks' rows. gloo has no float8: there FP8 values travel as bytes."""
     dtype = value(part).dtype
     as_bytes = value(part).device.type == "cpu" and dtype.itemsize == 1
     if as_bytes:
@@ -210,6 +210,6 @@ def _is(node: Any, name: str) -> bool:
 #: By the value of the option `ctfp8.collectives`, what is done, in order.
 WAYS: dict[str, tuple[Callable[[fx.Graph], int], ...]] = {
     "as traced": (),
-    "codes": (gather_codes,),
-    "tokens": (scatter_tokens, gather_codes),
+    "fp8": (gather_fp8,),
+    "tokens": (scatter_tokens, gather_fp8),
 }

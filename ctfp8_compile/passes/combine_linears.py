@@ -1,4 +1,4 @@
-"""Scaled matmuls with one input, whose weights lie side by side (`ctfp8_compile.passes.side_by_side`), become one.
+"""Scaled matmuls with one input, whose weights are packed (`ctfp8_compile.passes.horizontal_fusion`), become one.
 
     before                                                      after
     %a = scaled_mm(%x, slice(%w, 0, 0, 64), %sa, …)             %y = scaled_mm(%x, %w, %sa, %s, …)
@@ -19,11 +19,11 @@ from torch import fx
 from ..graph import arguments, before, call, value
 from ..ops.triton import WEIGHT_ONLY
 from .rewrite import Kernels
-from .side_by_side import SIDE_BY_SIDE
+from .horizontal_fusion import PACK
 
 aten = torch.ops.aten
 _ctfp8 = torch.ops.ctfp8
-#: Matmuls that can be joined, and where they have what lies side by side: weight, its scales, bias.
+#: Matmuls that can be fused, and where they have what is packed: weight, its scales, bias.
 _PARTS = {
     _ctfp8.scaled_mm.default: (1, 3, 4),
     _ctfp8.dequantized_linear.default: (1, 2, 3),
@@ -32,7 +32,7 @@ _PARTS = {
 
 
 def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:
-    """Combines in place what reads all parts of a `side_by_side` node with the same kernel; other parts go apart again."""
+    """Combines in place what reads all parts of a `pack` node with the same kernel; other parts go apart again."""
     groups: dict[Any, list[tuple[int, fx.Node]]] = defaultdict(list)
     for node in graph.nodes:
         if (at := _PARTS.get(node.target)) and (part := _part(arguments(node)[at[0]])) is not None:
@@ -42,9 +42,9 @@ def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:
             groups[part[0], wholes, node.target, repr(rest), kernels.get(node)].append((part[1], node))
     for (weight, *_), members in groups.items():
         members.sort(key=lambda member: member[0])
-        if weight.target is SIDE_BY_SIDE and sum(value(node).shape[-1] for _, node in members) == value(weight).shape[0]:
+        if weight.target is PACK and sum(value(node).shape[-1] for _, node in members) == value(weight).shape[0]:
             _combine(graph, members, kernels)
-    for node in [n for n in graph.nodes if n.target is SIDE_BY_SIDE]:
+    for node in [n for n in graph.nodes if n.target is PACK]:
         _apart(graph, node)
     for node in [n for n in graph.nodes if n.target is aten.slice.Tensor and not n.users]:
         graph.erase_node(node)
@@ -74,7 +74,7 @@ def _combine(graph: fx.Graph, members: list[tuple[int, fx.Node]], kernels: Kerne
 
 
 def _apart(graph: fx.Graph, whole: fx.Node) -> None:
-    """Slices of a `side_by_side` node become its parts."""
+    """Slices of a `pack` node become its parts."""
     begin = 0
     parts = {}
     for part in arguments(whole)[0]:
@@ -89,7 +89,7 @@ def _apart(graph: fx.Graph, whole: fx.Node) -> None:
 
 
 def _part(node: Any) -> tuple[fx.Node, int] | None:
-    """`(what lies side by side, first row)` of a part of it; scales may have been laid out in another way (`scales`)."""
+    """`(what is packed, first row)` of a part of it; scales may have been prepacked in another way (`prepack`)."""
     if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and arguments(node)[1] == 0:
         return arguments(node)[0], arguments(node)[2]
     return None

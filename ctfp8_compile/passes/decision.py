@@ -90,7 +90,7 @@ def found_by(rule: str, found: Match, before: tuple[str, ...] = ()) -> Decision:
 
 
 def select(decisions: Sequence[Decision], target: Target) -> list[Decision]:
-    """Gives each match the first kernel of the target whose gate says yes, or the sentences of those that declined."""
+    """Gives each match the first kernel of the target that is eligible, or the sentences of those that declined."""
     kernels = kernels_of(target)
     return [d if d.match is None else _select(d, d.match, target, kernels) for d in decisions]
 

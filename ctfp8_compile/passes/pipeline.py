@@ -29,7 +29,7 @@ from .linear import BatchedMatmulRule, LinearRule, MatmulRule
 from .lower import lower_scaled
 from .rewrite import Kernels, rewrite
 from .rule import Rule
-from .unquantized import read_in_one_run
+from .skinny_linear import stream_skinny_linears
 
 #: Linears come before experts: both may start at `bmm`, and the linear's test (a broadcast weight) is the cheaper one.
 RULES: list[Rule] = [
@@ -71,7 +71,7 @@ def apply(
         change(graph)
     if lower:
         PASSES[-1][0](graph, kernels)
-        read_in_one_run(graph, target)
+        stream_skinny_linears(graph, target)
     return report(target, decisions, attention)
 
 
@@ -91,7 +91,7 @@ def run(
         attention = fuse_attention(graph, target)
         decompose(graph)
         if lower:
-            read_in_one_run(graph, target)
+            stream_skinny_linears(graph, target)
         return report(target, (), attention)
     return apply(graph, target, decide(graph, target, rules), lower, collectives)
 

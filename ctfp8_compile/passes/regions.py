@@ -182,7 +182,7 @@ def _pieces(layer: Sequence[fx.Node]) -> Iterator[_Piece]:
 
 def _with_parameters(graph: fx.Graph, pieces: Sequence[_Piece]) -> list[_Piece]:
     """Pieces, and where they use them, weights, which a write may part from their use, and what was declared of parameters
-    (`side_by_side`, `scales`), which stands in front of the graph."""
+    (`horizontal_fusion`, `prepack`), which stands in front of the graph."""
     pieces = [_with_sizes(graph, piece) for piece in pieces if len(piece.nodes) >= _SMALLEST]
     of = {node: i for i, piece in enumerate(pieces) for node in piece.nodes}
     more: dict[int, list[fx.Node]] = defaultdict(list)

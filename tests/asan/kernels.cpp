@@ -85,8 +85,8 @@ bool run(const Kernels& kernels, const Shape& s) {
   const bool bytes = s.block == 0;
   const int64_t width = bytes ? kMxCols : s.block, segments = (s.cols + width - 1) / width;
   const Array<uint8_t> allocation(s.n * s.cols + 1);
-  uint8_t* codes = allocation.data() + 1;  // at an odd address, as a memory-mapped file may give it
-  for (int64_t i = 0; i < s.n * s.cols; ++i) codes[i] = rand() % 120 | (rand() & 128);
+  uint8_t* fp8 = allocation.data() + 1;  // at an odd address, as a memory-mapped file may give it
+  for (int64_t i = 0; i < s.n * s.cols; ++i) fp8[i] = rand() % 120 | (rand() & 128);
   const Array<float> scale(s.n * segments);
   const Array<uint8_t> exponents(s.n * segments);
   for (int64_t i = 0; i < s.n * segments; ++i) {
@@ -94,8 +94,8 @@ bool run(const Kernels& kernels, const Shape& s) {
     scale[i] = bytes ? float_of_exponent(exponents[i]) : (rand() % 100 + 1) / 100.f;
   }
   const float one = 1;
-  const Weight w = bytes ? Weight{codes, s.cols, &one, 0, s.n, s.cols, 1, s.cols, 1, exponents.data(), segments}
-                         : Weight{codes, s.cols, scale.data(), segments, s.n, s.cols, 1, s.block, segments};
+  const Weight w = bytes ? Weight{fp8, s.cols, &one, 0, s.n, s.cols, 1, s.cols, 1, exponents.data(), segments}
+                         : Weight{fp8, s.cols, scale.data(), segments, s.n, s.cols, 1, s.block, segments};
   const Array<char> x(s.m * s.cols * kernels.item);
   std::vector<double> exact(s.m * s.cols);
   for (int64_t i = 0; i < s.m * s.cols; ++i) {
@@ -111,7 +111,7 @@ bool run(const Kernels& kernels, const Shape& s) {
     for (int64_t r = 0; r < s.n; r += 5) {
       double sum = 0, size = 0;
       for (int64_t j = 0; j < s.cols; ++j) {
-        const double term = exact[i * s.cols + j] * tables.value[codes[r * s.cols + j]] * scale[r * segments + j / width];
+        const double term = exact[i * s.cols + j] * tables.value[fp8[r * s.cols + j]] * scale[r * segments + j / width];
         sum += term;
         size += std::fabs(term);
       }
@@ -127,7 +127,7 @@ bool run(const Kernels& kernels, const Shape& s) {
   const Array<float> row(s.cols);
   kernels.dequantize(w, s.n - 1, row.data());
   for (int64_t j = 0; j < s.cols; ++j) {
-    const float value = tables.value[codes[(s.n - 1) * s.cols + j]] * scale[(s.n - 1) * segments + j / width];
+    const float value = tables.value[fp8[(s.n - 1) * s.cols + j]] * scale[(s.n - 1) * segments + j / width];
     right = right && row[j] == value;
   }
   return right;
@@ -157,19 +157,19 @@ bool dense(const Kernels& kernels, int64_t m, int64_t n, int64_t cols) {
   return true;
 }
 
-// Whether each code, NaN among them, times one is its value, at each of some places of a chunk.
+// Whether each FP8 value, NaN among them, times one is its value, at each of some places of a chunk.
 bool every_code(const Kernels& kernels, int64_t m) {
   constexpr int64_t cols = 101;
   const float one = 1;
   for (int64_t place : {0, 7, 8, 15, 16, 33, 63, 64, 100}) {
-    const Array<uint8_t> codes(256 * cols);
+    const Array<uint8_t> fp8(256 * cols);
     const Array<char> x(m * cols * kernels.item);
-    std::memset(codes.data(), 0, 256 * cols);
+    std::memset(fp8.data(), 0, 256 * cols);
     std::memset(x.data(), 0, m * cols * kernels.item);
-    for (int64_t code = 0; code < 256; ++code) codes[code * cols + place] = static_cast<uint8_t>(code);
+    for (int64_t code = 0; code < 256; ++code) fp8[code * cols + place] = static_cast<uint8_t>(code);
     for (int64_t i = 0; i < m; ++i) store(kernels, x.data(), i * cols + place, 1);
     const Array<float> y(m * 256);
-    multiply(kernels, {codes.data(), cols, &one, 0, 256, cols, 1, cols, 1}, x.data(), m, y.data());
+    multiply(kernels, {fp8.data(), cols, &one, 0, 256, cols, 1, cols, 1}, x.data(), m, y.data());
     for (int64_t i = 0; i < m * 256; ++i) {
       const float value = tables.value[i % 256];
       if (!(y[i] == value || (std::isnan(y[i]) && std::isnan(value)))) return false;
@@ -248,7 +248,7 @@ bool attention(const Kernels& kernels) {
     for (int64_t length : {1, 63, 65, 200}) {
       for (int64_t width : {1, 8, 15, 33, 80, 300}) {
         for (const auto& [stored, scaled] : {std::pair{Stored::f32, false}, std::pair{Stored::bf16, false},
-                                             std::pair{Stored::codes, false}, std::pair{Stored::codes, true}}) {
+                                             std::pair{Stored::fp8, false}, std::pair{Stored::fp8, true}}) {
           if (stored == Stored::f32 && kernels.item == 2) continue;
           ++cases;
           if (attend(kernels, stored, scaled, rows, length, width)) continue;
@@ -264,7 +264,7 @@ bool attention(const Kernels& kernels) {
 
 bool matmul(const Kernels& kernels) {
   for (int64_t m : {1, 2, 3, 4, 5, 8, 9, 11, 13, 16, 17, 24, 32, 33, 64, 70, 130}) {
-    if (!every_code(kernels, m)) return std::printf("wrong: %s, the codes, m %ld\n", kernels.name, long(m)), false;
+    if (!every_code(kernels, m)) return std::printf("wrong: %s, the FP8 values, m %ld\n", kernels.name, long(m)), false;
     for (int64_t n : {1, 2, 3, 8, 15, 33, 97}) {
       for (int64_t cols : {1, 2, 7, 15, 16, 17, 63, 64, 65, 127, 129, 300, 1100, 5500}) {
         for (int64_t block : {int64_t{0}, int64_t{1}, int64_t{7}, int64_t{128}, int64_t{1030}, cols}) {

@@ -11,7 +11,7 @@ from conftest import DATA, logits
 from safetensors.torch import load_file, save_file
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile.checkpoint.files import has_nan_code
+from ctfp8_compile.checkpoint.files import has_nan
 from ctfp8_compile.ops import FP8
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -54,7 +54,7 @@ def _weights(config):
         (lambda t, c: t[Q + "_scale"][0].fill_(float("inf")), "scale inf"),
         (lambda t, c: t[Q + "_scale"][0].zero_(), "scale 0.0"),
         (lambda t, c: t[Q + "_scale"][0].neg_(), "scale -"),
-        (lambda t, c: t[Q].view(torch.uint8)[3, 5].fill_(0xFF), "q_proj.weight: holds NaN codes"),
+        (lambda t, c: t[Q].view(torch.uint8)[3, 5].fill_(0xFF), "q_proj.weight: holds NaN values"),
         (lambda t, c: t.update({Q: t[Q].float().to(torch.float8_e5m2)}), "q_proj.weight .*float8_e5m2"),
         (lambda t, c: t.update({Q: t[Q][:, :64].contiguous()}), r"q_proj.weight .*declares .*\[128, 128\]"),
         (lambda t, c: c["quantization_config"]["ignore"].append("re:.*q_proj"), "no group that covers it"),
@@ -261,8 +261,8 @@ def test_nan_codes_are_found_at_any_alignment(offset, code):
     data = torch.arange(5000, dtype=torch.int64).to(torch.uint8)
     data[(data & 0x7F) == 0x7F] = 0x7E
     weight = data[offset:4900].view(FP8)
-    assert not has_nan_code(weight)
+    assert not has_nan(weight)
     for at in (0, 17, weight.numel() - 1):
         changed = data.clone()
         changed[offset + at] = code
-        assert has_nan_code(changed[offset:4900].view(FP8))
+        assert has_nan(changed[offset:4900].view(FP8))

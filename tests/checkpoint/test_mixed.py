@@ -218,7 +218,7 @@ def _tensor(leaf, make):
         ("W4A16", _tensor("weight_scale", lambda t: t[:1]), "up_proj.weight_scale .*not a scale of"),
         ("W4A16", _tensor("weight_scale", lambda t: t * float("nan")), "values that are not finite"),
         ("W4A16", _tensor("weight_scale", lambda t: t.to(torch.int8)), "up_proj.weight_scale .*not a scale of"),
-        ("W4A16", _tensor("weight_packed", lambda t: t.float()), "up_proj.weight_packed .*not a matrix of codes"),
+        ("W4A16", _tensor("weight_packed", lambda t: t.float()), "up_proj.weight_packed .*not a matrix of packed values"),
         ("W4A16", lambda s, c: s.update({f"{UP}.weight_g_idx": torch.arange(128)}), "weight_g_idx"),
         ("W4A16", lambda s, c: s.update({f"{UP}.weight_zero_point": torch.zeros(256, 1)}), "weight_zero_point"),
         ("W4A16", _weights(num_bits=8), "does not hold a weight of 8 bits"),

@@ -189,12 +189,12 @@ def test_explain_for_another_machine_with_a_picture(tmp_path):
     assert "model.layers.0 … 3" in page.read_text()
 
 
-@pytest.mark.parametrize("family", list(FP8_PARAMETERS))
-def test_explain_json(family):
+@pytest.mark.parametrize("architecture", list(FP8_PARAMETERS))
+def test_explain_json(architecture):
     report = json.loads(
-        ctfp8_command("explain", DATA / family / "FP8_DYNAMIC", "--target", "xpu+scaled_mm", "--json").stdout
+        ctfp8_command("explain", DATA / architecture / "FP8_DYNAMIC", "--target", "xpu+scaled_mm", "--json").stdout
     )
-    assert len(report["rewritten"]) + len(report["kept"]) == FP8_PARAMETERS[family]
+    assert len(report["rewritten"]) + len(report["kept"]) == FP8_PARAMETERS[architecture]
     linears = {e["kernel"] for e in report["rewritten"] if e["rule"] == "linear"}
     assert linears == {"aten._scaled_mm"}
 

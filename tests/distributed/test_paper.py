@@ -32,14 +32,14 @@ def on_paper(*args: Any) -> Any:
 
 
 def held() -> list[tuple[int, int, int]]:
-    """Bytes of codes, of scales and of the rest, in each case, on this rank."""
+    """Bytes of FP8 values, of scales and of the rest, in each case, on this rank."""
     found = []
     for name, experts in CASES:
         config = DistributedConfig(tp_size=2, **({"ep_size": 2} if experts else {}))
         model = ctfp8.from_pretrained(DATA / name, dtype=torch.bfloat16, distributed_config=config)
-        codes = sum(p.nbytes for p in model.parameters() if p.dtype == FP8)
+        fp8 = sum(p.nbytes for p in model.parameters() if p.dtype == FP8)
         scales = sum(d.weight_scale.nbytes for *_, d in quantized_parameters(model))
-        found.append((codes, scales, sum(p.nbytes for p in model.parameters()) - codes))
+        found.append((fp8, scales, sum(p.nbytes for p in model.parameters()) - fp8))
     return found
 
 
@@ -47,9 +47,9 @@ def held() -> list[tuple[int, int, int]]:
 def test_ranks_hold_what_the_paper_says():
     first, second = on_ranks(2, held)
     assert first == second
-    for (name, experts), (codes, scales, rest) in zip(CASES, first, strict=True):
+    for (name, experts), (fp8, scales, rest) in zip(CASES, first, strict=True):
         paper = on_paper(AutoConfig.from_pretrained(DATA / name), 2, experts)
-        assert (paper.fp8, paper.scales, paper.other) == (codes, scales, rest), name
+        assert (paper.fp8, paper.scales, paper.other) == (fp8, scales, rest), name
 
 
 @pytest.mark.long

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from conftest import DATA, IDS, SCHEMES, logits, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import families
-from support.families import Sizes
+from support import architectures
+from support.architectures import Sizes
 from support.forge import forge
 from support.ranks import on_ranks
 from transformers.distributed import DistributedConfig
@@ -151,7 +151,7 @@ def test_a_rank_that_fails_ends_all(tmp_path):
     save_file(tensors, short / "model.safetensors")
     folders = [[nan, nan], [empty, good], [heads, heads], [good, short], [good, good]]
     first, second = on_ranks(2, fail, folders, {"tp_size": 2})
-    assert "up_proj.weight: holds NaN codes" in second[0]
+    assert "up_proj.weight: holds NaN values" in second[0]
     assert first[0].startswith("another rank failed, and so does this one; rank 1 says: model.layers.1.mlp.up_proj")
     assert "neither model.safetensors" in first[1]
     assert "rank 0 says" in second[1]
@@ -297,7 +297,7 @@ def test_a_launch_that_does_not_fit(config, message):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("family", "experts"),
+    ("architecture", "experts"),
     [
         ("qwen3moe", True),
         ("mixtral", False),
@@ -307,8 +307,8 @@ def test_a_launch_that_does_not_fit(config, message):
         ("qwen3moe", False),
     ],
 )
-def test_every_scheme_eager_compiled_and_saved(family, experts, tmp_path):
-    cases = {f"{family}/{scheme}": DATA / family / scheme for scheme in SCHEMES}
+def test_every_scheme_eager_compiled_and_saved(architecture, experts, tmp_path):
+    cases = {f"{architecture}/{scheme}": DATA / architecture / scheme for scheme in SCHEMES}
     config = {"tp_size": 2, "ep_size": 2} if experts else {"tp_size": 2}
     _check(on_ranks(2, run, cases, config, True, tmp_path, seconds=900), cases, 2)
     for name, folder in cases.items():
@@ -317,15 +317,15 @@ def test_every_scheme_eager_compiled_and_saved(family, experts, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("family", "experts"), [("llama", False), ("qwen3", False), ("mixtral", True), ("qwen3moe", True)]
+    ("architecture", "experts"), [("llama", False), ("qwen3", False), ("mixtral", True), ("qwen3moe", True)]
 )
-def test_four_ranks(family, experts, tmp_path, monkeypatch):
+def test_four_ranks(architecture, experts, tmp_path, monkeypatch):
     """With more key-value heads than the checkpoints under tests/data have."""
-    monkeypatch.setattr(families, "KV_HEADS", 4)
+    monkeypatch.setattr(architectures, "KV_HEADS", 4)
     sizes = Sizes(hidden=256, intermediate=512, expert=256)
     cases = {}
     for scheme in SCHEMES:
-        forged = forge(family.replace("3moe", "3_moe"), scheme, tmp_path / scheme, sizes=sizes)
-        cases[f"{family}/{scheme}"] = forged.folder
+        forged = forge(architecture.replace("3moe", "3_moe"), scheme, tmp_path / scheme, sizes=sizes)
+        cases[f"{architecture}/{scheme}"] = forged.folder
     config = {"tp_size": 4, "ep_size": 4} if experts else {"tp_size": 4}
     _check(on_ranks(4, run, cases, config, True, seconds=900), cases, 4)

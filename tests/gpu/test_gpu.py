@@ -23,7 +23,7 @@ from torch._inductor.utils import run_and_get_code
 import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering, ops, passes
 from ctfp8_compile.hf.compat import cache_argument
-from ctfp8_compile.passes import scales, side_by_side
+from ctfp8_compile.passes import horizontal_fusion, prepack
 from ctfp8_compile.target import Target
 
 ROOT = Path(__file__).parents[2]
@@ -111,12 +111,12 @@ def test_models_agree_with_the_same_graph_on_cpu(library, name):
 
 
 #: Of logits, between two ways to round the same sums: to round each to bfloat16, which changes none by more than 0.004, moves them by
-#: 0.034 to 0.049 (on a CPU), because some numbers of the next activation then get the code beside theirs, 0.06 to 0.12 off.
+#: 0.034 to 0.049 (on a CPU), because some numbers of the next activation then get the FP8 value beside theirs, 0.06 to 0.12 off.
 NEXT_CODE = 0.08
 
 
 def _quantizes(report):
-    """Whether activations are quantized on the device, so that the next code is the bound."""
+    """Whether activations are quantized on the device, so that the next FP8 value is the bound."""
     return DEVICE != "cpu" and any("weight-only" not in entry.kernel for entry in report.rewritten)
 
 
@@ -129,9 +129,9 @@ def _agrees_with_cpu(name, tolerance, library, **kwargs):
         # before lowering: the target's own operators may have no code for the CPU
         program = torch.export.export(model, (IDS,), {"use_cache": False}).run_decompositions({})
         if DEVICE != "cpu":
-            side_by_side.declare(program.graph)  # as compiled, joined: static scales with the largest of theirs
+            horizontal_fusion.declare(program.graph)  # as compiled, fused: static scales with the largest of theirs
         passes.run(program.graph, target, lower=False)
-        scales.fold(program)
+        prepack.fold(program)
         want = program.module()(IDS, use_cache=False).logits
         model.to(DEVICE)
         compiled = torch.compile(model, backend="ctfp8", fullgraph=True, options={"ctfp8.kernels": library})

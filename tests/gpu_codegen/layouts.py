@@ -97,7 +97,7 @@ def _scaled_grouped_mm(launch: Launch, device: str) -> None:
 
 
 def _weight_only(launch: Launch, device: str) -> None:
-    """Triton gets addresses: everything row-major, the weight's codes as bytes. Operands come by position."""
+    """Triton gets addresses: everything row-major, the weight's FP8 values as bytes. Operands come by position."""
     x, weight, scale, *extra, out = launch.operands.values()
     m, k, n = x.sizes[0], x.sizes[1], weight.sizes[-2]
     assert (weight.dtype, scale.dtype, out.dtype) == ("uint8", "float32", x.dtype), launch

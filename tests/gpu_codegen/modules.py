@@ -1,4 +1,4 @@
-"""Modules of our own that ask of a kernel what whole models seldom do."""
+"""Modules of our own that ask of a kernel what whole models rarely do."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Views(nn.Module):
 
 
 class Biased(nn.Module):
-    """Two linears with one input and biases: they are joined, and so are the biases."""
+    """Two linears with one input and biases: they are fused, and so are the biases."""
 
     def __init__(self) -> None:
         super().__init__()

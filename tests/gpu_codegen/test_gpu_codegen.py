@@ -377,7 +377,7 @@ def check(gpu: Gpu, result: Result) -> None:
     if "FP8_BLOCK" not in result.case.model or (result.case.rows or 23) % 4 == 0:  # else rows are padded for TMA
         quantizations = [name for name in names if "quantize" in name.split(", ")]
         scaled = [launch for launch in result.matmuls if not launch.weight_only]
-        assert len(quantizations) == len(scaled), where  # what has one input is joined
+        assert len(quantizations) == len(scaled), where  # what has one input is fused
         assert "copy of fp8" not in names, where
         if "llama/" in result.case.model and len(scaled) == 4:  # q, k, v; o; gate, up; down
             words = [set(name.split(", ")) for name in names]

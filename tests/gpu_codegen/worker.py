@@ -51,11 +51,11 @@ def compiled(case: Case, device: str, kernels: str) -> dict[str, Any]:
     import played
 
     import ctfp8_compile as ctfp8
-    from ctfp8_compile.inductor import laid_out, packed
+    from ctfp8_compile.inductor import packed, prepacked
 
-    # addresses that do not exist are not side by side, and tell nothing apart
+    # addresses that do not exist are not packed, and tell nothing apart
     packed.Adjacent.__call__ = lambda self, *args: self.compiled(*args)
-    laid_out.WithLaidOut.values = lambda self, tensors: self._make(tensors).values
+    prepacked.WithPrepacked.values = lambda self, tensors: self._make(tensors).values
     torch._dynamo.reset()
     model, mode = _model(case.model, case.experts, case.part, device)
     module, args, kwargs = _call(model, case, mode, device)
@@ -96,20 +96,20 @@ def _model(name: str, experts: str | None, part: str, device: str) -> tuple[nn.M
     options: dict[str, Any] = {"experts_implementation": experts} if experts else {}
     if device == "xpu":
         options["attn_implementation"] = "eager"  # torch's choice of a kernel asserts without that device
-    family, _, scheme = name.rpartition(":")[2].partition("/")
+    architecture, _, scheme = name.rpartition(":")[2].partition("/")
     if name.startswith("forged:"):
-        from support.families import Sizes
+        from support.architectures import Sizes
         from support.forge import forge
 
         with tempfile.TemporaryDirectory() as folder:
-            forged = forge(family, scheme, Path(folder), sizes=Sizes(hidden=512, intermediate=1024, expert=512))
+            forged = forge(architecture, scheme, Path(folder), sizes=Sizes(hidden=512, intermediate=1024, expert=512))
             model = ctfp8.from_pretrained(forged.folder, forged.auto_class, **options)
     elif name.startswith("own:"):
         from modules import own
 
-        model = own(family, scheme)
+        model = own(architecture, scheme)
     else:
-        model = ctfp8.from_pretrained(DATA / family / scheme, **options)
+        model = ctfp8.from_pretrained(DATA / architecture / scheme, **options)
     if part == "decoder":
         model = ctfp8.StaticCacheDecoder(model, 1, 64, dtype="fp8")
         for layer in model.cache.layers:

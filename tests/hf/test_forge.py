@@ -14,19 +14,19 @@ from compressed_tensors.compressors import compress_module
 from compressed_tensors.quantization import preset_name_to_scheme
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.forge import FAMILIES, SCHEMES, Forged, Sizes, _quantize, forge
+from support.forge import ARCHITECTURES, SCHEMES, Forged, Sizes, _quantize, forge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CompressedTensorsConfig
 
 DATA = Path(__file__).parents[1] / "data"
 REAL = {"llama": "llama", "mixtral": "mixtral", "qwen3_moe": "qwen3moe"}
-EVERY = [(family, scheme) for family, spec in FAMILIES.items() for scheme in spec.schemes]
+EVERY = [(architecture, scheme) for architecture, spec in ARCHITECTURES.items() for scheme in spec.schemes]
 #: Whole blocks say little that partial ones do not.
 WHOLE_OR_ODD = [(*case, True) for case in EVERY] + [(*case, False) for case in EVERY if case[1] == "FP8_BLOCK"]
-MOES = [family for family, spec in FAMILIES.items() if spec.experts]
+MOES = [architecture for architecture, spec in ARCHITECTURES.items() if spec.experts]
 
-#: What transformers 5.23 does with these checkpoints when asked to dequantize them (measured; the other families load
+#: What transformers 5.23 does with these checkpoints when asked to dequantize them (measured; the other architectures load
 #: exactly). None of these raises: the experts named in the file are reported as unexpected, the model's as missing.
 STOCK_WRONG = {
     "mixtral": "experts at random: it knows w1, w2, w3 only",
@@ -40,7 +40,9 @@ STOCK_WRONG = {
 }
 #: Here it raises: it multiplies a per-expert weight with its block scales as they are, which broadcasts only while an
 #: expert is a single block. Llama 4 is spared, whose experts it makes Linears.
-STOCK_RAISES = {(family, "FP8_BLOCK") for family in MOES if family not in STOCK_WRONG} - {("llama4", "FP8_BLOCK")}
+STOCK_RAISES = {(architecture, "FP8_BLOCK") for architecture in MOES if architecture not in STOCK_WRONG} - {
+    ("llama4", "FP8_BLOCK")
+}
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -84,10 +86,10 @@ def _block_of_each(size: int, scales: int) -> Tensor:
 
 
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8", "FP8_BLOCK"])
-@pytest.mark.parametrize("family", REAL)
-def test_files_are_laid_out_as_llm_compressors(family: str, scheme: str, tmp_path: Path) -> None:
-    real = DATA / REAL[family] / scheme
-    forge(family, scheme, tmp_path, sizes=Sizes(hidden=128, intermediate=256, expert=128))
+@pytest.mark.parametrize("architecture", REAL)
+def test_files_are_written_as_llm_compressors(architecture: str, scheme: str, tmp_path: Path) -> None:
+    real = DATA / REAL[architecture] / scheme
+    forge(architecture, scheme, tmp_path, sizes=Sizes(hidden=128, intermediate=256, expert=128))
     assert layout(tmp_path) == layout(real)
     assert quantization_config(tmp_path) == quantization_config(real)
 
@@ -106,9 +108,9 @@ def test_arithmetic_is_llm_compressors(scheme: str) -> None:
         assert torch.equal(linear.weight_scale, real[name + "_scale"]), name
 
 
-@pytest.mark.parametrize(("family", "scheme", "odd"), WHOLE_OR_ODD)
-def test_every_family_runs(family: str, scheme: str, odd: bool, tmp_path: Path) -> None:
-    forged = forge(family, scheme, tmp_path, odd=odd)
+@pytest.mark.parametrize(("architecture", "scheme", "odd"), WHOLE_OR_ODD)
+def test_every_architecture_runs(architecture: str, scheme: str, odd: bool, tmp_path: Path) -> None:
+    forged = forge(architecture, scheme, tmp_path, odd=odd)
     file = tensors(tmp_path)
     assert forged.fp8_names
     assert set(forged.fp8_names) == {name for name, x in file.items() if x.dtype == torch.float8_e4m3fn}
@@ -135,10 +137,12 @@ def check_scales(file: dict[str, Tensor], name: str, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3", "bert", "deepseek_v3", "jamba", "glm4_moe"])
-def test_reference_holds_the_files_linears(family: str, scheme: str, tmp_path: Path) -> None:
-    """These families' Linears have one name in the file and in the model."""
-    forged = forge(family, scheme, tmp_path, odd=True)
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "gemma3", "phi3", "bert", "deepseek_v3", "jamba", "glm4_moe"]
+)
+def test_reference_holds_the_files_linears(architecture: str, scheme: str, tmp_path: Path) -> None:
+    """These architectures' Linears have one name in the file and in the model."""
+    forged = forge(architecture, scheme, tmp_path, odd=True)
     file, model = tensors(tmp_path), dict(forged.reference.named_parameters())
     for name, stored in file.items():
         if name in model:
@@ -149,10 +153,10 @@ def test_reference_holds_the_files_linears(family: str, scheme: str, tmp_path: P
 
 
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK"])
-@pytest.mark.parametrize("family", MOES)
-def test_reference_experts_compute_what_the_file_says(family: str, scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", MOES)
+def test_reference_experts_compute_what_the_file_says(architecture: str, scheme: str, tmp_path: Path) -> None:
     """An expert of the model, against plain linears on the file's tensors: gate is gate, rows are rows."""
-    forged = forge(family, scheme, tmp_path, odd=True)
+    forged = forge(architecture, scheme, tmp_path, odd=True)
     file = {name: x.to(torch.float64) for name, x in dequantized_file(forged).items()}
     modules = [m for m in forged.reference.modules() if isinstance(getattr(m, "down_proj", None), nn.Parameter)]
     prefixes = sorted({p for name in file if (p := expert_prefix(name))})
@@ -162,7 +166,7 @@ def test_reference_experts_compute_what_the_file_says(family: str, scheme: str, 
         module.double()
         for index in range(len(module.down_proj)):
             x = torch.randn(3, width(file, prefix, index), dtype=torch.float64)
-            torch.testing.assert_close(run_expert(module, index, x), by_hand(file, prefix, index, x, family))
+            torch.testing.assert_close(run_expert(module, index, x), by_hand(file, prefix, index, x, architecture))
 
 
 def dequantized_file(forged: Forged) -> dict[str, Tensor]:
@@ -192,13 +196,13 @@ def expert_tensors(file: dict[str, Tensor], prefix: str, index: int) -> dict[str
     return of
 
 
-def by_hand(file: dict[str, Tensor], prefix: str, index: int, x: Tensor, family: str) -> Tensor:
+def by_hand(file: dict[str, Tensor], prefix: str, index: int, x: Tensor, architecture: str) -> Tensor:
     of = expert_tensors(file, prefix, index)
     up = F.linear(x, of["up"], of.get("up_bias"))
-    if family == "nemotron_h":  # no gate, squared ReLU
+    if architecture == "nemotron_h":  # no gate, squared ReLU
         return F.linear(F.relu(up).square(), of["down"])
     gate = F.linear(x, of["gate"], of.get("gate_bias"))
-    if family == "gpt_oss":
+    if architecture == "gpt_oss":
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         return F.linear((up + 1) * gate * torch.sigmoid(1.702 * gate), of["down"], of["down_bias"])
     return F.linear(F.silu(gate) * up, of["down"])
@@ -212,11 +216,13 @@ def run_expert(module: nn.Module, index: int, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK", "FP8"])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in STOCK_WRONG])
-def test_stock_transformers_agrees_where_it_can_load(family: str, scheme: str, tmp_path: Path) -> None:
-    if (family, scheme) in STOCK_RAISES:
+@pytest.mark.parametrize(
+    "architecture", [architecture for architecture in ARCHITECTURES if architecture not in STOCK_WRONG]
+)
+def test_stock_transformers_agrees_where_it_can_load(architecture: str, scheme: str, tmp_path: Path) -> None:
+    if (architecture, scheme) in STOCK_RAISES:
         pytest.skip("transformers raises here")
-    forged = forge(family, scheme, tmp_path)
+    forged = forge(architecture, scheme, tmp_path)
     how = CompressedTensorsConfig(dequantize=True)
     model = forged.auto_class.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=how)
     # as the reference's: by where a tensor begins, and whether it may need a gradient, torch's sums are rounded on some CPUs
@@ -226,9 +232,9 @@ def test_stock_transformers_agrees_where_it_can_load(family: str, scheme: str, t
         assert torch.equal(model(**forged.inputs).logits, forged.logits())
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_input_scales_differ_but_not_among_readers_of_one_input(family: str, tmp_path: Path) -> None:
-    forge(family, "FP8", tmp_path)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_input_scales_differ_but_not_among_readers_of_one_input(architecture: str, tmp_path: Path) -> None:
+    forge(architecture, "FP8", tmp_path)
     given = {name: x.item() for name, x in tensors(tmp_path).items() if name.endswith(".input_scale")}
     scales = {name.removesuffix(".input_scale"): scale for name, scale in given.items()}
     attention = "model.layers.1.self_attn"

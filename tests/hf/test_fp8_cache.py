@@ -65,17 +65,19 @@ def _weights(model) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_a_model_attends_to_what_was_rounded(family: str, dtype: str) -> None:
+def test_a_model_attends_to_what_was_rounded(architecture: str, dtype: str) -> None:
     """New tokens too: the prompt of 9 is rounded before it is attended to."""
     scheme = "FP8_DYNAMIC_KV" if dtype == "auto" else "FP8_DYNAMIC"
-    experts = {"experts_implementation": "batched_mm"} if family == "qwen3moe" else {}  # grouped ones know no float64
-    model = ctfp8.from_pretrained(DATA / family / scheme, dtype=torch.float32, **experts)
+    experts = (
+        {"experts_implementation": "batched_mm"} if architecture == "qwen3moe" else {}
+    )  # grouped ones know no float64
+    model = ctfp8.from_pretrained(DATA / architecture / scheme, dtype=torch.float32, **experts)
     ids, sizes = ids_for(model, 2), (9, 1, 1, 1)
     exact = Rounding(config=model.config)
     if dtype == "auto":
-        file = load_file(DATA / family / scheme / "model.safetensors")
+        file = load_file(DATA / architecture / scheme / "model.safetensors")
         exact.scales = [
             tuple(file[f"model.layers.{i}.self_attn.{w}_scale"] for w in "kv")
             for i in range(model.config.num_hidden_layers)

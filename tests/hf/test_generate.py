@@ -113,14 +113,14 @@ def test_an_encoder_embeds_padded_batches_of_every_length(tmp_path):
     assert len(ctfp8.compiled_reports()[-1].rewritten) == len(forged.fp8_names)
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gemma3", "mistral"])
-def test_a_static_cache_exists_before_the_first_token(family, tmp_path):
+@pytest.mark.parametrize("architecture", ["llama", "deepseek_v3", "gemma3", "mistral"])
+def test_a_static_cache_exists_before_the_first_token(architecture, tmp_path):
     """Of each kind of attention: with as many heads for keys, latent, with a sliding window."""
-    forged = forge(family, "FP8_DYNAMIC", tmp_path, dtype=torch.float32, scale_dtype=torch.float32)
+    forged = forge(architecture, "FP8_DYNAMIC", tmp_path, dtype=torch.float32, scale_dtype=torch.float32)
     model = ctfp8.from_pretrained(tmp_path, dtype=torch.float32)
     cache = ctfp8.static_cache(model, batch_size=2, max_length=32)
     begun = [layer for layer in cache.layers if layer.is_initialized]
-    assert len(begun) == (0 if family == "deepseek_v3" else len(cache.layers))
+    assert len(begun) == (0 if architecture == "deepseek_v3" else len(cache.layers))
     before = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in begun]
     ids = forged.inputs["input_ids"][:1].expand(2, -1)[:, :8]
     with torch.no_grad():

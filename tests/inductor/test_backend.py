@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -14,11 +15,11 @@ from torch import nn
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.graph import MARKER
-from ctfp8_compile.inductor.backend import Fp8Pass
+from ctfp8_compile.inductor.backend import Fp8Pass, _split_options
 from ctfp8_compile.model.parametrization import quantized_parameters
 from ctfp8_compile.ops import FP8
 
-# the loader and the rules see every pair of family and scheme in test_families
+# the loader and the rules see every pair of architecture and scheme in test_architectures
 ONE_GRAPH = ["llama/FP8_DYNAMIC", "llama/FP8_BLOCK", "qwen3/FP8", "qwen3moe/FP8_DYNAMIC", "mixtral/FP8_BLOCK"]
 
 
@@ -213,3 +214,17 @@ def test_what_a_growing_cache_begins_with_is_contiguous():
         got = torch.compile(module, backend="ctfp8", fullgraph=True)(x, nothing)
     assert got.stride() == want.stride()
     assert relative_error(got, want) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ({"ctfp8.join": False}, {"ctfp8.horizontal_fusion": False}),
+        ({"ctfp8.collectives": "codes"}, {"ctfp8.collectives": "fp8"}),
+    ],
+)
+def test_earlier_names_of_options_work_and_warn(earlier, today):
+    (name, value), (old, was) = next(iter(today.items())), next(iter(earlier.items()))
+    with pytest.warns(FutureWarning, match=f"{re.escape(old)}={was!r} is now spelled {re.escape(name)}={value!r}"):
+        ours, theirs = _split_options({**earlier, "max_autotune": True})
+    assert (ours, theirs) == (today, {"max_autotune": True})

@@ -81,7 +81,7 @@ def test_a_model_is_what_its_lowered_graph_is(compiled_for, name, experts, targe
     want = ctfp8.lower(model, (IDS,), {"use_cache": False}, target=target).module()(IDS, use_cache=False).logits
     with torch.no_grad():
         got = compiled_for(target, model)(IDS, use_cache=False).logits
-    assert relative_error(got, want) < 0.02  # codes of activations may round the other way
+    assert relative_error(got, want) < 0.02  # FP8 values of activations may round the other way
 
 
 def _emitted(module: torch.nn.Module, args: tuple[Any, ...], target: str) -> set[Any]:

@@ -38,8 +38,8 @@ def module():
     state = {}
     generator = torch.Generator().manual_seed(0)
     for i in range(2):
-        codes, scale = quantize(torch.randn(64, 64, generator=generator))
-        state |= {f"layers.{i}.weight": codes, f"layers.{i}.weight_scale": scale}
+        fp8, scale = quantize(torch.randn(64, 64, generator=generator))
+        state |= {f"layers.{i}.weight": fp8, f"layers.{i}.weight_scale": scale}
     return ctfp8.load_state_dict(Two(), state, fp8_config())
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import DATA, IDS, fp8_config, quantize, relative_error
-from support.families import FAMILIES, UNTRACEABLE
+from support.architectures import ARCHITECTURES, UNTRACEABLE
 from support.forge import forge
 from torch import nn
 from transformers import DynamicCache
@@ -70,11 +70,11 @@ def test_a_model_computes_the_same_bits(name, cache, two_are_enough):
 
 @pytest.mark.long
 # nor can dynamo trace llava with images: transformers takes a lock there
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNTRACEABLE - {"llava"}))
-def test_every_family_computes_the_same_bits(family, two_are_enough, tmp_path):
-    forged = forge(family, "FP8_DYNAMIC", tmp_path)
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - UNTRACEABLE - {"llava"}))
+def test_every_architecture_computes_the_same_bits(architecture, two_are_enough, tmp_path):
+    forged = forge(architecture, "FP8_DYNAMIC", tmp_path)
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
-    inputs = dict(forged.inputs) if family == "bert" else {**forged.inputs, "use_cache": False}
+    inputs = dict(forged.inputs) if architecture == "bert" else {**forged.inputs, "use_cache": False}
     found = []
     for undone in (True, False):
         torch._dynamo.reset()
@@ -83,7 +83,7 @@ def test_every_family_computes_the_same_bits(family, two_are_enough, tmp_path):
             found.append(torch.compile(model.forward, backend=declared, fullgraph=True)(**inputs)[0])
     assert torch.equal(*found)
     # the two layers of this small Jamba are of two classes
-    assert declared.made[-1].said.startswith(("2 repeated layers", "3 repeated layers")) or family == "jamba"
+    assert declared.made[-1].said.startswith(("2 repeated layers", "3 repeated layers")) or architecture == "jamba"
 
 
 def test_lengths_vary_within_one_graph(two_are_enough):

@@ -36,7 +36,7 @@ def test_a_release_of_another_torch_is_refused(monkeypatch, library, torch_relea
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(torch, "__version__", torch_release)
     assert KERNEL_LIBRARIES[library].mismatch() == why_not
-    if why_not is not None:  # and with a GPU, before anything of it is loaded, that is the gate's sentence
+    if why_not is not None:  # and with a GPU, before anything of it is loaded, that is the check's sentence
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert fbgemm.missing.__wrapped__(library) == why_not
 

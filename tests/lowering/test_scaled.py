@@ -1,4 +1,4 @@
-"""FP8 × FP8 matmuls for CUDA and XPU, on a machine without either: the gates, and the arithmetic of the rewritten graphs.
+"""FP8 × FP8 matmuls for CUDA and XPU, on a machine without either: the eligibility checks, and the arithmetic of the rewritten graphs.
 
 Lowered graphs run on the CPU: `aten._scaled_mm` has a CPU kernel, fbgemm's operators have the reference implementations
 declared with their schemas, and `_scaled_grouped_mm` gets one here. All must agree with a float64 model of the same

@@ -1,4 +1,4 @@
-"""The table in docs/targets.md is what the gates answer; `EXPECTTEST_ACCEPT=1` writes it anew."""
+"""The table in docs/targets.md is what the eligibility checks answer; `EXPECTTEST_ACCEPT=1` writes it anew."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ctfp8_compile.lowering import Kernel, Problem, choose, kernels_of, scaled_m
 from ctfp8_compile.target import Target
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "targets.md"
-BEGIN, END = "<!-- what the gates choose: begin -->", "<!-- what the gates choose: end -->"
+BEGIN, END = "<!-- what the checks choose: begin -->", "<!-- what the checks choose: end -->"
 TARGETS = ("cpu", "cuda:sm80", "cuda:sm89", "cuda:sm90", "cuda:sm100", "cuda:sm120", "xpu")
 #: What it is; kind, sizes of the weight, block, activation scheme, and the number of rows where that matters.
 PROBLEMS = {
@@ -36,7 +36,7 @@ def chosen(target: str, problem: Problem, without: str = "") -> str:
 
 
 def table() -> str:
-    """For each problem, the first kernel whose gate says yes; where fbgemm's is, also the one without it."""
+    """For each problem, the first eligible kernel; where that is fbgemm's, also the one without it."""
     lines = [" | ".join(["", *TARGETS]), "|".join(["---"] * (len(TARGETS) + 1))]
     for name, (kind, weight, block, activation, *rows) in PROBLEMS.items():
         problem = Problem(kind, torch.bfloat16, (*(rows or [16]), weight[-1]), weight, block, activation, False)

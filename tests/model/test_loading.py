@@ -201,7 +201,7 @@ def test_load_state_dict_into_a_plain_module():
         (lambda s: s.update(extra=torch.zeros(1)), "extra: in the state dict"),
         (lambda s: s.update({"up.weight": s["up.weight"][:, :20].contiguous()}), r"up.weight .* declares \[24, 40\]"),
         (lambda s: s["up.weight_scale"].fill_(float("nan")), "scale nan"),
-        (lambda s: s["down.weight"].view(torch.uint8)[3, 5].fill_(0x7F), "down.weight: holds NaN codes"),
+        (lambda s: s["down.weight"].view(torch.uint8)[3, 5].fill_(0x7F), "down.weight: holds NaN values"),
     ],
 )
 def test_load_state_dict_refuses_bad_input(edit, sentence):

@@ -22,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.forge import DIALECTS, SCHEMES, Sizes, forge
+from support.forge import FORMATS, SCHEMES, Sizes, forge
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,11 +35,11 @@ IDS = torch.arange(3, 19)[None]
 
 
 @functools.cache
-def _source(family: str, scheme: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _source(architecture: str, scheme: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and config of a checkpoint whose weights end in partial blocks."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = Sizes(hidden=160, intermediate=224, expert=96) if scheme == "MXFP8" else Sizes(144, 136, 80)
-        made = forge(family, scheme, Path(folder), sizes=sizes).folder
+        made = forge(architecture, scheme, Path(folder), sizes=sizes).folder
         return load_file(made / FILE), json.loads((made / "config.json").read_text())
 
 
@@ -200,17 +200,17 @@ def other_scale(d: Draft) -> list[str]:
 
 def nan_code(d: Draft) -> list[str]:
     name = d.pick(_is_fp8)
-    codes = d.tensors[name].clone().view(torch.uint8)
-    codes.view(-1)[d.draw(st.integers(0, codes.numel() - 1))] = d.one_of(0x7F, 0xFF)
-    d.tensors[name] = codes.view(FP8)
+    fp8 = d.tensors[name].clone().view(torch.uint8)
+    fp8.view(-1)[d.draw(st.integers(0, fp8.numel() - 1))] = d.one_of(0x7F, 0xFF)
+    d.tensors[name] = fp8.view(FP8)
     return [name]
 
 
 def other_code(d: Draft) -> list[str]:
     name = d.pick(_is_fp8)
-    codes = d.tensors[name].clone().view(torch.uint8)
-    codes.view(-1)[d.draw(st.integers(0, codes.numel() - 1))] ^= d.one_of(1, 8, 64, 128)
-    d.tensors[name] = codes.view(FP8)
+    fp8 = d.tensors[name].clone().view(torch.uint8)
+    fp8.view(-1)[d.draw(st.integers(0, fp8.numel() - 1))] ^= d.one_of(1, 8, 64, 128)
+    d.tensors[name] = fp8.view(FP8)
     return [name]
 
 
@@ -367,8 +367,8 @@ CHANGES = (
     nan_code, other_code, truncate, extend, flip_header, edit_index, edit_scheme, edit_activations, edit_coverage,
     edit_config, other_config, junk_in_config, edit_model,
 )  # fmt: skip
-#: Of tensors alone, which every dialect has; and of its own config.
-DIALECT_CHANGES = (
+#: Of tensors alone, which every format has; and of its own config.
+FORMAT_CHANGES = (
     drop, drop_several, rename, swap, add, retype, reinterpret, reshape, reshape_scale, bad_scale, other_scale, nan_code,
     other_code, edit_fp8,
 )  # fmt: skip
@@ -382,9 +382,9 @@ def test_error_or_right_logits(change: Callable[[Draft], list[str]]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("change", DIALECT_CHANGES, ids=lambda change: change.__name__)
-def test_error_or_right_logits_of_other_dialects(change: Callable[[Draft], list[str]]) -> None:
-    _check(change, ("fp8",) if change is edit_fp8 else DIALECTS)
+@pytest.mark.parametrize("change", FORMAT_CHANGES, ids=lambda change: change.__name__)
+def test_error_or_right_logits_of_other_format(change: Callable[[Draft], list[str]]) -> None:
+    _check(change, ("fp8",) if change is edit_fp8 else FORMATS)
 
 
 def _check(change: Callable[[Draft], list[str]], schemes: Sequence[str]) -> None:
@@ -394,8 +394,8 @@ def _check(change: Callable[[Draft], list[str]], schemes: Sequence[str]) -> None
         max_examples=EXAMPLES, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(st.sampled_from(["llama", "qwen3_moe"]), st.sampled_from(schemes), st.data())
-    def check(family: str, scheme: str, data: st.DataObject) -> None:
-        tensors, config = _source(family, scheme)
+    def check(architecture: str, scheme: str, data: st.DataObject) -> None:
+        tensors, config = _source(architecture, scheme)
         with tempfile.TemporaryDirectory() as folder:
             draft = Draft(Path(folder), dict(tensors), copy.deepcopy(config), data.draw)
             names = change(draft)
@@ -421,9 +421,9 @@ def _check(change: Callable[[Draft], list[str]], schemes: Sequence[str]) -> None
 
 def test_unchanged_checkpoints_load() -> None:
     """Else every error above could be for another reason."""
-    for family in ("llama", "qwen3_moe"):
-        for scheme in (*SCHEMES, *DIALECTS):
-            tensors, config = _source(family, scheme)
+    for architecture in ("llama", "qwen3_moe"):
+        for scheme in (*SCHEMES, *FORMATS):
+            tensors, config = _source(architecture, scheme)
             with tempfile.TemporaryDirectory() as folder:
                 Draft(Path(folder), dict(tensors), config, None).write()
                 with torch.no_grad():

@@ -21,26 +21,26 @@ ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-11, torch.float32: 2.0
 
 
 @triton.jit
-def decode_kernel(codes, out, dtype: tl.constexpr):
+def decode_kernel(fp8, out, dtype: tl.constexpr):
     at = tl.arange(0, 256)
-    tl.store(out + at, kernels.decode(tl.load(codes + at), dtype).to(tl.float32) * kernels.UNIT)
+    tl.store(out + at, kernels.decode(tl.load(fp8 + at), dtype).to(tl.float32) * kernels.UNIT)
 
 
 @pytest.mark.parametrize("dtype", [tl.bfloat16, tl.float16, tl.float32], ids=str)
 def test_every_code_is_decoded_to_the_bit(dtype):
-    codes = torch.arange(256, dtype=torch.uint8)
+    fp8 = torch.arange(256, dtype=torch.uint8)
     got = torch.empty(256)
-    decode_kernel[(1,)](codes, got, dtype)
-    want = codes.view(FP8).float()
+    decode_kernel[(1,)](fp8, got, dtype)
+    want = fp8.view(FP8).float()
     numbers = ~want.isnan()  # 0x7F and 0xFF are refused when a checkpoint is loaded
     assert numbers.sum() == 254
     assert torch.equal(got[numbers].view(torch.int32), want[numbers].view(torch.int32))  # the sign of zero, too
 
 
 def some_weight(*shape: int) -> torch.Tensor:
-    """Every code but the two NaNs, subnormals as often as others."""
-    codes = torch.randint(0, 254, shape, dtype=torch.uint8)
-    return torch.where(codes >= 127, codes + 1, codes).view(FP8)
+    """Every FP8 value but the two NaNs, subnormals as often as others."""
+    fp8 = torch.randint(0, 254, shape, dtype=torch.uint8)
+    return torch.where(fp8 >= 127, fp8 + 1, fp8).view(FP8)
 
 
 def some_scale(shape: tuple[int, ...], block: tuple[int, int]) -> torch.Tensor:

@@ -36,7 +36,7 @@ def _restore() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def codes(*shape: int, nan: bool = False) -> Tensor:
+def fp8(*shape: int, nan: bool = False) -> Tensor:
     raw = torch.randint(0, 256, shape, dtype=torch.uint8)
     if not nan:
         raw = torch.where((raw & 0x7F) == 0x7F, raw - 1, raw)
@@ -102,7 +102,7 @@ def test_linear(
     torch.ops.ctfp8_cpu.set_isa(isa)
     torch.set_num_threads(data.draw(st.sampled_from([1, 2])))
     block = [1, k] if isinstance(block, str) else block
-    weight, scale = misaligned(codes(n, k), offset), scales(n, k, block)
+    weight, scale = misaligned(fp8(n, k), offset), scales(n, k, block)
     x = torch.randn(m, k).to(dtype)
     if data.draw(st.booleans()):
         x = torch.randn(k, m).to(dtype).t()
@@ -121,7 +121,7 @@ def test_linear_of_real_size(isa: str, dtype: torch.dtype, m: int) -> None:
     torch.ops.ctfp8_cpu.set_isa(isa)
     n, k = (96, 1500) if m > 16 else (513, 4096)
     for block in ([1, k], [128, 128], MXFP8):
-        weight, scale, x = codes(n, k), scales(n, k, block), torch.randn(m, k).to(dtype)
+        weight, scale, x = fp8(n, k), scales(n, k, block), torch.randn(m, k).to(dtype)
         check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
 
 
@@ -129,7 +129,7 @@ def test_linear_of_real_size(isa: str, dtype: torch.dtype, m: int) -> None:
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 260])
 def test_activations_beyond_the_cache(m: int, block: list[int]) -> None:
     """Tiles of the weight are larger then, and its rows pass several abreast."""
-    x, weight, scale = torch.randn(m, 16500).bfloat16(), codes(100, 16500), scales(100, 16500, block)
+    x, weight, scale = torch.randn(m, 16500).bfloat16(), fp8(100, 16500), scales(100, 16500, block)
     check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
 
 
@@ -182,7 +182,7 @@ def test_infinities_and_nan_of_such_a_weight_stay() -> None:
 
 
 def test_no_worse_than_torch_on_dequantized_weights() -> None:
-    x, weight, scale = torch.randn(16, 2048).bfloat16(), codes(256, 2048), scales(256, 2048, [128, 128])
+    x, weight, scale = torch.randn(16, 2048).bfloat16(), fp8(256, 2048), scales(256, 2048, [128, 128])
     expected, _ = exact(x, weight, scale, [128, 128])
     error = lambda out: ((out.double() - expected).norm() / expected.norm()).item()  # noqa: E731
     stock = torch.nn.functional.linear(x, op.dequantize(weight, scale, None, [128, 128], "none", torch.bfloat16))
@@ -193,7 +193,7 @@ def test_no_worse_than_torch_on_dequantized_weights() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("m", [1, 3, 40])
 def test_every_code(isa: str, dtype: torch.dtype, m: int) -> None:
-    """A weight of one column times one is the decoded code itself."""
+    """A weight of one column times one is the decoded FP8 value itself."""
     torch.ops.ctfp8_cpu.set_isa(isa)
     weight = torch.arange(256, dtype=torch.uint8).view(FP8)
     out = op.dequantized_linear(torch.ones(m, 1, dtype=dtype), weight[:, None], torch.ones(256, 1), None, [1, 1])
@@ -232,7 +232,7 @@ def test_dequantize_is_bit_exact(
     torch.manual_seed(0)
     torch.ops.ctfp8_cpu.set_isa(isa)
     block = [1, k] if isinstance(block, str) else block
-    weight = misaligned(codes(*lead, n, k, nan=True), offset)
+    weight = misaligned(fp8(*lead, n, k, nan=True), offset)
     scale = scales(n, k, block, *lead)
     if tiny:
         scale = scale - 105 if block == MXFP8 else scale * 1e-37
@@ -271,7 +271,7 @@ def test_grouped(
     torch.ops.ctfp8_cpu.set_isa(isa)
     block = [1, k] if isinstance(block, str) else block
     e = len(counts)
-    weight, scale = codes(e, n, k), scales(n, k, block, e)
+    weight, scale = fp8(e, n, k), scales(n, k, block, e)
     x, offs = torch.randn(sum(counts) + extra, k).to(dtype), torch.tensor(counts).cumsum(0).to(index)
     out = op.dequantized_grouped_mm(x, weight, scale, offs, block)
     begin = 0
@@ -298,7 +298,7 @@ def test_gathered(
     torch.manual_seed(0)
     torch.ops.ctfp8_cpu.set_isa(isa)
     block = [1, k] if isinstance(block, str) else block
-    weight, scale = codes(2 * e, n, k)[::2], scales(n, k, block, e)
+    weight, scale = fp8(2 * e, n, k)[::2], scales(n, k, block, e)
     x, ids = torch.randn(t, k).to(dtype), torch.randint(0, e, (t,), dtype=index)
     out = op.dequantized_gathered_mm(x, weight, scale, ids, block)
     assert out.shape == (t, n)
@@ -321,7 +321,7 @@ def test_every_exponent(isa: str, m: int) -> None:
 
 
 def test_slices_and_layouts() -> None:
-    weight, x = codes(64, 96), torch.randn(2, 3, 40).bfloat16()
+    weight, x = fp8(64, 96), torch.randn(2, 3, 40).bfloat16()
     scale = torch.rand(64, 1)
     for w, s in (
         (weight[8:40, 5:45], scale[8:40]),
@@ -334,7 +334,7 @@ def test_slices_and_layouts() -> None:
 
 
 def test_one_scale_broadcasts_as_in_the_reference() -> None:
-    x, weight = torch.randn(3, 64), codes(32, 64)
+    x, weight = torch.randn(3, 64), fp8(32, 64)
     for scale in (torch.rand(1, 1), torch.rand(32, 1), torch.rand(1, 2)):
         out = op.dequantized_linear(x, weight, scale, None, [1, 32])
         check(out, *exact(x, weight, scale, [1, 32]))
@@ -343,15 +343,15 @@ def test_one_scale_broadcasts_as_in_the_reference() -> None:
 def test_empty_sizes() -> None:
     bias = torch.randn(5)
     none = torch.ones(5, 0)
-    assert torch.equal(op.dequantized_linear(torch.ones(2, 0), codes(5, 0), none, bias, [1, 0]), bias.expand(2, 5))
-    assert torch.equal(op.dequantized_linear(torch.ones(2, 0), codes(5, 0), none, None, [1, 128]), torch.zeros(2, 5))
-    assert op.dequantized_linear(torch.ones(2, 7), codes(0, 7), torch.ones(0, 1), None, [1, 7]).shape == (2, 0)
-    assert op.dequantized_linear(torch.ones(0, 4, 7), codes(3, 7), torch.ones(3, 1), None, [1, 7]).shape == (0, 4, 3)
+    assert torch.equal(op.dequantized_linear(torch.ones(2, 0), fp8(5, 0), none, bias, [1, 0]), bias.expand(2, 5))
+    assert torch.equal(op.dequantized_linear(torch.ones(2, 0), fp8(5, 0), none, None, [1, 128]), torch.zeros(2, 5))
+    assert op.dequantized_linear(torch.ones(2, 7), fp8(0, 7), torch.ones(0, 1), None, [1, 7]).shape == (2, 0)
+    assert op.dequantized_linear(torch.ones(0, 4, 7), fp8(3, 7), torch.ones(3, 1), None, [1, 7]).shape == (0, 4, 3)
 
 
 @pytest.mark.parametrize("m", [2, 30])
 def test_not_a_number_stays_in_its_row(m: int) -> None:
-    weight = codes(9, 70)
+    weight = fp8(9, 70)
     weight.view(torch.uint8)[4, 69] = 0xFF
     for dtype in (torch.bfloat16, torch.float32):
         out = op.dequantized_linear(torch.ones(m, 70, dtype=dtype), weight, torch.ones(9, 1), None, [1, 70])
@@ -362,10 +362,10 @@ def test_not_a_number_stays_in_its_row(m: int) -> None:
 @pytest.mark.parametrize("m", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_large_activations_with_small_scales(isa: str, m: int, dtype: torch.dtype) -> None:
-    """Their products with codes are beyond float32, with the scales applied they are not."""
+    """Their products with FP8 values are beyond float32, with the scales applied they are not."""
     torch.ops.ctfp8_cpu.set_isa(isa)
     x = (torch.randn(m, 300) * 3e36).to(dtype)
-    weight, bias = codes(3, 20, 300), torch.randn(20) * 1e30
+    weight, bias = fp8(3, 20, 300), torch.randn(20) * 1e30
     for block in ([1, 300], [16, 128]):
         scale = scales(20, 300, block, 3) * 1e-4
         out, size = exact(x, weight[0], scale[0], block, bias)
@@ -378,7 +378,7 @@ def test_large_activations_with_small_scales(isa: str, m: int, dtype: torch.dtyp
 
 
 def test_scratch_of_a_large_call_is_given_back() -> None:
-    weight, scale = codes(8, 4096), torch.ones(8, 1)
+    weight, scale = fp8(8, 4096), torch.ones(8, 1)
     x = torch.ones(16384, 4096, dtype=torch.bfloat16)  # prepared, these take 134 MB
 
     def own() -> int:
@@ -394,7 +394,7 @@ def test_scratch_of_a_large_call_is_given_back() -> None:
 def test_threads_and_repeats_agree(isa: str) -> None:
     torch.ops.ctfp8_cpu.set_isa(isa)
     for m in (1, 7, 40):
-        x, weight, scale = torch.randn(m, 1000).bfloat16(), codes(300, 1000), scales(300, 1000, [128, 128])
+        x, weight, scale = torch.randn(m, 1000).bfloat16(), fp8(300, 1000), scales(300, 1000, [128, 128])
         torch.set_num_threads(1)
         one = op.dequantized_linear(x, weight, scale, None, [128, 128])
         torch.set_num_threads(2)
@@ -415,13 +415,13 @@ def test_brgemm(m: int) -> None:
         pytest.skip("torch has no bfloat16 brgemm for this CPU")
     try:
         for n, k, block in ((100, 300, [1, 300]), (130, 257, [128, 128]), (48, 1024, [64, 128]), (7, 65, [3, 7])):
-            x, weight, scale = torch.randn(m, k).bfloat16(), codes(n, k), scales(n, k, block)
+            x, weight, scale = torch.randn(m, k).bfloat16(), fp8(n, k), scales(n, k, block)
             check(op.dequantized_linear(x, weight, scale, None, block), *exact(x, weight, scale, block))
     finally:
         torch.ops.ctfp8_cpu.use_brgemm(False)
 
 
-W, S, X = codes(8, 16), torch.ones(8, 1), torch.ones(2, 16)
+W, S, X = fp8(8, 16), torch.ones(8, 1), torch.ones(2, 16)
 
 
 @pytest.mark.parametrize(

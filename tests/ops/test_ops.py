@@ -35,8 +35,8 @@ def test_dequantize_is_bit_exact_with_compressed_tensors(rows, cols, strategy, d
 
 
 def test_every_fp8_code():
-    codes = torch.arange(256, dtype=torch.uint8).view(ops.FP8).view(2, 128)
-    out = _dequantize(codes, torch.ones(2, 1), [1, 128], torch.float32)
+    fp8 = torch.arange(256, dtype=torch.uint8).view(ops.FP8).view(2, 128)
+    out = _dequantize(fp8, torch.ones(2, 1), [1, 128], torch.float32)
     sign, exponent, mantissa = (torch.arange(256) >> 7), (torch.arange(256) >> 3) & 15, torch.arange(256) & 7
     value = torch.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
     want = torch.where(sign > 0, -value, value).view(2, 128)

@@ -1,4 +1,4 @@
-"""Collectives as graph passes: codes travel instead of activations, norms are spread over the ranks; the same bits come out."""
+"""Collectives as graph passes: FP8 values travel instead of activations, norms are spread over the ranks; the same bits come out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ctfp8_compile.compat import functional_collectives
 from ctfp8_compile.graph import format_graph
 from ctfp8_compile.target import Target
 
-#: What each rank computes of its own tokens, between a reduce-scatter and an all-gather of codes.
+#: What each rank computes of its own tokens, between a reduce-scatter and an all-gather of FP8 values.
 TOKENS = """\
 _c10d_functional.reduce_scatter_tensor(_, sum, 2, 0) : f32[4, 128]
 add : f32[1, 4, 128]
@@ -114,12 +114,12 @@ def _steps(traced: Any) -> list[str]:
 def test_norms_are_spread_and_codes_travel(two):
     assert "\n".join(_steps(program(Block(), BLOCK, "tokens"))[2:]) == TOKENS
     traced = _steps(program(Block(), BLOCK, "as traced"))
-    assert _steps(program(Block(), BLOCK, "codes")) == traced
+    assert _steps(program(Block(), BLOCK, "fp8")) == traced
     assert sum("all_reduce" in step for step in traced) == 2
 
 
 def test_rows_are_quantized_where_they_are(two):
-    steps = _steps(program(Gather(), (torch.randn(2, 3, 128),), "codes"))
+    steps = _steps(program(Gather(), (torch.randn(2, 3, 128),), "fp8"))
     assert steps == [
         "ctfp8.quantize_per_token : (f8e4m3[6, 128], f32[6, 1])",
         "_c10d_functional.all_gather_into_tensor(_, 2, 0) : torch.uint8[12, 128]",
@@ -135,7 +135,7 @@ def test_tokens_that_ranks_cannot_share_stay(two):
 
 @pytest.mark.skipif(compat.release(torch.__version__) < (2, 12), reason="needs aten._scaled_mm for sm89: torch 2.12")
 def test_inductors_async_tp_finds_the_matmuls(two, monkeypatch):
-    """Its own pass, told that NCCL and symmetric memory are there, fuses every collective of codes and every sum."""
+    """Its own pass, told that NCCL and symmetric memory are there, fuses every collective of FP8 values and every sum."""
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     monkeypatch.setattr(_symmetric_memory, "is_symm_mem_enabled_for_group", lambda group: True)
     block, args = Block().bfloat16(), tuple(x.bfloat16() for x in BLOCK)
@@ -152,7 +152,7 @@ def test_inductors_async_tp_finds_the_matmuls(two, monkeypatch):
 
 
 def test_another_way_is_refused():
-    with pytest.raises(Exception, match="ctfp8.collectives='all': it is one of as traced, codes, tokens"):
+    with pytest.raises(Exception, match="ctfp8.collectives='all': it is one of as traced, fp8, tokens"):
         torch.compile(nn.Linear(2, 2), backend="ctfp8", options={"ctfp8.collectives": "all"})(torch.zeros(1, 2))
 
 
@@ -165,7 +165,7 @@ def differences() -> tuple[list[float], list[float], bool]:
     found = []
     for module, args in ((Block, (x, residual)), (Gather, (rows,))):
         want = program(module(), args, "as traced").module()(*args)
-        found += [relative_error(program(module(), args, way).module()(*args), want) for way in ("codes", "tokens")]
+        found += [relative_error(program(module(), args, way).module()(*args), want) for way in ("fp8", "tokens")]
     errors = []
     for name in ("llama/FP8_BLOCK", "mixtral/FP8"):
         config = DistributedConfig(tp_size=2)
@@ -181,6 +181,6 @@ def test_two_ranks_compute_the_same():
     for of in on_ranks(2, differences):
         assert isinstance(of, tuple), of
         assert of[0][0] == of[0][2] == of[0][3] == 0  # no norm: bit for bit
-        assert of[0][1] <= 1e-2, of  # a mean of other strides may round a code the other way
+        assert of[0][1] <= 1e-2, of  # a mean of other strides may round an FP8 value the other way
         assert max(of[1]) <= 1e-6
         assert of[2]

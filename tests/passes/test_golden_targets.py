@@ -11,7 +11,7 @@ from expecttest import TestCase
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import passes
-from ctfp8_compile.passes import scales, side_by_side
+from ctfp8_compile.passes import horizontal_fusion, prepack
 from ctfp8_compile.graph import format_graph
 from ctfp8_compile.target import Target
 
@@ -205,9 +205,9 @@ return [%28, %29, %27, %40]""")
             program = torch.export.export(
                 _layer("llama/FP8_DYNAMIC"), (hidden,), {"position_embeddings": (rotary, rotary)}
             ).run_decompositions({})
-        side_by_side.declare(program.graph)
+        horizontal_fusion.declare(program.graph)
         passes.run(program.graph, Target.parse("cuda:sm90"), lower=False)
-        scales.fold(program)
+        prepack.fold(program)
         self.assertExpectedInline(
             format_graph(program.graph),
             """\

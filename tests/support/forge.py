@@ -30,14 +30,14 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, maybe_pad_tensor_for_block_quant
 from compressed_tensors.utils import match_named_modules
 from safetensors import safe_open
-from support.dialects import respell
-from support.families import DIALECTS, FAMILIES, MXFP8_ODD, SCHEMES, Experts, Family, Sizes
+from support.architectures import ARCHITECTURES, FORMATS, MXFP8_ODD, SCHEMES, Architecture, Experts, Sizes
+from support.formats import respell
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
-__all__ = ["DIALECTS", "FAMILIES", "SCHEMES", "Family", "Forged", "Sizes", "forge"]
+__all__ = ["ARCHITECTURES", "FORMATS", "SCHEMES", "Architecture", "Forged", "Sizes", "forge"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Forged:
 
 
 def forge(
-    family: str,
+    architecture: str,
     scheme: str,
     folder: Path,
     *,
@@ -67,18 +67,18 @@ def forge(
     sizes: Sizes | None = None,
     shards: int = 1,
 ) -> Forged:
-    """Write `family` quantized by `scheme` to `folder`.
+    """Write `architecture` quantized by `scheme` to `folder`.
 
     `scale_dtype` is what scales are stored in (llm-compressor: the model's dtype). `odd` picks sizes that are multiples
     of 16 but not of 128, `sizes` any others. `shards` is how many files the weights go to, about.
     """
-    spec = FAMILIES[family]
+    spec = ARCHITECTURES[architecture]
     if scheme == "fp8":
-        made = forge(family, "FP8_BLOCK", Path(folder) / "made", seed=seed, dtype=dtype, scale_dtype=torch.float32,
+        made = forge(architecture, "FP8_BLOCK", Path(folder) / "made", seed=seed, dtype=dtype, scale_dtype=torch.float32,
                      odd=odd, sizes=sizes)  # fmt: skip
         return replace(made, folder=respell(made.folder, Path(folder) / "fp8", "fp8"))
     if scheme not in (*spec.schemes, "MXFP8"):
-        raise ValueError(f"llm-compressor cannot write {family} as {scheme}")
+        raise ValueError(f"llm-compressor cannot write {architecture} as {scheme}")
     usual = MXFP8_ODD if scheme == "MXFP8" else spec.odd
     config = spec.config(sizes or (usual if odd else Sizes()))
     with torch.random.fork_rng(devices=[]):

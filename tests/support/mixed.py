@@ -56,10 +56,10 @@ def mix(
                  and regex.match(pattern.removeprefix("re:"), n.removesuffix(".weight"))]  # fmt: skip
         assert names, pattern
         for name in names:
-            module, codes = name.removesuffix(".weight"), state[name]
+            module, fp8 = name.removesuffix(".weight"), state[name]
             for own in [key for key in state if key.rpartition(".")[0] == module and not key.endswith(".bias")]:
                 del state[own]
-            parts = _compress(codes.float() / 5000, scheme)
+            parts = _compress(fp8.float() / 5000, scheme)
             state |= {f"{module}.{leaf}": tensor for leaf, tensor in parts.items()}
             compressor = BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))
             truth[name] = compressor.decompress(parts, scheme)["weight"].detach()

@@ -25,7 +25,7 @@ from ctfp8_compile.ops import FP8
 
 Step = Callable[[Callable[[str], Tensor], Tensor], Tensor]
 TOKENS = 3
-HUGE = 1e35  #: times codes up to 448 and 130 features, beyond float32
+HUGE = 1e35  #: times FP8 values up to 448 and 130 features, beyond float32
 
 
 class Holder(nn.Module):
@@ -351,13 +351,13 @@ def _weights(
                 at = (..., slice(i * rows, (i + 1) * rows), slice(j * cols, (j + 1) * cols))
                 scale[..., i, j] = weight[at].abs().amax((-2, -1)) / 448
                 wide[at] = scale[..., i, j, None, None]
-        codes = (weight / wide).to(FP8)
+        fp8 = (weight / wide).to(FP8)
         key = f"holders.{name}.weight"
-        state[key] = codes
+        state[key] = fp8
         state[f"{key}_scale"] = scale.reshape(weight.shape[:-2] or (1,)) if strategy == "tensor" else scale
         if activation == "tensor":
             state[f"holders.{name}.input_scale"] = torch.tensor([0.02])
-        exact[f"{name}.weight"] = (codes.float() * wide).to(draft.dtype).double()
+        exact[f"{name}.weight"] = (fp8.float() * wide).to(draft.dtype).double()
         if holder.bias is not None:
             bias = torch.randn(holder.bias.shape, generator=generator).to(draft.dtype)
             state[f"holders.{name}.bias"], exact[f"{name}.bias"] = bias, bias.double()

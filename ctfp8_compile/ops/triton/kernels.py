@@ -1,4 +1,4 @@
-"""Triton kernels for `x @ dequantize(weight).T`: e4m3 codes are decoded in registers, scales go on the accumulator.
+"""Triton kernels for `x @ dequantize(weight).T`: e4m3 values are decoded in registers, scales go on the accumulator.
 
 Tiles lie transposed, `[BN outputs, BM rows]`, so that the decoded weight is the left operand of the matrix
 instruction, which Hopper and later read from registers; a right operand would go through shared memory again.
@@ -16,14 +16,14 @@ UNIT = tl.constexpr(256.0)
 
 
 @triton.jit
-def decode(codes, dtype: tl.constexpr):
-    """e4m3 codes (uint8) as floats, exactly, divided by `UNIT`.
+def decode(fp8, dtype: tl.constexpr):
+    """e4m3 values (uint8) as floats, exactly, divided by `UNIT`.
 
     Sign, exponent and mantissa are moved to their places in a float16, whose exponent has one bit more. It then is off by
     the difference of the two biases, 8, for subnormals as for other numbers; nothing has to be told apart. The
     wider types hold every float16.
     """
-    wide = codes.to(tl.int8, bitcast=True).to(tl.int16)  # s_ssss_ssss_eeee_mmm: the sign comes along
+    wide = fp8.to(tl.int8, bitcast=True).to(tl.int16)  # s_ssss_ssss_eeee_mmm: the sign comes along
     return ((wide << 7) & -0x4080).to(tl.float16, bitcast=True).to(dtype)
 
 
@@ -58,11 +58,11 @@ def multiply(
     if BLOCK_COLS == 0:
         for start in range(0, cols, BK):
             if EVEN:
-                codes, xs = tl.load(w_tile + start), tl.load(x_tile + start)
+                fp8, xs = tl.load(w_tile + start), tl.load(x_tile + start)
             else:
-                codes = tl.load(w_tile + start, mask=w_k < cols - start, other=0)
+                fp8 = tl.load(w_tile + start, mask=w_k < cols - start, other=0)
                 xs = tl.load(x_tile + start, mask=x_k < cols - start, other=0.0)
-            acc = tl.dot(decode(codes, dtype), xs, acc, input_precision="ieee")
+            acc = tl.dot(decode(fp8, dtype), xs, acc, input_precision="ieee")
         if SPLIT > 1:
             acc = tl.sum(acc, 0)
         acc *= (tl.load(s_tile) * UNIT)[:, None]
@@ -72,12 +72,12 @@ def multiply(
             block = step // STEPS
             start = block * BLOCK_COLS + step % STEPS * BK
             if EVEN:
-                codes, xs = tl.load(w_tile + start), tl.load(x_tile + start)
+                fp8, xs = tl.load(w_tile + start), tl.load(x_tile + start)
             else:
                 left = tl.minimum(block * BLOCK_COLS + BLOCK_COLS, cols) - start
-                codes = tl.load(w_tile + start, mask=w_k < left, other=0)
+                fp8 = tl.load(w_tile + start, mask=w_k < left, other=0)
                 xs = tl.load(x_tile + start, mask=x_k < left, other=0.0)
-            part = tl.dot(decode(codes, dtype), xs, input_precision="ieee")
+            part = tl.dot(decode(fp8, dtype), xs, input_precision="ieee")
             factor = tl.load(s_tile + block) * UNIT
             acc += part * (factor[:, None] if SPLIT == 1 else factor[None, :, None])
         if SPLIT > 1:

@@ -101,7 +101,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
         tile, options = _options(x, count, weight, block)
         grid = (_tiles(count, tile.rows) * _tiles(features, tile.outputs),)
         wrap_triton(_kernels().linear_kernel)[grid](
-            rows, _codes(weight), weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
+            rows, _fp8(weight), weight_scale.contiguous(), None if bias is None else bias.contiguous(), out,
             count, features, cols, weight_scale.shape[-1],
             GROUP=8, **options,
         )  # fmt: skip
@@ -117,7 +117,7 @@ def grouped_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, offs: Tensor, bl
         slots = _tiles(count, tile.rows) + experts  # each expert may end in a tile that is not full
         slots = min(slots, count) if isinstance(count, int) else slots
         wrap_triton(_kernels().grouped_kernel)[(slots, _tiles(features, tile.outputs))](
-            x.contiguous(), _codes(weight), weight_scale.contiguous(), offs.contiguous(), out,
+            x.contiguous(), _fp8(weight), weight_scale.contiguous(), offs.contiguous(), out,
             count, features, cols, *weight_scale.shape[-2:], experts,
             EXPERTS=tiles.power_of_two(experts + 1), **options,
         )  # fmt: skip
@@ -132,7 +132,7 @@ def gathered_mm(x: Tensor, weight: Tensor, weight_scale: Tensor, ids: Tensor, bl
         tile, options = _options(x, 1, weight, block, count if isinstance(count, int) else 1)
         window = min(_WINDOW, max(16, tiles.power_of_two(count))) if isinstance(count, int) else _WINDOW
         wrap_triton(_kernels().gathered_kernel)[(count, _tiles(features, tile.outputs))](
-            x.contiguous(), _codes(weight), weight_scale.contiguous(), ids.contiguous(), out,
+            x.contiguous(), _fp8(weight), weight_scale.contiguous(), ids.contiguous(), out,
             count, features, cols, *weight_scale.shape[-2:],
             WINDOW=window, **options,
         )  # fmt: skip
@@ -172,7 +172,7 @@ def _shared(device: torch.device) -> int:
     return tiles.SHARED.get(capability, tiles.SHARED_BY_DEFAULT)
 
 
-def _codes(weight: Tensor) -> Tensor:
+def _fp8(weight: Tensor) -> Tensor:
     """The weight's bytes: Triton has no e4m3 before sm89."""
     return weight.contiguous().view(torch.uint8)
 

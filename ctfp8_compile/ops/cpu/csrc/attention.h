@@ -38,7 +38,7 @@ constexpr bool kPairs = requires { &V::pairs; };
 // Columns [k, k + n) of a token, n <= step, as numbers; what is missing in a chunk is zero.
 template <Vector V, Stored stored>
 inline typename V::Chunk columns(const V& v, const char* token, int64_t k, int64_t n) {
-  if constexpr (stored == Stored::codes) {
+  if constexpr (stored == Stored::fp8) {
     const auto* p = reinterpret_cast<const uint8_t*>(token) + k;
     return n >= V::step ? v.decode(p) : v.decode_tail(p, static_cast<int>(n));
   } else if constexpr (kPairs<V>) {
@@ -62,7 +62,7 @@ inline typename V::Chunk columns(const V& v, const char* token, int64_t k, int64
 // What the values that `columns` gives have to be multiplied with.
 template <Vector V, Stored stored>
 inline float factor(const Tokens& t, int64_t token) {
-  if constexpr (stored != Stored::codes) return 1.f;
+  if constexpr (stored != Stored::fp8) return 1.f;
   const auto* exponent = reinterpret_cast<const uint8_t*>(t.first + token * t.stride) + t.width;
   return V::gain * (t.scale ? *t.scale : float_of_exponent(*exponent));
 }
@@ -158,8 +158,8 @@ void pair_keys(const V& v, const Attention& a, int64_t begin, int64_t n, int64_t
     for (int64_t j = 0; j < kTokens; j += 16) {
       const int64_t columns = a.keys.width - k < V::step ? a.keys.width - k : V::step, count = n - j < 16 ? n - j : 16;
       const char* token = a.keys.first + (begin + j) * a.keys.stride;
-      if (k == 0) fetch<V>(a.keys, next + j, 16, a.keys.width * (stored == Stored::codes ? 1 : 2));
-      if constexpr (stored == Stored::codes)
+      if (k == 0) fetch<V>(a.keys, next + j, 16, a.keys.width * (stored == Stored::fp8 ? 1 : 2));
+      if constexpr (stored == Stored::fp8)
         v.across_codes(token + k, a.keys.stride, count, columns, to + k / 2 * kTokens + j, kTokens);
       else
         V::across_halves(token + k * 2, a.keys.stride, count, columns, to + k / 2 * kTokens + j, kTokens);
@@ -172,7 +172,7 @@ void pair_values(const V& v, const Attention& a, int64_t begin, int64_t n, int64
   const int64_t width = a.values.width, ldo = query_stride(width);
   for (int64_t j = 0; j < n; j += 2) {
     const char* token = a.values.first + (begin + j) * a.values.stride;
-    fetch<V>(a.values, next + j, 2, width * (stored == Stored::codes ? 1 : 2));
+    fetch<V>(a.values, next + j, 2, width * (stored == Stored::fp8 ? 1 : 2));
     for (int64_t k = 0; k < width; k += V::step) {
       const int64_t count = width - k < V::step ? width - k : V::step;
       const auto one = columns<V, stored>(v, token, k, count);
@@ -241,7 +241,7 @@ const typename V::X* prepared(const Attention& a) {
     alignas(64) uint16_t chunk[V::step];
     for (int64_t k = 0; k < a.rows * ldq; k += V::step) {
       for (int i = 0; i < V::step; ++i) chunk[i] = bf16_of_float(a.queries[k + i]);
-      if (stored == Stored::codes && a.rows < kMany)
+      if (stored == Stored::fp8 && a.rows < kMany)
         V::arrange(chunk, to + k);
       else
         std::memcpy(to + k, chunk, sizeof(chunk));
@@ -297,7 +297,7 @@ void attend(const Attention& a, const int64_t* blocks, int64_t count, float* out
       if (shrink != 1.f) {
         for (int64_t k = 0; k < ldo; ++k) out[r * ldo + k] *= shrink;
       }
-      if constexpr (stored == Stored::codes) {
+      if constexpr (stored == Stored::fp8) {
         for (int64_t j = 0; j < n; ++j) s[j] *= factors[j];
       }
     }
@@ -318,14 +318,14 @@ void attend(const Attention& a, const int64_t* blocks, int64_t count, float* out
     for (float lane : sums[r]) sum[r] += lane;
   }
   if constexpr (kPairs<V>) {
-    for (int64_t k = 0; k < a.rows * ldo; k += V::step) V::in_order(out + k, stored == Stored::codes);
+    for (int64_t k = 0; k < a.rows * ldo; k += V::step) V::in_order(out + k, stored == Stored::fp8);
   }
 }
 
 template <Vector V>
 void attention(const Attention& a, const int64_t* blocks, int64_t count, float* out, float* most, float* sum) {
-  if (a.stored == Stored::codes)
-    attend<V, Stored::codes>(a, blocks, count, out, most, sum);
+  if (a.stored == Stored::fp8)
+    attend<V, Stored::fp8>(a, blocks, count, out, most, sum);
   else if (a.stored == Stored::bf16)
     attend<V, Stored::bf16>(a, blocks, count, out, most, sum);
   else if constexpr (!kPairs<V>)

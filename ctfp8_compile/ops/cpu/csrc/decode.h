@@ -1,4 +1,4 @@
-// e4m3 codes and float rounding in plain C++: the truth that the vector paths are checked against.
+// e4m3 values and float rounding in plain C++: the truth that the vector paths are checked against.
 //
 // Tables are constants of the compiler's. One that is filled when the library is loaded would be so by code for the instruction
 // set of the file that has it, and end the process on a CPU without (a test looks for such code).
@@ -25,25 +25,25 @@ struct Powers {
 };
 constexpr Powers powers;
 
-// The float32 bits of a code: sign, 4 exponent bits of bias 7, 3 mantissa bits; 0x7f and 0xff are the only NaNs.
-// Every code is also exact in bfloat16, which is the upper half of these bits.
-constexpr uint32_t float_bits_of_code(uint32_t code) {
-  const uint32_t sign = (code & 0x80) << 24, exponent = code >> 3 & 15, mantissa = code & 7;
-  if ((code & 0x7f) == 0x7f) return sign | 0x7ff00000;
+// The float32 bits of an FP8 value: sign, 4 exponent bits of bias 7, 3 mantissa bits; 0x7f and 0xff are the only NaNs.
+// Every FP8 value is also exact in bfloat16, which is the upper half of these bits.
+constexpr uint32_t float_bits_of_fp8(uint32_t value) {
+  const uint32_t sign = (value & 0x80) << 24, exponent = value >> 3 & 15, mantissa = value & 7;
+  if ((value & 0x7f) == 0x7f) return sign | 0x7ff00000;
   if (exponent) return sign | (exponent + 120) << 23 | mantissa << 20;
   if (!mantissa) return sign;
   const uint32_t top = mantissa >= 4 ? 2 : mantissa >= 2 ? 1 : 0;  // subnormal: mantissa * 2^-9
   return sign | (127 - 9 + top) << 23 | (mantissa << (3 - top) & 7) << 20;
 }
 
-// For vector table look-ups: the two bytes of the bfloat16 of each of the 128 non-negative codes.
+// For vector table look-ups: the two bytes of the bfloat16 of each of the 128 non-negative FP8 values.
 struct Tables {
   alignas(64) uint8_t high[128] = {};
   alignas(64) uint8_t low[128] = {};
   float value[256] = {};
   constexpr Tables() {
     for (uint32_t code = 0; code < 256; ++code) {
-      const uint32_t bits = float_bits_of_code(code);
+      const uint32_t bits = float_bits_of_fp8(code);
       value[code] = float_of_bits(bits);
       if (code < 128) high[code] = bits >> 24, low[code] = bits >> 16 & 255;
     }

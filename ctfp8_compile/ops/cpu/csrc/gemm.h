@@ -1,7 +1,7 @@
 // Many activation rows: a tile of the weight is decoded once into a buffer that stays in the cache, then multiplied with
 // all of them, M x R dot products at a time.
 //
-// Codes are decoded without their scale, which is exact in bfloat16 and float32; scales multiply the float32 sums.
+// FP8 values are decoded without their scale, which is exact in bfloat16 and float32; scales multiply the float32 sums.
 #pragma once
 #include "buffer.h"
 #include "gemv.h"
@@ -116,7 +116,7 @@ void gemm(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, i
         const int64_t rows = end - n0 < kTileCols ? end - n0 : kTileCols;
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t s = 0; s < segments; ++s) {
-            const uint8_t* p = w.codes + (n0 + r) * w.row_stride + (first + s) * w.block_cols + offset;
+            const uint8_t* p = w.fp8 + (n0 + r) * w.row_stride + (first + s) * w.block_cols + offset;
             const int64_t left = w.length_of(first + s) - offset, length = left < padded ? left : padded;
             const uint8_t* e = w.exponents ? w.exponents_of(n0 + r) + offset / kMxCols : nullptr;
             for (int64_t k = 0; k < padded; k += V::step) {

@@ -42,8 +42,8 @@ constexpr int rows_for(int m, bool blocked) {
   return rows > most ? most : rows < 1 ? 1 : rows;
 }
 
-// Weight rows pass some abreast, sharing chunks of activations, or in turn, which memory likes best: one run from the first code
-// to the last. Then each of them reads all activations again, which have to stay in the first-level cache.
+// Weight rows pass some abreast, sharing chunks of activations, or in turn, which memory likes best: one run from the first FP8
+// value to the last. Then each of them reads all activations again, which have to stay in the first-level cache.
 constexpr int kInTurn = 4;  // activation rows, at most
 
 template <Vector V>
@@ -54,7 +54,7 @@ bool in_turn(const Weight& w, int64_t m) {
 // What scales a row of weights has: one, one for each segment, bytes.
 enum class Scales { one, blocked, bytes };
 
-// The values of n codes, with their bytes where scales are bytes.
+// n decoded FP8 values, with their bytes where scales are bytes.
 template <Vector V, Scales scales>
 inline typename V::Chunk decode(const V& v, const uint8_t* p, const uint8_t* exponents, int n = V::step) {
   const auto chunk = n == V::step ? v.decode(p) : v.decode_tail(p, n);
@@ -78,7 +78,7 @@ inline void reduce_all(const typename V::Acc* sums, float* results) {
 // Hardware prefetchers stop at a page, and the rows after these begin on others.
 class CodesAhead {
  public:
-  // Codes `bytes` later, where rows pass `abreast` at a time.
+  // FP8 values `bytes` later, where rows pass `abreast` at a time.
   CodesAhead(const Weight& w, int64_t bytes, int abreast)
       : cols_(w.cols), jump_(abreast * w.row_stride), later_(bytes % w.cols), groups_(bytes / w.cols * jump_) {}
 
@@ -111,7 +111,7 @@ inline void put(const Weight& w, int64_t n, const typename V::Acc* sums, bool ad
 template <Vector V, int M, Scales kind>
 inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, typename V::Acc* sums,
                     int ld) {
-  const uint8_t* row = w.codes + n * w.row_stride;
+  const uint8_t* row = w.fp8 + n * w.row_stride;
   const uint8_t* exponents = w.exponents_of(n);
   const float* scales = kind == Scales::blocked ? w.scale_of(n) : nullptr;  // a division
   const CodesAhead ahead(w, 2 * V::ahead, 1);
@@ -178,7 +178,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
                      int64_t ldy) {
   constexpr bool blocked = kind == Scales::blocked;
   typename V::Acc sum[M][R], total[blocked ? M : 1][blocked ? R : 1];
-  const uint8_t* row = w.codes + n * w.row_stride;
+  const uint8_t* row = w.fp8 + n * w.row_stride;
   const int64_t pad = padded<V>(w);
   const CodesAhead ahead(w, V::ahead, R);
   const float* scales[R];
@@ -291,7 +291,7 @@ void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, i
   for (int64_t first = 0; first < w.segments; first += segments) {
     for (int64_t offset = 0; offset < w.length_of(first); offset += part) {
       Weight span = w;
-      span.codes += first * w.block_cols + offset;
+      span.fp8 += first * w.block_cols + offset;
       span.scale += first;
       if (w.exponents) span.exponents += offset / kMxCols;
       span.segments = w.segments - first < segments ? w.segments - first : segments;

@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C: codes become float16 by a shift, then float32; float32 multiply-add.
+// AVX2 + FMA + F16C: FP8 values become float16 by a shift, then float32; float32 multiply-add.
 #include "vector.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -28,17 +28,17 @@ struct Avx2 {
 
   // s eeee mmm -> s 0eeee mmm0000000 is the float16 of value / 256, subnormals included, as float16's exponent bias is 15
   // and not 7. vcvtph2ps reads subnormals whatever the denormals-are-zero flag says.
-  static __m256 convert(__m128i codes) {
+  static __m256 convert(__m128i fp8) {
     const __m128i keep = _mm_set1_epi16(static_cast<short>(0xbf80)), top = _mm_set1_epi16(0x3f80);
-    const __m128i half = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7), keep);
+    const __m128i half = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(fp8), 7), keep);
     const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(_mm_and_si128(half, top), top), _mm_set1_epi16(0x7c00));
     return _mm256_cvtph_ps(_mm_or_si128(half, nan));
   }
   Chunk decode(const uint8_t* p) const { return convert(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
   Chunk decode_tail(const uint8_t* p, int n) const {
-    uint64_t codes = 0;
-    std::memcpy(&codes, p, n);
-    return convert(_mm_cvtsi64_si128(static_cast<long long>(codes)));
+    uint64_t fp8 = 0;
+    std::memcpy(&fp8, p, n);
+    return convert(_mm_cvtsi64_si128(static_cast<long long>(fp8)));
   }
   static void hold(Chunk& chunk) { __asm__("" : "+x"(chunk)); }
   static Chunk load(const X* p) { return _mm256_loadu_ps(p); }
@@ -62,16 +62,17 @@ struct Avx2 {
   }
 };
 
-// For one row of activations, which is bound by decoding: 32 codes at a time, that share a look for NaNs and, of MXFP8, a byte.
+// For one row of activations, which is bound by decoding: 32 FP8 values at a time, that share a look for NaNs and, of MXFP8, a
+// byte.
 struct Avx2Row : Avx2 {
   struct Chunk {
     __m256 part[4];
   };
   static constexpr int step = 32, parts = 4;
 
-  // As Avx2::convert, 16 codes to 2 parts; NaNs come out as numbers.
-  static void convert(__m128i codes, __m256* parts_of) {
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16(-0x4080));
+  // As Avx2::convert, 16 FP8 values to 2 parts; NaNs come out as numbers.
+  static void convert(__m128i fp8, __m256* parts_of) {
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(fp8), 7), _mm256_set1_epi16(-0x4080));
     parts_of[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
     parts_of[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
   }
@@ -79,8 +80,8 @@ struct Avx2Row : Avx2 {
     Chunk chunk;
     convert(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), chunk.part);
     convert(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)), chunk.part + 2);
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), most = _mm256_set1_epi8(0x7f);
-    const __m256i nan = _mm256_cmpeq_epi8(_mm256_and_si256(codes, most), most);
+    const __m256i fp8 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), most = _mm256_set1_epi8(0x7f);
+    const __m256i nan = _mm256_cmpeq_epi8(_mm256_and_si256(fp8, most), most);
     if (__builtin_expect(!_mm256_testz_si256(nan, nan), 0)) chunk = one_by_one(p);
     return chunk;
   }
@@ -90,9 +91,9 @@ struct Avx2Row : Avx2 {
     return chunk;
   }
   static Chunk decode_tail(const uint8_t* p, int n) {
-    alignas(32) uint8_t codes[step] = {};
-    std::memcpy(codes, p, n);
-    return decode(codes);
+    alignas(32) uint8_t fp8[step] = {};
+    std::memcpy(fp8, p, n);
+    return decode(fp8);
   }
   static void arrange(const X* from, X* to) { std::memcpy(to, from, step * sizeof(X)); }
   static Chunk load(const X* p) {

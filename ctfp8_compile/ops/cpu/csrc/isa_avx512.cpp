@@ -28,9 +28,9 @@ struct Avx512 {
   static Chunk zeros() { return _mm512_setzero_ps(); }
 
   // See Avx2::convert.
-  static __m512 convert(__m128i codes) {
+  static __m512 convert(__m128i fp8) {
     const __m256i keep = _mm256_set1_epi16(static_cast<short>(0xbf80)), top = _mm256_set1_epi16(0x3f80);
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), keep);
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(fp8), 7), keep);
     const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(half, top), top);
     return _mm512_cvtph_ps(_mm256_mask_blend_epi16(nan, half, _mm256_set1_epi16(0x7f80)));
   }

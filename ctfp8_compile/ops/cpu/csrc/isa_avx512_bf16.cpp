@@ -1,4 +1,4 @@
-// AVX-512 VBMI + BF16 (Zen 4, Sapphire Rapids and later): codes become bfloat16 by two byte look-ups; bfloat16 dot products.
+// AVX-512 VBMI + BF16 (Zen 4, Sapphire Rapids and later): FP8 values become bfloat16 by two byte look-ups; bfloat16 dot products.
 #include "vector.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -47,11 +47,11 @@ struct Avx512Bf16 {
 
   // Unpacking works within 128-bit lanes, so `first` holds columns 0-7, 16-23, 32-39, 48-55 and `second` the others.
   // Activations are arranged in the same order once, rather than every weight chunk put right.
-  Chunk expand(__m512i codes) const {
-    __asm__("" : "+v"(codes));  // as in `hold`
-    __m512i high = _mm512_permutex2var_epi8(high0, codes, high1);
-    const __m512i low = _mm512_permutex2var_epi8(low0, codes, low1);
-    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // high | codes & sign
+  Chunk expand(__m512i fp8) const {
+    __asm__("" : "+v"(fp8));  // as in `hold`
+    __m512i high = _mm512_permutex2var_epi8(high0, fp8, high1);
+    const __m512i low = _mm512_permutex2var_epi8(low0, fp8, low1);
+    high = _mm512_ternarylogic_epi32(high, fp8, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // high | FP8 values & sign
     return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
   }
   Chunk decode(const uint8_t* p) const { return expand(_mm512_loadu_si512(p)); }
@@ -77,8 +77,8 @@ struct Avx512Bf16 {
   }
 
   // To 64 consecutive bfloat16s in the order of the columns; `e` may be null, or has a byte for each 32 of them.
-  void decode_in_order(__m512i codes, const uint8_t* e, bool both, X* to) const {
-    Chunk chunk = expand(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes));
+  void decode_in_order(__m512i fp8, const uint8_t* e, bool both, X* to) const {
+    Chunk chunk = expand(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), fp8));
     if (e) {
       chunk.first = add_exponents(chunk.first, exponents_of(e[0]));
       if (both) chunk.second = add_exponents(chunk.second, exponents_of(e[1]));
@@ -102,7 +102,7 @@ struct Avx512Bf16 {
     }
   }
 
-  // For attention: 64 bfloat16s in order, n of them if that is less; the values of two tokens side by side, and what they are
+  // For attention: 64 bfloat16s in order, n of them if that is less; the values of two tokens interleaved, and what they are
   // multiplied with.
   using Pair = __m512i;
   static Chunk halves(const uint16_t* p, int64_t n) {
@@ -153,13 +153,13 @@ struct Avx512Bf16 {
   static void store_pairs(uint32_t* p, Pair pair) { _mm512_storeu_si512(p, pair); }
   static Acc load_sum(const float* p) { return _mm512_loadu_ps(p); }
   static void store_sum(float* p, Acc sum) { _mm512_storeu_ps(p, sum); }
-  // 64 sums in the order of `pairs` of decoded codes, or of `halves`, brought into the order of columns.
-  static void in_order(float* sums, bool codes) {
+  // 64 sums in the order of `pairs` of decoded FP8 values, or of `halves`, brought into the order of columns.
+  static void in_order(float* sums, bool fp8) {
     float from[64];
     std::memcpy(from, sums, sizeof(from));
     for (int i = 0; i < 4; ++i)
       for (int lane = 0; lane < 4; ++lane) {
-        const int column = codes ? 16 * lane + 4 * i : 32 * (i / 2) + 8 * lane + 4 * (i % 2);
+        const int column = fp8 ? 16 * lane + 4 * i : 32 * (i / 2) + 8 * lane + 4 * (i % 2);
         std::memcpy(sums + column, from + 16 * i + 4 * lane, 16);
       }
   }

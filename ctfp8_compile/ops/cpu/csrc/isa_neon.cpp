@@ -1,4 +1,4 @@
-// ARM64 (NEON, which every one has): codes become float16 by a shift, then float32; float32 multiply-add.
+// ARM64 (NEON, which every one has): FP8 values become float16 by a shift, then float32; float32 multiply-add.
 #include "vector.h"
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -27,8 +27,8 @@ struct Neon {
   static Chunk zeros() { return zero(); }
 
   // See Avx2::convert. Conversions from float16 read subnormals whatever the flush-to-zero flags say.
-  static Chunk convert(uint8x8_t codes) {
-    const uint16x8_t shifted = vreinterpretq_u16_s16(vshll_n_s8(vreinterpret_s8_u8(codes), 7));
+  static Chunk convert(uint8x8_t fp8) {
+    const uint16x8_t shifted = vreinterpretq_u16_s16(vshll_n_s8(vreinterpret_s8_u8(fp8), 7));
     const uint16x8_t half = vandq_u16(shifted, vdupq_n_u16(0xbf80)), top = vdupq_n_u16(0x3f80);
     const uint16x8_t nan = vandq_u16(vceqq_u16(vandq_u16(half, top), top), vdupq_n_u16(0x7c00));
     const float16x8_t values = vreinterpretq_f16_u16(vorrq_u16(half, nan));
@@ -36,9 +36,9 @@ struct Neon {
   }
   Chunk decode(const uint8_t* p) const { return convert(vld1_u8(p)); }
   Chunk decode_tail(const uint8_t* p, int n) const {
-    uint64_t codes = 0;
-    std::memcpy(&codes, p, n);
-    return convert(vcreate_u8(codes));
+    uint64_t fp8 = 0;
+    std::memcpy(&fp8, p, n);
+    return convert(vcreate_u8(fp8));
   }
   static void hold(Chunk& chunk) { __asm__("" : "+w"(chunk.first), "+w"(chunk.second)); }
   static Chunk load(const X* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }

@@ -1,4 +1,5 @@
-// ARM64 with FEAT_BF16 (Neoverse V1 and N2, Apple M2 and later): codes become bfloat16 by byte arithmetic; bfloat16 dot products.
+// ARM64 with FEAT_BF16 (Neoverse V1 and N2, Apple M2 and later): FP8 values become bfloat16 by byte arithmetic; bfloat16 dot
+// products.
 #include "vector.h"
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -23,7 +24,8 @@
 namespace ctfp8 {
 namespace {
 
-// The bytes of a code's bfloat16, from their places: those of the sixteen smallest codes, and the upper ones of the largest.
+// The bytes of an FP8 value's bfloat16, from their places: those of the sixteen smallest FP8 values, and the upper ones of the
+// largest.
 struct Ends {
   uint8_t low[16], high[16], top[16];
   Ends() {
@@ -51,21 +53,21 @@ struct NeonBf16 {
   static Chunk zeros() { return {vdupq_n_u16(0), vdupq_n_u16(0)}; }
 
   // s eeee mmm is the bfloat16 s 0eeee mmm0000 with 120 added to its exponent: bytes s 0111eee + 60 and e mmm0000. Subnormal
-  // codes and NaN are not; a look-up that leaves lanes with an index over 15 as they are puts those right.
-  Chunk expand(uint8x16_t codes) const {
-    const uint8x16_t sign = vdupq_n_u8(0x80), size = vbicq_u8(codes, sign);
+  // FP8 values and NaN are not; a look-up that leaves lanes with an index over 15 as they are puts those right.
+  Chunk expand(uint8x16_t fp8) const {
+    const uint8x16_t sign = vdupq_n_u8(0x80), size = vbicq_u8(fp8, sign);
     uint8x16_t upper = vaddq_u8(vshrq_n_u8(size, 4), vdupq_n_u8(60));
     upper = vqtbx1q_u8(upper, high, size);
     upper = vqtbx1q_u8(upper, top, veorq_u8(size, vdupq_n_u8(112)));
-    upper = vbslq_u8(sign, codes, upper);
-    const uint8x16_t lower = vqtbx1q_u8(vshlq_n_u8(codes, 4), low, size);
+    upper = vbslq_u8(sign, fp8, upper);
+    const uint8x16_t lower = vqtbx1q_u8(vshlq_n_u8(fp8, 4), low, size);
     return {vreinterpretq_u16_u8(vzip1q_u8(lower, upper)), vreinterpretq_u16_u8(vzip2q_u8(lower, upper))};
   }
   Chunk decode(const uint8_t* p) const { return expand(vld1q_u8(p)); }
   Chunk decode_tail(const uint8_t* p, int n) const {
-    alignas(16) uint8_t codes[16] = {};
-    std::memcpy(codes, p, n);
-    return expand(vld1q_u8(codes));
+    alignas(16) uint8_t fp8[16] = {};
+    std::memcpy(fp8, p, n);
+    return expand(vld1q_u8(fp8));
   }
 
   // Adds to the exponents of bfloat16s that are not zero; see Exponents in isa_avx512_bf16.cpp.

@@ -7,15 +7,15 @@ namespace ctfp8 {
 
 enum class Dtype { bf16, f16, f32 };
 
-// One expert's weight: `rows x cols` e4m3 codes and a scale for each `block_rows x block_cols` of them. A row is cut into
+// One expert's weight: `rows x cols` e4m3 values and a scale for each `block_rows x block_cols` of them. A row is cut into
 // `segments` of `block_cols` columns, each with one scale; a scale per row is one segment.
 //
 // MXFP8 instead has a byte e for each `kMxCols` columns, which stands for 2^(e - 127). Such a row is one segment with a scale of
-// 1; its bytes become part of the values when codes are decoded, since powers of two are exact there.
+// 1; its bytes become part of the values when FP8 values are decoded, since powers of two are exact there.
 constexpr int64_t kMxCols = 32;
 
 struct Weight {
-  const uint8_t* codes;
+  const uint8_t* fp8;
   int64_t row_stride;
   const float* scale;
   int64_t scale_stride;
@@ -33,9 +33,9 @@ struct Weight {
   }
 };
 
-// Keys or values of one head: `width` columns a token. `codes` are e4m3 with one scale for all tokens, or, where there is none, a
-// byte e behind each token's codes, which stands for 2^(e - 127).
-enum class Stored { f32, bf16, codes };
+// Keys or values of one head: `width` columns a token. `fp8` are e4m3 with one scale for all tokens, or, where there is none, a
+// byte e behind each token's FP8 values, which stands for 2^(e - 127).
+enum class Stored { f32, bf16, fp8 };
 
 struct Tokens {
   const char* first;
@@ -61,7 +61,7 @@ struct Attention {
   const float* const* mask;
 };
 
-// A weight of bfloat16s, and for how many rows of activations, and activations in all, it is read in one run: they have to stay
+// A weight of bfloat16s, and for how many rows of activations, and activations in all, it is streamed: they have to stay
 // in the first-level cache.
 constexpr int64_t kDenseRows = 4, kDenseActivations = 16384;
 
@@ -87,7 +87,7 @@ struct Kernels {
   // out[n] = dtype(row[n] + bias[n]), rounded to nearest even; bias may be null.
   void (*finish)(const float* row, const float* bias, int64_t n, void* out, Dtype dtype);
 
-  // row[k] = float(code) * scale for one weight row: exactly what the reference computes.
+  // row[k] = float(FP8 value) * scale for one weight row: exactly what the reference computes.
   void (*dequantize)(const Weight& w, int64_t n, float* row);
 
   // Over the tokens of some blocks: out[r] = sum_j e^(s_j - most[r]) value_j and sum[r] = sum_j e^(s_j - most[r]), most[r] the

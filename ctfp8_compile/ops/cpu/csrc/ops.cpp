@@ -121,15 +121,15 @@ Dtype dtype_of(const Tensor& x, const char* op) {
 
 namespace {
 
-// A weight with `[experts, N, K]` codes, and the tensors that keep its memory alive.
+// A weight with `[experts, N, K]` FP8 values, and the tensors that keep its memory alive.
 struct Weights {
-  Tensor codes, scale;
+  Tensor fp8, scale;
   Weight first;
   int64_t experts;
 
   Weight of(int64_t expert) const {
     Weight w = first;
-    w.codes += expert * (codes.dim() == 3 ? codes.stride(0) : 0);
+    w.fp8 += expert * (fp8.dim() == 3 ? fp8.stride(0) : 0);
     const int64_t scales = expert * (scale.dim() == 3 ? scale.stride(0) : 0);
     if (w.exponents) {
       w.exponents += scales;
@@ -165,10 +165,10 @@ Weights weights(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRe
               ": weight_scale must be ", dim == 3 ? std::to_string(out.experts) + " x " : std::string(), scale_rows, " x ",
               scale_cols, " for a weight of ", weight.sizes(), " in blocks of ", block, ", not ", weight_scale.sizes());
   // A slice of rows or experts keeps its memory; only columns must lie next to each other.
-  out.codes = weight.stride(-1) == 1 || cols <= 1 ? weight : weight.contiguous();
+  out.fp8 = weight.stride(-1) == 1 || cols <= 1 ? weight : weight.contiguous();
   out.scale = weight_scale.stride(-1) == 1 || weight_scale.size(-1) <= 1 ? weight_scale : weight_scale.contiguous();
-  out.first.codes = static_cast<const uint8_t*>(out.codes.const_data_ptr());
-  out.first.row_stride = out.codes.stride(-2);
+  out.first.fp8 = static_cast<const uint8_t*>(out.fp8.const_data_ptr());
+  out.first.row_stride = out.fp8.stride(-2);
   if (bytes) {
     static const float one = 1;
     out.first.exponents = out.scale.const_data_ptr<uint8_t>();
@@ -191,7 +191,7 @@ struct Group {
   int64_t expert, begin, end;  // rows [begin, end) of the order in which activations are prepared
 };
 
-// Whether a sum of products with codes might overflow before its scale is applied: 2^27 of them, each below 448 * 2^91, do
+// Whether a sum of products with FP8 values might overflow before its scale is applied: 2^27 of them, each below 448 * 2^91, do
 // not. bfloat16 and float32 order their magnitudes like integers.
 template <class T>
 bool any_above(const T* x, int64_t n, T limit, T magnitude) {

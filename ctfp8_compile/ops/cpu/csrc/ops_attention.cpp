@@ -22,7 +22,7 @@ struct Cached {
   const float* scale = nullptr;
   int64_t scale_step = 0;
 
-  int64_t width() const { return stored.size(3) - (kind == Stored::codes && !scale); }
+  int64_t width() const { return stored.size(3) - (kind == Stored::fp8 && !scale); }
   Tokens of(int64_t batch, int64_t head) const {
     const int64_t item = stored.element_size();
     const char* first = static_cast<const char*>(stored.const_data_ptr());
@@ -35,16 +35,16 @@ Cached cached(const Tensor& t, const std::optional<Tensor>& scale, const Tensor&
   TORCH_CHECK(t.dim() == 4 && t.size(0) == query.size(0) && t.size(1) > 0 && query.size(1) % t.size(1) == 0, op, ": ", name,
               " must be [batch, heads, length, columns] with the batch and a divisor of the heads of query ", query.sizes(),
               ", but is ", t.sizes());
-  const bool codes = t.scalar_type() == at::kByte;
-  TORCH_CHECK(codes || t.scalar_type() == query.scalar_type(), op, ": ", name, " must be codes (uint8), or ", query.scalar_type(),
-              " as the query, not ", t.scalar_type());
-  Cached out{t.stride(3) == 1 || t.size(3) <= 1 ? t : t.contiguous(), codes                           ? Stored::codes
+  const bool fp8 = t.scalar_type() == at::kByte;
+  TORCH_CHECK(fp8 || t.scalar_type() == query.scalar_type(), op, ": ", name, " must be FP8 values (uint8), or ",
+              query.scalar_type(), " as the query, not ", t.scalar_type());
+  Cached out{t.stride(3) == 1 || t.size(3) <= 1 ? t : t.contiguous(), fp8                             ? Stored::fp8
                                                                       : t.scalar_type() == at::kFloat ? Stored::f32
                                                                                                       : Stored::bf16};
   if (!scale) return out;
-  TORCH_CHECK(codes && scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
-                  (scale->numel() == 1 || scale->numel() == t.size(1)),
-              op, ": ", name, " may have one float32 scale, or one a head, if they are codes");
+  TORCH_CHECK(
+      fp8 && scale->scalar_type() == at::kFloat && scale->is_contiguous() && (scale->numel() == 1 || scale->numel() == t.size(1)),
+      op, ": ", name, " may have one float32 scale, or one a head, if they are FP8 values");
   out.scale = scale->const_data_ptr<float>();
   out.scale_step = scale->numel() == 1 ? 0 : 1;
   return out;
@@ -52,7 +52,7 @@ Cached cached(const Tensor& t, const std::optional<Tensor>& scale, const Tensor&
 
 // The tokens [begin, end) as numbers.
 Tensor dequantized(const Cached& c, int64_t begin, int64_t end, at::ScalarType type) {
-  if (c.kind != Stored::codes) return c.stored.slice(2, begin, end);
+  if (c.kind != Stored::fp8) return c.stored.slice(2, begin, end);
   const int64_t heads = c.stored.size(1), n = end - begin, width = c.width();
   Tensor out = at::empty({c.stored.size(0), heads, n, width}, c.stored.options().dtype(type));
   const Dtype dtype = dtype_of(out, "ctfp8::attention");
@@ -65,9 +65,9 @@ Tensor dequantized(const Cached& c, int64_t begin, int64_t end, at::ScalarType t
     static thread_local Buffer buffer;
     float* line = static_cast<float*>(buffer.get(width * 4));
     for (int64_t i = from; i < std::min(n, from + kSome); ++i) {
-      const auto* codes = reinterpret_cast<const uint8_t*>(tokens.first + (begin + i) * tokens.stride);
-      const float power = tokens.scale ? *tokens.scale : std::ldexp(1.f, codes[width] - 127);
-      selection().others->dequantize({codes, 0, &power, 0, 1, width, 1, width, 1}, 0, line);
+      const auto* fp8 = reinterpret_cast<const uint8_t*>(tokens.first + (begin + i) * tokens.stride);
+      const float power = tokens.scale ? *tokens.scale : std::ldexp(1.f, fp8[width] - 127);
+      selection().others->dequantize({fp8, 0, &power, 0, 1, width, 1, width, 1}, 0, line);
       selection().others->finish(line, nullptr, width, to + (head * n + i) * width * out.element_size(), dtype);
     }
   });

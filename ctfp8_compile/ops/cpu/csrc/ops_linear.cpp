@@ -1,4 +1,4 @@
-// The operator `ctfp8::linear` on CPU tensors: a bfloat16 weight read in one run, where that is what takes the time.
+// The operator `ctfp8::linear` on CPU tensors: a bfloat16 weight streamed through a GEMV, where that is what takes the time.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 
@@ -38,11 +38,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return out;
 }
 
-bool reads_in_one_run() { return selection().bf16->dense != nullptr; }
+bool has_streaming_gemv() { return selection().bf16->dense != nullptr; }
 
 }  // namespace
 }  // namespace ctfp8
 
 TORCH_LIBRARY_IMPL(ctfp8, CPU, m) { m.impl("linear", &ctfp8::linear); }
 
-TORCH_LIBRARY_FRAGMENT(ctfp8_cpu, m) { m.def("reads_in_one_run() -> bool", &ctfp8::reads_in_one_run); }
+TORCH_LIBRARY_FRAGMENT(ctfp8_cpu, m) { m.def("has_streaming_gemv() -> bool", &ctfp8::has_streaming_gemv); }

@@ -2,7 +2,7 @@
 //
 // The weight is the left operand as it lies in memory, so a tile of it is only decoded, never transposed. Activations are
 // the right operand: packed once into panels of up to 64 rows, pairs of columns together, as vdpbf16ps and AMX want them.
-// Products are of unscaled codes, exact in bfloat16; each scale multiplies the float32 sum over its columns.
+// Products are of unscaled FP8 values, exact in bfloat16; each scale multiplies the float32 sum over its columns.
 #pragma once
 #include "buffer.h"
 #include "gemv.h"
@@ -27,11 +27,11 @@ struct Tile {
 
 // What this file needs besides `Vector`: bfloat16 pairs in sixteen lanes.
 template <class V>
-concept PairVector = Vector<V> && requires(const V v, const uint8_t* codes, uint16_t* to, typename V::Acc sum, __m512i pairs) {
-  // `step` codes as bfloat16s in the order of the columns; the bytes may be null, else they are as in `shift`.
-  v.decode_in_order(pairs, codes, bool{}, to);
-  // Up to `step` codes, the rest zero; reads nothing behind them.
-  pairs = V::load_tail(codes, int64_t{});
+concept PairVector = Vector<V> && requires(const V v, const uint8_t* fp8, uint16_t* to, typename V::Acc sum, __m512i pairs) {
+  // `step` FP8 values as bfloat16s in the order of the columns; the bytes may be null, else they are as in `shift`.
+  v.decode_in_order(pairs, fp8, bool{}, to);
+  // Up to `step` FP8 values, the rest zero; reads nothing behind them.
+  pairs = V::load_tail(fp8, int64_t{});
   // sum + the products of sixteen pairs.
   { V::dot(sum, pairs, pairs) } -> std::same_as<typename V::Acc>;
 };
@@ -74,14 +74,14 @@ void panel_prepare(const Weight& w, const void* const* rows, int64_t begin, int6
   }
 }
 
-// Codes that will be decoded soon, of the weight rows that are being multiplied or of those after them.
+// FP8 values that will be decoded soon, of the weight rows that are being multiplied or of those after them.
 struct Ahead {
-  const uint8_t* codes;
+  const uint8_t* fp8;
   int64_t row_stride;
 };
 
 // sums[r, :] += scale[r] * (tile[r, :] . panel) for R weight rows and Z * 16 activation rows. Meanwhile two cache lines of each
-// of R rows of codes are asked for: memory would otherwise rest.
+// of R rows of FP8 values are asked for: memory would otherwise rest.
 template <PairVector V, int R, int Z>
 inline void panel_block(const uint16_t* tile, const uint32_t* x, int64_t count, const float* scale, float* sums,
                         int64_t sums_stride, Ahead ahead) {
@@ -94,7 +94,7 @@ inline void panel_block(const uint16_t* tile, const uint32_t* x, int64_t count, 
     __m512i xs[Z];
 #pragma GCC unroll 4
     for (int z = 0; z < Z; ++z) xs[z] = _mm512_loadu_si512(x + pair * Z * 16 + z * 16);
-    if (pair < 2 * R) V::prefetch(ahead.codes + pair / 2 * ahead.row_stride + pair % 2 * 64);
+    if (pair < 2 * R) V::prefetch(ahead.fp8 + pair / 2 * ahead.row_stride + pair % 2 * 64);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
       int32_t both;
@@ -119,7 +119,7 @@ void panel_rows(const uint16_t* tile, int64_t rows, const uint32_t* x, int64_t c
   constexpr int R = 24 / Z;
   for (int64_t r = 0; r < rows; r += R)
     panel_block<V, R, Z>(tile + r * Tile<false>::stride, x, count, scale + r, sums + r * sums_stride, sums_stride,
-                         {ahead.codes + r * ahead.row_stride, ahead.row_stride});
+                         {ahead.fp8 + r * ahead.row_stride, ahead.row_stride});
 }
 
 void brgemm_rows(const uint16_t* tile, int64_t rows, const uint32_t* x, int64_t width, int64_t count, const float* scale,
@@ -139,7 +139,7 @@ struct Piece {
 template <PairVector V, bool amx>
 inline void decode_pieces(const V& v, const Weight& w, int64_t row, const Piece* pieces, int64_t count, uint16_t* to) {
   for (int64_t g = 0; g < count; ++g) {
-    const uint8_t* p = w.codes + row * w.row_stride + pieces[g].segment * w.block_cols + pieces[g].offset;
+    const uint8_t* p = w.fp8 + row * w.row_stride + pieces[g].segment * w.block_cols + pieces[g].offset;
     const uint8_t* e = w.exponents ? w.exponents_of(row) + pieces[g].offset / kMxCols : nullptr;
     const auto at = [&](int64_t k) { return e ? e + k / kMxCols : nullptr; };
     uint16_t* q = to + g * kPiece;
@@ -190,8 +190,7 @@ void panel_multiply(const Weight& w, int64_t begin, int64_t end, const uint32_t*
       const uint16_t* from = tile + g * kPiece;
       // Two pieces on, for one is not long enough; behind the last column, the first of the next rows.
       const int64_t next = piece.segment * w.block_cols + piece.offset + 2 * kPiece;
-      const Ahead ahead{w.codes + (next < w.cols ? begin * w.row_stride + next : end * w.row_stride + next - w.cols),
-                        w.row_stride};
+      const Ahead ahead{w.fp8 + (next < w.cols ? begin * w.row_stride + next : end * w.row_stride + next - w.cols), w.row_stride};
       for (int64_t i = 0; i < wide; i += kPanel) {
         const int64_t width = wide - i < kPanel ? wide - i : kPanel;
         const uint32_t* xs = x + i * w.segments * segment_pairs + (piece.segment * segment_pairs + piece.offset / 2) * width;

@@ -76,13 +76,13 @@ void matmul(const Weight& w, int64_t begin, int64_t end, const void* prepared, i
 
 // Columns that share a scale.
 template <FloatVector V>
-void dequantize_run(const uint8_t* codes, int64_t count, float scale, float* out) {
+void dequantize_run(const uint8_t* fp8, int64_t count, float scale, float* out) {
   const V v;
   int64_t k = 0;
-  for (; k + V::step <= count; k += V::step) V::store(out + k, V::times(V::times(v.decode(codes + k), V::gain), scale));
+  for (; k + V::step <= count; k += V::step) V::store(out + k, V::times(V::times(v.decode(fp8 + k), V::gain), scale));
   if (k < count) {
     alignas(64) float tail[V::step];
-    V::store(tail, V::times(V::times(v.decode_tail(codes + k, static_cast<int>(count - k)), V::gain), scale));
+    V::store(tail, V::times(V::times(v.decode_tail(fp8 + k, static_cast<int>(count - k)), V::gain), scale));
     std::memcpy(out + k, tail, (count - k) * sizeof(float));
   }
 }
@@ -93,7 +93,7 @@ void dequantize(const Weight& w, int64_t n, float* row) {
   for (int64_t begin = 0; begin < w.cols; begin += width) {
     const float scale = w.exponents ? float_of_exponent(w.exponents_of(n)[begin / width]) : w.scale_of(n)[begin / width];
     const int64_t left = w.cols - begin;
-    dequantize_run<V>(w.codes + n * w.row_stride + begin, left < width ? left : width, scale, row + begin);
+    dequantize_run<V>(w.fp8 + n * w.row_stride + begin, left < width ? left : width, scale, row + begin);
   }
 }
 

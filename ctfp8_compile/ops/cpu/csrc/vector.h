@@ -1,6 +1,6 @@
 // The contract of an instruction set: what each isa_*.cpp gives, as a class `V`, to the loops that are written once.
 //
-// `V` decodes codes a chunk at a time and accumulates products of a weight chunk and an activation chunk in float32. A new
+// `V` decodes FP8 values a chunk at a time and accumulates products of a weight chunk and an activation chunk in float32. A new
 // instruction set is one file with such a class and an entry in the list of kernels.h.
 #pragma once
 #include <concepts>
@@ -13,7 +13,7 @@ namespace {
 
 template <class V>
 concept Vector =
-    std::default_initializable<V> && requires(const V v, const uint8_t* codes, const typename V::X* x, typename V::X* to,
+    std::default_initializable<V> && requires(const V v, const uint8_t* fp8, const typename V::X* x, typename V::X* to,
                                               typename V::Acc sum, typename V::Chunk chunk, const float* row, uint16_t* halves) {
       // What an activation is multiplied as: float, or uint16_t for bfloat16.
       typename V::X;
@@ -21,22 +21,22 @@ concept Vector =
       { V::step } -> std::convertible_to<int>;
       // Vector registers that there are, those that constants of `decode` occupy, and those of one chunk.
       { V::registers + V::constants + V::parts } -> std::convertible_to<int>;
-      // Bytes ahead of the codes being read that are worth asking for.
+      // Bytes ahead of the FP8 values being read that are worth asking for.
       { V::ahead } -> std::convertible_to<int>;
       // Activations, at most, that each weight row may read again for weight rows to pass one by one; 0 where that is no faster.
       { V::in_turn } -> std::convertible_to<int>;
       // What `decode` divides values by; sums are multiplied with it once, together with the scale.
       { V::gain } -> std::convertible_to<float>;
-      // Asks for a cache line of codes in the second-level cache; any address is allowed.
-      V::prefetch(codes);
+      // Asks for a cache line of FP8 values in the second-level cache; any address is allowed.
+      V::prefetch(fp8);
       // The same of one that is read once, and need not push anything out of larger caches: the code and data of all that runs
       // between two matmuls, which an interpreter has much of.
-      V::prefetch_once(codes);
-      // `step` codes from any address as a chunk of values / gain, exactly; NaN codes give NaN.
-      { v.decode(codes) } -> std::same_as<typename V::Chunk>;
+      V::prefetch_once(fp8);
+      // `step` FP8 values from any address as a chunk of values / gain, exactly; NaN values give NaN.
+      { v.decode(fp8) } -> std::same_as<typename V::Chunk>;
       // The same for the last n < step of them, the rest zero; reads nothing behind them.
-      { v.decode_tail(codes, int{}) } -> std::same_as<typename V::Chunk>;
-      // Brings `step` activations into the order in which `decode` leaves codes.
+      { v.decode_tail(fp8, int{}) } -> std::same_as<typename V::Chunk>;
+      // Brings `step` activations into the order in which `decode` leaves FP8 values.
       V::arrange(x, to);
       // A chunk of activations as `arrange` left them.
       { V::load(x) } -> std::same_as<typename V::Chunk>;
@@ -44,7 +44,7 @@ concept Vector =
       V::hold(chunk);
       // The values of 32 columns (the chunk has them once or twice) times 2^(e - 127) of their byte; a product that would be
       // too small may be another tiny number. `both` says whether the second byte is there.
-      { V::shift(chunk, codes, bool{}) } -> std::same_as<typename V::Chunk>;
+      { V::shift(chunk, fp8, bool{}) } -> std::same_as<typename V::Chunk>;
       // A static `shift_dot(total, chunk, chunk, bytes)`, total + the products times those powers, is taken where there is one
       // and few rows of activations.
       // A sum of nothing.

@@ -1,4 +1,4 @@
-"""Large weights that checkpoints leave as they were, such as a decoder's head, are read in one run for few rows of activations.
+"""Skinny linears (few rows of activations) with a large weight that is not quantized, such as a decoder's head, run as a streaming GEMV.
 
     before                                   after
     %t = permute(%w, [1, 0])                 %y = ctfp8.linear(%x, %w, %b)
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ..graph import arguments, before, call, value
-from ..lowering import reads_in_one_run
+from ..lowering import has_streaming_gemv
 from ..target import Target
 
 aten = torch.ops.aten
@@ -26,13 +26,13 @@ _LARGE = 1 << 22
 _FEW = 4
 
 
-def read_in_one_run(graph: fx.Graph, target: Target) -> None:
+def stream_skinny_linears(graph: fx.Graph, target: Target) -> None:
     """Rewrites such linears of a graph in place, if the target has a kernel for them. Rows may be a dynamic size."""
     for node in graph.nodes:
         x, weight, bias = _linear(node)
         if weight is None or not _is_large(weight) or not _may_be_few(value(x).shape[:-1]):
             continue
-        if value(x).dtype != value(weight).dtype or not reads_in_one_run(target, value(x).dtype):
+        if value(x).dtype != value(weight).dtype or not has_streaming_gemv(target, value(x).dtype):
             continue
         with before(graph, node):
             new = call(graph, torch.ops.ctfp8.linear.default, x, weight, bias, like=node)

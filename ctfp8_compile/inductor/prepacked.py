@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..passes.scales import LaidOut
+from ..passes.prepack import Prepacked
 
 _MOST = 4096  # sets of parameters that one graph keeps scales for
 
@@ -29,14 +29,14 @@ class _Made:
     values: tuple[Tensor, ...]
 
 
-class WithLaidOut:
-    """Calls a compiled graph with scales laid out in the place of what they are made of."""
+class WithPrepacked:
+    """Calls a compiled graph with scales prepacked in the place of what they are made of."""
 
-    def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, laid_out: Sequence[LaidOut]):
+    def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, prepacked: Sequence[Prepacked]):
         at = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
-        self.compiled, self.laid_out = compiled, laid_out
-        self.places = [at[one.sources[0]] for one in laid_out]
-        self.sources = tuple(dict.fromkeys(source for one in laid_out for source in one.sources))
+        self.compiled, self.prepacked = compiled, prepacked
+        self.places = [at[one.sources[0]] for one in prepacked]
+        self.sources = tuple(dict.fromkeys(source for one in prepacked for source in one.sources))
         self.at = [at[source] for source in self.sources]
         self.made: dict[tuple[int, ...], _Made] = {}
         self.lock = threading.Lock()
@@ -62,7 +62,7 @@ class WithLaidOut:
     def _make(self, tensors: Sequence[Tensor]) -> _Made:
         versions = _versions(tensors)
         values = dict(zip(self.sources, tensors, strict=True))
-        made = tuple(one.of(values) for one in self.laid_out)
+        made = tuple(one.of(values) for one in self.prepacked)
         if made[0].device.type != "cpu":
             getattr(torch, made[0].device.type).synchronize()  # other threads have streams of their own
         return _Made(tuple(t.detach() for t in tensors), versions, made)

@@ -1,4 +1,4 @@
-"""Every family transformers knows, in llm-compressor's naming: loaded bit-exactly, saved back to the same bits, rewritten."""
+"""Every architecture transformers knows, in llm-compressor's naming: loaded bit-exactly, saved back to the same bits, rewritten."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILY_REWRITES
+from conftest import ARCHITECTURE_REWRITES
 from safetensors.torch import load_file
-from support.families import UNTRACEABLE
-from support.forge import DIALECTS, FAMILIES, forge
+from support.architectures import UNTRACEABLE
+from support.forge import ARCHITECTURES, FORMATS, forge
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.model.parametrization import quantized_parameters
@@ -19,16 +19,16 @@ from ctfp8_compile.ops import FP8
 QUICK = {("qwen3_moe", True), ("llama4", True)}
 #: odd sizes: partial last blocks in both dimensions, and gate and up halves that do not align to a block once merged
 CASES = [
-    (family, scheme, odd)
-    for family in FAMILIES
-    for scheme in FAMILIES[family].schemes
+    (architecture, scheme, odd)
+    for architecture in ARCHITECTURES
+    for scheme in ARCHITECTURES[architecture].schemes
     for odd in ((True, False) if scheme == "FP8_BLOCK" else (True,))
 ]
-#: The same in `fp8` checkpoints' words and in MXFP8: each family's experts and names, few of them in the quick suite.
-DIALECT_CASES = [
-    pytest.param(family, scheme, odd, marks=[] if (family, odd) in QUICK else [pytest.mark.long])
-    for family in FAMILIES
-    for scheme in DIALECTS
+#: The same in `fp8` checkpoints' words and in MXFP8: each architecture's experts and names, few of them in the quick suite.
+FORMAT_CASES = [
+    pytest.param(architecture, scheme, odd, marks=[] if (architecture, odd) in QUICK else [pytest.mark.long])
+    for architecture in ARCHITECTURES
+    for scheme in FORMATS
     for odd in (True, False)
 ]
 
@@ -48,9 +48,9 @@ def _expected(model, forged):
     return _output(forged.reference, forged.inputs)
 
 
-@pytest.mark.parametrize(("family", "scheme", "odd"), [*CASES, *DIALECT_CASES])
-def test_loads_bit_exactly_and_saves_the_same_bits(family, scheme, odd, tmp_path):
-    forged = forge(family, scheme, tmp_path / "in", odd=odd)
+@pytest.mark.parametrize(("architecture", "scheme", "odd"), [*CASES, *FORMAT_CASES])
+def test_loads_bit_exactly_and_saves_the_same_bits(architecture, scheme, odd, tmp_path):
+    forged = forge(architecture, scheme, tmp_path / "in", odd=odd)
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
     loaded = [s for _, _, d in quantized_parameters(model) for s in d.info.layout.sources]
     assert sorted(loaded) == sorted(forged.fp8_names)
@@ -68,46 +68,46 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
-def test_scale_dtypes(family, scale_dtype, tmp_path):
-    forged = forge(family, "FP8_DYNAMIC", tmp_path / "in", scale_dtype=scale_dtype, odd=True)
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_oss"])
+def test_scale_dtypes(architecture, scale_dtype, tmp_path):
+    forged = forge(architecture, "FP8_DYNAMIC", tmp_path / "in", scale_dtype=scale_dtype, odd=True)
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
     assert torch.equal(_output(model, forged.inputs), _expected(model, forged))
     ctfp8.save_pretrained(model, tmp_path / "out")
     assert {t.dtype for n, t in _tensors(tmp_path / "out").items() if n.endswith("_scale")} == {scale_dtype}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
-def test_sharded(family, tmp_path):
-    forged = forge(family, "FP8_BLOCK", tmp_path / "in", shards=3)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_sharded(architecture, tmp_path):
+    forged = forge(architecture, "FP8_BLOCK", tmp_path / "in", shards=3)
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
     assert torch.equal(_output(model, forged.inputs), _expected(model, forged))
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNTRACEABLE))
-def test_every_weight_is_rewritten(family, tmp_path, kernel_everywhere):
-    forged = forge(family, "FP8_DYNAMIC", tmp_path / "in")
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - UNTRACEABLE))
+def test_every_weight_is_rewritten(architecture, tmp_path, kernel_everywhere):
+    forged = forge(architecture, "FP8_DYNAMIC", tmp_path / "in")
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
-    inputs = dict(forged.inputs) if family == "bert" else {**forged.inputs, "use_cache": False}
+    inputs = dict(forged.inputs) if architecture == "bert" else {**forged.inputs, "use_cache": False}
     report = ctfp8.explain(model, (), inputs)
     names = {name for name, _, _ in quantized_parameters(model)}
     assert {e.name for e in (*report.rewritten, *report.kept)} == names
-    assert [(e.name, e.reason) for e in report.kept] == FAMILY_REWRITES.get(family, [])
+    assert [(e.name, e.reason) for e in report.kept] == ARCHITECTURE_REWRITES.get(architecture, [])
     assert sum(p.dtype == FP8 for p in model.parameters()) == len(names)
 
 
-def test_the_table_in_the_docs_names_every_family():
-    """docs/families.md is written by a benchmark that needs minutes; here: no row is missing, stale, or less than exact."""
-    page = (Path(__file__).parents[2] / "docs/families.md").read_text()
+def test_the_table_in_the_docs_names_every_architecture():
+    """docs/architectures.md is written by a benchmark that needs minutes; here: no row is missing, stale, or less than exact."""
+    page = (Path(__file__).parents[2] / "docs/architectures.md").read_text()
     table = page.partition("<!-- table")[2].partition("<!-- end")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows[1:]] == list(FAMILIES)
+    assert [row[0] for row in rows[1:]] == list(ARCHITECTURES)
     for name, model, experts, *outcomes in rows[1:]:
-        config = FAMILIES[name].config(FAMILIES[name].odd)
-        assert model.strip("`") == FAMILIES[name].auto_class._model_mapping[type(config)].__name__
-        assert all(f"`{own}`" in experts for own in _names(FAMILIES[name].experts))
+        config = ARCHITECTURES[name].config(ARCHITECTURES[name].odd)
+        assert model.strip("`") == ARCHITECTURES[name].auto_class._model_mapping[type(config)].__name__
+        assert all(f"`{own}`" in experts for own in _names(ARCHITECTURES[name].experts))
         assert outcomes[:3] == ["exact"] * 3
-    assert set(re.findall(r"`(\w+)` (?:keeps|and)", page)) >= {*FAMILY_REWRITES, *sorted(UNTRACEABLE)[:1]}
+    assert set(re.findall(r"`(\w+)` (?:keeps|and)", page)) >= {*ARCHITECTURE_REWRITES, *sorted(UNTRACEABLE)[:1]}
 
 
 def _names(experts):

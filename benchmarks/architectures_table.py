@@ -1,6 +1,6 @@
-"""Loads a small checkpoint of every family and scheme with ctfp8 and with stock transformers, and writes docs/families.md.
+"""Loads a small checkpoint of every architecture and scheme, with ctfp8 and with transformers; writes docs/architectures.md.
 
-    python benchmarks/families_table.py [--only FAMILY ...]
+    python benchmarks/architectures_table.py [--only ARCHITECTURE ...]
 
 Checkpoints come from `tests/support/forge.py`: a model of random weights, each Linear quantized by compressed-tensors, in the
 names llm-compressor writes, and with the dequantized weights in transformers' own model as the truth. `exact` means that
@@ -30,24 +30,24 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from conftest import relative_error  # noqa: E402
-from support.forge import DIALECTS, FAMILIES, Forged, forge  # noqa: E402
+from support.forge import ARCHITECTURES, FORMATS, Forged, forge  # noqa: E402
 
 import ctfp8_compile as ctfp8  # noqa: E402
 
-BEGIN, END = "<!-- table: python benchmarks/families_table.py -->", "<!-- end of table -->"
-COLUMNS = ("family", "transformers class", "experts in the file", "ctfp8", "ctfp8, `fp8` file", "ctfp8, MXFP8",
+BEGIN, END = "<!-- table: python benchmarks/architectures_table.py -->", "<!-- end of table -->"
+COLUMNS = ("architecture", "transformers class", "experts in the file", "ctfp8", "ctfp8, `fp8` file", "ctfp8, MXFP8",
            "stock transformers", "stock, `fp8` file", "stock, MXFP8")  # fmt: skip
 
 
-def cases(family: str, schemes: Sequence[str]) -> list[tuple[str, bool]]:
+def cases(architecture: str, schemes: Sequence[str]) -> list[tuple[str, bool]]:
     """Scheme, and whether sizes are odd."""
-    both = ("FP8_BLOCK", *DIALECTS)
+    both = ("FP8_BLOCK", *FORMATS)
     return [(scheme, odd) for scheme in schemes for odd in ((False, True) if scheme in both else (True,))]
 
 
-def experts(family: str) -> str:
+def experts(architecture: str) -> str:
     """How the file names them."""
-    layout = FAMILIES[family].experts
+    layout = ARCHITECTURES[architecture].experts
     if layout is None:
         return "–"
     names = layout.whole or (layout.names if layout.gated else layout.names[1:])
@@ -86,7 +86,7 @@ def stock(forged: Forged) -> str:
 
 
 def summary(outcomes: dict[str, str]) -> str:
-    """One cell for all schemes of a family."""
+    """One cell for all schemes of a architecture."""
     if len(set(outcomes.values())) == 1:
         return next(iter(outcomes.values()))
     by_outcome = defaultdict(list)
@@ -95,15 +95,15 @@ def summary(outcomes: dict[str, str]) -> str:
     return "; ".join(f"{what}: {', '.join(which)}" for what, which in by_outcome.items())
 
 
-def row(family: str) -> str:
+def row(architecture: str) -> str:
     by_us, by_stock = [], []
-    for schemes in (FAMILIES[family].schemes, *((dialect,) for dialect in DIALECTS)):
+    for schemes in (ARCHITECTURES[architecture].schemes, *((format,) for format in FORMATS)):
         results: tuple[dict[str, str], dict[str, str]] = {}, {}
-        for scheme, odd in cases(family, schemes):
+        for scheme, odd in cases(architecture, schemes):
             with tempfile.TemporaryDirectory() as folder:
-                forged = forge(family, scheme, Path(folder), odd=odd)
+                forged = forge(architecture, scheme, Path(folder), odd=odd)
                 case = scheme + (" (odd sizes)" if odd and scheme == "FP8_BLOCK" else "")
-                if scheme in DIALECTS:
+                if scheme in FORMATS:
                     case = "odd sizes" if odd else "whole blocks"
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -111,21 +111,21 @@ def row(family: str) -> str:
                 name = type(forged.reference).__name__
         by_us.append(summary(results[0]))
         by_stock.append(summary(results[1]))
-    return "| " + " | ".join([family, f"`{name}`", experts(family), *by_us, *by_stock]) + " |"
+    return "| " + " | ".join([architecture, f"`{name}`", experts(architecture), *by_us, *by_stock]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, help="print these rows and leave the file alone")
+    parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, help="print these rows and leave the file alone")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
-    rows = [row(family) for family in track(arguments.only or FAMILIES, "loading …")]
+    rows = [row(architecture) for architecture in track(arguments.only or ARCHITECTURES, "loading …")]
     if arguments.only:
         print("\n".join(rows))
         return
     table = "\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *rows])
-    page = ROOT / "docs/families.md"
+    page = ROOT / "docs/architectures.md"
     head, _, rest = page.read_text().partition(BEGIN)
     page.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}")
 

@@ -1,4 +1,4 @@
-"""Every family of docs/families.md on two ranks: what one process computes, or the sentence why not; writes the table there."""
+"""Every architecture of docs/architectures.md on two ranks: what one process computes, or the sentence why not; writes the table there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DATA, relative_error
-from support.forge import FAMILIES, forge
+from support.forge import ARCHITECTURES, forge
 from support.ranks import on_ranks
 from transformers import AutoConfig
 from transformers.distributed import DistributedConfig
@@ -18,8 +18,8 @@ from transformers.distributed import DistributedConfig
 import ctfp8_compile as ctfp8
 from ctfp8_compile.ops import FP8
 
-PAGE = DATA.parent.parent / "docs/families.md"
-BEGIN = "<!-- table: EXPECTTEST_ACCEPT=1 pytest -m long tests/distributed/test_parallel_families.py -->"
+PAGE = DATA.parent.parent / "docs/architectures.md"
+BEGIN = "<!-- table: EXPECTTEST_ACCEPT=1 pytest -m long tests/distributed/test_parallel_architectures.py -->"
 END = "<!-- end of parallel table -->"
 #: Scheme, and whether every weight ends in a partial block: shards are uneven then, and borders cut blocks.
 CASES = (("FP8_DYNAMIC", False), ("FP8", True), ("FP8_BLOCK", False), ("FP8_BLOCK", True))
@@ -54,7 +54,7 @@ def _fp8_bytes(model: Any) -> int:
 
 
 def cell(outcomes: dict[str, str]) -> str:
-    """One for all cases of a family: the share of the FP8 bytes that a rank has, or what is wrong with which."""
+    """One for all cases of a architecture: the share of the FP8 bytes that a rank has, or what is wrong with which."""
     shares = sorted({what.removeprefix("fine: ") for what in outcomes.values() if what.startswith("fine")})
     parts = ["–".join(dict.fromkeys((shares[0], shares[-1])))] if shares else []
     wrong = {what for what in outcomes.values() if not what.startswith("fine")}
@@ -62,20 +62,20 @@ def cell(outcomes: dict[str, str]) -> str:
 
 
 @pytest.mark.long
-def test_every_family(tmp_path):
+def test_every_architecture(tmp_path):
     only = os.environ.get("ONLY", "").split()
-    names = [name for name in FAMILIES if not only or name in only]
+    names = [name for name in ARCHITECTURES if not only or name in only]
     cases = []
     for name in names:
         for scheme, odd in CASES:
-            if scheme in FAMILIES[name].schemes:
+            if scheme in ARCHITECTURES[name].schemes:
                 case = f"{name} {scheme}{' odd' * odd}"
                 made = forge(name, scheme, tmp_path / case, odd=odd)
                 cases.append((case, made.folder, made.auto_class, made.inputs))
     first, second = on_ranks(2, compute, cases, 2, seconds=1500)
     assert isinstance(first, dict), first
     assert first == second
-    rows = ["| family | `tp_size=2` | `tp_size=2, ep_size=2` |", "|---" * 3 + "|"]
+    rows = ["| architecture | `tp_size=2` | `tp_size=2, ep_size=2` |", "|---" * 3 + "|"]
     for name in names:
         by_kind = [
             {c: what for (c, k), what in first.items() if k == kind and c.split()[0] == name} for kind in ("tp", "ep")

@@ -1,4 +1,4 @@
-"""Garbage is seldom looked for while something large is made, and as before when it is."""
+"""Garbage collection pauses while something large is made, and runs as before when it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile.collector import collecting_seldom
+from ctfp8_compile.paused_gc import paused_gc
 
 
 @pytest.fixture
@@ -21,20 +21,20 @@ def often():
 
 
 def test_as_before_after_it(often):
-    with collecting_seldom():
+    with paused_gc():
         assert gc.get_threshold() == (100_000, 10, 10)
-        with collecting_seldom():
+        with paused_gc():
             pass
         assert gc.get_threshold() == (100_000, 10, 10)
     assert gc.get_threshold() == often
-    with pytest.raises(RuntimeError), collecting_seldom():
+    with pytest.raises(RuntimeError), paused_gc():
         raise RuntimeError
     assert gc.get_threshold() == often
 
 
 def test_two_threads_at_once(often):
     """The one that began first ends first."""
-    first, second = collecting_seldom(), collecting_seldom()
+    first, second = paused_gc(), paused_gc()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -46,7 +46,7 @@ def test_two_threads_at_once(often):
 @pytest.mark.parametrize("chosen", [0, 200_000])
 def test_what_the_user_chose_stays(chosen, often):
     gc.set_threshold(chosen)
-    with collecting_seldom():
+    with paused_gc():
         assert gc.get_threshold()[0] == chosen
     assert gc.get_threshold()[0] == chosen
 

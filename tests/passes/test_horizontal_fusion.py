@@ -1,4 +1,4 @@
-"""Linears with one input as one matmul: which are joined, that nothing is copied, and that nothing else changes."""
+"""Linears with one input as one matmul: which are fused, that nothing is copied, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ctfp8_compile.ops import FP8
 from ctfp8_compile.model.parametrization import quantized_parameters, stored_weight
 
 pytestmark = pytest.mark.usefixtures("kernel_everywhere")
-JOIN = {"ctfp8.join": True}
+FUSED = {"ctfp8.horizontal_fusion": True}
 
 
 class Three(nn.Module):
@@ -89,7 +89,7 @@ def test_static_scales_join_with_the_largest():
         ((256, 64, 128), "block", [384, 128], 1),  # and so with a partial block in the middle
     ],
 )
-def test_what_would_not_be_taken_joined_stays_apart(rows, strategy, joined, weight_only):
+def test_what_would_not_be_taken_fused_stays_apart(rows, strategy, joined, weight_only):
     module = three(strategy, "group" if strategy == "block" else "token", rows=rows)
     program = ctfp8.lower(module, (X,), target="cuda:sm90")
     assert [n.meta["val"].shape[-1] for n in matmuls(program)] == joined
@@ -112,11 +112,11 @@ def test_a_compiled_graph_reads_them_in_place(bias):
     module = three(bias=bias)
     want = module(X)
     before = {n: t.clone() for n, t in module.state_dict().items()}
-    got, [code] = run_and_get_code(torch.compile(module, backend="ctfp8", fullgraph=True, options=JOIN), X)
+    got, [code] = run_and_get_code(torch.compile(module, backend="ctfp8", fullgraph=True, options=FUSED), X)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 0.01
     assert code.count("dequantized_linear.default(") == 2
-    assert "torch.ops.ctfp8.side_by_side" not in code
+    assert "torch.ops.ctfp8.pack" not in code
     assert "aten.cat" not in code
     assert "cat" not in code.partition("def call")[2]
     weights = [stored_weight(getattr(module, name), "weight") for name in "qkv"]
@@ -129,7 +129,7 @@ def test_a_compiled_graph_reads_them_in_place(bias):
 
 def test_parameters_that_were_moved_away_are_moved_together_again():
     module = three()
-    compiled = torch.compile(module, backend="ctfp8", fullgraph=True, options=JOIN)
+    compiled = torch.compile(module, backend="ctfp8", fullgraph=True, options=FUSED)
     want = compiled(X)
     for name in "kq":
         weight = stored_weight(getattr(module, name), "weight")
@@ -138,7 +138,7 @@ def test_parameters_that_were_moved_away_are_moved_together_again():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_parameters_that_lie_side_by_side_by_chance_are_moved_into_one_storage():
+def test_parameters_that_are_packed_by_chance_are_moved_into_one_storage():
     """As a GPU's allocator puts them. torch refuses to read a tensor beyond the end of its own storage."""
     module = three()
     want = module(X)
@@ -150,7 +150,7 @@ def test_parameters_that_lie_side_by_side_by_chance_are_moved_into_one_storage()
         weight.data = placed.view(weight.shape).copy_(weight.view(torch.uint8)).view(weight.dtype)
     weights = [stored_weight(getattr(module, name), "weight") for name in "qkv"]
     assert weights[1].data_ptr() == weights[0].data_ptr() + weights[0].nbytes
-    got = torch.compile(module, backend="ctfp8", fullgraph=True, options=JOIN)(X)
+    got = torch.compile(module, backend="ctfp8", fullgraph=True, options=FUSED)(X)
     assert all(relative_error(a, b) < 0.01 for a, b in zip(got, want, strict=True))
     assert len({w.untyped_storage().data_ptr() for w in weights}) == 1
 
@@ -178,12 +178,12 @@ def test_first_calls_of_several_threads_read_the_right_weights(monkeypatch):
         moves.append("end")
 
     monkeypatch.setattr(packed, "move_together", slowly)
-    adjacent = packed.Adjacent(reads, graph, [nodes])
+    packing = packed.WithPacked(reads, graph, [nodes])
     with ThreadPoolExecutor(4) as pool:
         for trial in range(5):
             tensors = [torch.full((rows, cols), float(i)) for i in range(parts)]
             moves.clear()
-            assert all(pool.map(lambda _, tensors=tensors: adjacent(*tensors), range(4))), trial
+            assert all(pool.map(lambda _, tensors=tensors: packing(*tensors), range(4))), trial
             assert moves == ["begin", "end"]
 
 
@@ -194,7 +194,7 @@ def test_blocks_of_a_model_compiled_one_by_one():
             stored_weight(block.q, "weight").data.view(torch.uint8).bitwise_xor_(i << 7)  # other signs
     want = [block(X) for block in blocks]
     for block in blocks:
-        block.compile(backend="ctfp8", fullgraph=True, options=JOIN)
+        block.compile(backend="ctfp8", fullgraph=True, options=FUSED)
     for _ in range(2):
         for block, outs in zip(blocks, want, strict=True):
             assert all(relative_error(a, b) < 0.01 for a, b in zip(block(X), outs, strict=True))
@@ -204,7 +204,7 @@ def test_a_model_compiles_again_and_saves_as_before(tmp_path):
     model = ctfp8.from_pretrained(DATA / "llama/FP8")
     want = logits(ctfp8.from_pretrained(DATA / "llama/FP8"))
     mlp = model.model.layers[1].mlp
-    compiled = torch.compile(mlp, backend="ctfp8", fullgraph=True, dynamic=False, options=JOIN)
+    compiled = torch.compile(mlp, backend="ctfp8", fullgraph=True, dynamic=False, options=FUSED)
     gate, up = (stored_weight(layer, "weight") for layer in (mlp.gate_proj, mlp.up_proj))
     with torch.no_grad():
         for rows in (3, 5):  # at the second its weights share storage

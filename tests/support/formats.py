@@ -1,4 +1,4 @@
-"""Renames a compressed-tensors checkpoint into another dialect: the same codes and scales, spelled as others spell them.
+"""Renames a compressed-tensors checkpoint into another format: the same FP8 values and scales, spelled as others spell them.
 
 folder = respell(DATA / "llama/FP8_BLOCK", tmp_path / "out", "fp8")
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-#: By the scheme of the shared checkpoints, the dialects that can say the same.
-DIALECTS: dict[str, tuple[str, ...]] = {
+#: By the scheme of the shared checkpoints, the formats that can say the same.
+FORMATS: dict[str, tuple[str, ...]] = {
     "FP8_BLOCK": ("fp8", "fp8-bf16", "fp8-stacked", "fp8-qscale", "modelopt-block"),
     "FP8": ("fp8-static", "fp8-autofp8", "fp8-dynamic-tensor", "modelopt", "modelopt-side-file"),
     "FP8_DYNAMIC": ("fbgemm_fp8", "modelopt-channel"),
@@ -28,9 +28,9 @@ DIALECTS: dict[str, tuple[str, ...]] = {
 
 
 def respell(
-    source: Path, out: Path, dialect: str, change: Callable[[State, dict[str, Any]], None] | None = None
+    source: Path, out: Path, format: str, change: Callable[[State, dict[str, Any]], None] | None = None
 ) -> Path:
-    """Writes `source` as `dialect` to `out`; `change` may spoil tensors and quantization config first."""
+    """Writes `source` as `format` to `out`; `change` may spoil tensors and quantization config first."""
     out.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix != ".safetensors":
@@ -43,11 +43,11 @@ def respell(
         if name not in quantized and name.endswith("weight") and t.dim() == 2 and "embed" not in name
     )
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = quantization = _CONFIGS[dialect](plain)
-    state = _TENSORS.get(dialect, dict)(state)
+    config["quantization_config"] = quantization = _CONFIGS[format](plain)
+    state = _TENSORS.get(format, dict)(state)
     if change:
         change(state, quantization)
-    if dialect == "modelopt-side-file":
+    if format == "modelopt-side-file":
         del config["quantization_config"]
         (out / "hf_quant_config.json").write_text(json.dumps(quantization, indent=4))
     (out / "config.json").write_text(json.dumps(config))

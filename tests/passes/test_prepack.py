@@ -1,4 +1,4 @@
-"""Scales that are laid out once: for which kernels, that graphs stay right, and that what was made is made again in time."""
+"""Scales that are prepacked once: for which kernels, that graphs stay right, and that what was made is made again in time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 from conftest import relative_error
 from support.scaled import MxOnCpu, layer, quantized_activation
-from test_side_by_side import JOIN, X, three
+from test_horizontal_fusion import FUSED, X, three
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import ops
-from ctfp8_compile.inductor import laid_out
+from ctfp8_compile.inductor import prepacked
 from ctfp8_compile.model.parametrization import quantized_parameters
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ def test_a_scale_for_the_whole_matrix_stays_one():
     (tensorwise,) = (n for n in program.graph.nodes if n.target is aten._scaled_mm.default)  # o
     assert [n.args[3].meta["val"].shape for n in (rowwise, tensorwise)] == [(128,), (1, 1)]
     assert [n.args[2].meta["val"].shape for n in (rowwise, tensorwise)] == [(15,), (1, 1)]
-    joined = program.state_dict["q.parametrizations.weight.0.weight_scale_laid_out"]
+    joined = program.state_dict["q.parametrizations.weight.0.weight_scale_prepacked"]
     q, k, v = (scales_of(module)[f"{name}.weight"] for name in "qkv")
     assert torch.equal(joined[:, 0], torch.cat([q.expand(64, 1), k.expand(32, 1), v.expand(32, 1)])[:, 0])
 
@@ -62,7 +62,7 @@ def test_compiled_results_follow_the_scales():
     def run(module):
         return compiled(module, X)
 
-    compiled = torch.compile(lambda module, x: module(x), backend="ctfp8", fullgraph=True, options=JOIN)
+    compiled = torch.compile(lambda module, x: module(x), backend="ctfp8", fullgraph=True, options=FUSED)
     for _ in range(2):
         for module in (first, second):
             assert all(relative_error(a, b) < 0.01 for a, b in zip(run(module), module(X), strict=True))
@@ -76,10 +76,10 @@ def test_compiled_results_follow_the_scales():
 
 def test_what_was_made_is_made_once(monkeypatch):
     made = []
-    make = laid_out.WithLaidOut._make
-    monkeypatch.setattr(laid_out.WithLaidOut, "_make", lambda self, tensors: made.append(1) or make(self, tensors))
+    make = prepacked.WithPrepacked._make
+    monkeypatch.setattr(prepacked.WithPrepacked, "_make", lambda self, tensors: made.append(1) or make(self, tensors))
     module = three("tensor", "tensor")
-    compiled = torch.compile(module, backend="ctfp8", fullgraph=True, options=JOIN)
+    compiled = torch.compile(module, backend="ctfp8", fullgraph=True, options=FUSED)
     want = compiled(X)
     for _ in range(3):
         assert all(map(torch.equal, compiled(X), want))
@@ -106,12 +106,12 @@ def test_mxfp8_activations_as_compressed_tensors_chooses_their_scales(dtype):
     torch.manual_seed(0)
     x = (torch.randn(64, 128) * torch.logspace(-30, 30, 64)[:, None]).to(dtype)
     x[0], x[1, :32], x[2, 0] = 0, 1.75, 448.0
-    codes, exponents = torch.ops.ctfp8.quantize_mx(x)
+    fp8, exponents = torch.ops.ctfp8.quantize_mx(x)
     amax = x.unflatten(1, (-1, 32)).abs().amax(-1)
     assert torch.equal(exponents[1:].float(), generate_mx_scales(amax[1:], 8).float())
-    got = codes.double() * torch.exp2(exponents.double() - 127).repeat_interleave(32, 1)
+    got = fp8.double() * torch.exp2(exponents.double() - 127).repeat_interleave(32, 1)
     torch.testing.assert_close(got[1:], quantized_activation(x, "mx")[1:], rtol=1e-12, atol=0)
-    assert not codes.float().isnan().any()
+    assert not fp8.float().isnan().any()
     assert not got[0].any()
 
 
@@ -125,7 +125,7 @@ def test_mxfp8_on_sm100_against_float64(bias, dynamic):
     program = ctfp8.lower(module, (x,), target="cuda:sm100", dynamic_shapes=shapes)
     assert not [name for name in operators(program) if "ctfp8" in name]
     (name,) = (n for n in program.state_dict if "weight_scale" in n)
-    assert name.endswith("_laid_out")
+    assert name.endswith("_prepacked")
     weight = state["a.weight"].double() * ops.expand_scale(state["a.weight_scale"], [1, 32], n, k)
     for rows in (77, 200) if dynamic else (77,):
         x = torch.randn(2, rows, k).bfloat16()

@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 import ctfp8_compile as ctfp8
 from ctfp8_compile.graph import op_name
 from ctfp8_compile.ops import cpu
-from ctfp8_compile.passes import unquantized
+from ctfp8_compile.passes import skinny_linear
 from ctfp8_compile.passes.pipeline import run
 from ctfp8_compile.target import Target
 
@@ -27,7 +27,7 @@ ROWS = torch.export.Dim("rows", max=64)
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this machine had the kernel; its operator is torch's where it has not."""
-    monkeypatch.setattr(unquantized, "reads_in_one_run", lambda target, dtype: target.device == "cpu")
+    monkeypatch.setattr(skinny_linear, "has_streaming_gemv", lambda target, dtype: target.device == "cpu")
 
 
 def rewritten(module: nn.Module, *inputs: Tensor, target: str = "cpu", decompose: bool = False, dynamic: bool = False) -> str:
@@ -133,7 +133,7 @@ def test_a_compiled_model_with_a_large_vocabulary(regions: bool) -> None:
             out, code = run_and_get_code(model, ids, logits_to_keep=1)
             assert relative_error(out.logits, exact(ids, logits_to_keep=1).logits) < 0.02
         codes += code
-    assert all(("ctfp8.linear" in code) == torch.ops.ctfp8_cpu.reads_in_one_run() for code in codes)
+    assert all(("ctfp8.linear" in code) == torch.ops.ctfp8_cpu.has_streaming_gemv() for code in codes)
     assert codes
 
 
@@ -146,12 +146,12 @@ def test_an_artifact_in_a_fresh_process(tmp_path: Path) -> None:
         want = exact(ids).logits
     assert relative_error(run_fresh([tmp_path / "m.pt2"], ids, tmp_path)[0], want) < 0.02
     codes = [node.target for node in ctfp8.load(tmp_path / "m.pt2")._run.graph.nodes]
-    assert (torch.ops.ctfp8.linear.default in codes) == torch.ops.ctfp8_cpu.reads_in_one_run()
+    assert (torch.ops.ctfp8.linear.default in codes) == torch.ops.ctfp8_cpu.has_streaming_gemv()
 
 
 def test_only_avx512_bf16_has_the_kernel() -> None:
     cpu.load()
     for isa in torch.ops.ctfp8_cpu.isas():
         torch.ops.ctfp8_cpu.set_isa(isa)
-        assert torch.ops.ctfp8_cpu.reads_in_one_run() == (isa == "avx512-bf16")
+        assert torch.ops.ctfp8_cpu.has_streaming_gemv() == (isa == "avx512-bf16")
     torch.ops.ctfp8_cpu.set_isa("")

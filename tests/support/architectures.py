@@ -1,4 +1,4 @@
-"""Tiny configurations of the model families that `forge` writes checkpoints for, and how each lays its experts out."""
+"""Tiny configurations of the model architectures that `forge` writes checkpoints for, and how each lays its experts out."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if transformers.__version__ == "5.24.0":
     MoeCausalLMOutputWithPast.image_outputs = None
 
 SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "W8A16")
-#: Tried for each family beside the schemes that llm-compressor writes to `float-quantized` files: MXFP8, and 128×128 blocks in
+#: Tried for each architecture beside the schemes that llm-compressor writes to `float-quantized` files: MXFP8, and 128×128 blocks in
 #: the words of `fp8` files (DeepSeek, Qwen).
-DIALECTS = ("fp8", "MXFP8")
+FORMATS = ("fp8", "MXFP8")
 #: transformers cannot trace these with images: their vision tower splits a tensor by its own values
 UNTRACEABLE = {"qwen2_vl", "qwen3_vl_moe"}
 VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 4, 2, 4
@@ -49,7 +49,7 @@ MXFP8_ODD = Sizes(hidden=160, intermediate=224, expert=96)
 
 @dataclass(frozen=True)
 class Experts:
-    """How a family's model fuses its experts, and what the file calls the pieces.
+    """How a architecture's model fuses its experts, and what the file calls the pieces.
 
     In the model `gate_up_proj` is `[E, 2I, H]`, or `[E, H, 2I]` if `transposed`; gate and up are its halves, or its
     even and odd rows if `interleaved`. Ungated experts have `up_proj` alone. In the file each expert is Linears named
@@ -90,8 +90,8 @@ def _llava_image(config: PretrainedConfig) -> Inputs:
 
 
 @dataclass(frozen=True)
-class Family:
-    """What `forge` needs to know of a family. `ignore` is the recipe's list, as llm-compressor's examples give it."""
+class Architecture:
+    """What `forge` needs to know of a architecture. `ignore` is the recipe's list, as llm-compressor's examples give it."""
 
     config: Callable[[Sizes], PretrainedConfig]
     auto_class: type = AutoModelForCausalLM
@@ -125,13 +125,13 @@ def _expert_width(s: Sizes) -> int:
 
 
 def _moe(model_type: str, **extra: Any) -> Callable[[Sizes], PretrainedConfig]:
-    """Families that have both an `intermediate_size` and a `moe_intermediate_size`."""
+    """Architectures that have both an `intermediate_size` and a `moe_intermediate_size`."""
     own = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": _expert_width}
     return _model(model_type, **{**own, **extra})
 
 
 def _local_moe(model_type: str, **extra: Any) -> Callable[[Sizes], PretrainedConfig]:
-    """Families whose `intermediate_size` is the experts'."""
+    """Architectures whose `intermediate_size` is the experts'."""
     own = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": _expert_width}
     return _model(model_type, **{**own, **extra})
 
@@ -215,57 +215,57 @@ _IMAGES = AutoModelForImageTextToText
 _head_dim = {"head_dim": 32}
 _grouped = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, **_head_dim}
 
-FAMILIES: dict[str, Family] = {
-    "llama": Family(_model("llama")),
-    "mistral": Family(_model("mistral", **_head_dim)),
-    "qwen2": Family(_model("qwen2")),
-    "qwen3": Family(_model("qwen3", **_head_dim)),
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(_model("llama")),
+    "mistral": Architecture(_model("mistral", **_head_dim)),
+    "qwen2": Architecture(_model("qwen2")),
+    "qwen3": Architecture(_model("qwen3", **_head_dim)),
     # The published checkpoints tie lm_head to the embedding.
-    "gemma3": Family(_model("gemma3_text", **_head_dim, tie_word_embeddings=True)),
-    "phi3": Family(_model("phi3")),
-    "bert": Family(_model("bert", num_labels=7), AutoModelForSequenceClassification, ignore=("classifier",)),
-    "mixtral": Family(_local_moe("mixtral"), experts=Experts(), ignore=_ROUTERS),
+    "gemma3": Architecture(_model("gemma3_text", **_head_dim, tie_word_embeddings=True)),
+    "phi3": Architecture(_model("phi3")),
+    "bert": Architecture(_model("bert", num_labels=7), AutoModelForSequenceClassification, ignore=("classifier",)),
+    "mixtral": Architecture(_local_moe("mixtral"), experts=Experts(), ignore=_ROUTERS),
     # What llm-compressor wrote while it was for transformers 4, where the experts were Linears of these names.
-    "mixtral_w123": Family(_local_moe("mixtral"), experts=Experts(names=("w1", "w3", "w2")), ignore=_ROUTERS),
-    "qwen2_moe": Family(
+    "mixtral_w123": Architecture(_local_moe("mixtral"), experts=Experts(names=("w1", "w3", "w2")), ignore=_ROUTERS),
+    "qwen2_moe": Architecture(
         _moe("qwen2_moe", shared_expert_intermediate_size=_expert_width), experts=Experts(), ignore=_ROUTERS
     ),
-    "qwen3_moe": Family(_moe("qwen3_moe", **_head_dim), experts=Experts(), ignore=_ROUTERS),
-    "olmoe": Family(_moe("olmoe", intermediate_size=_expert_width), experts=Experts(), ignore=_ROUTERS),
-    "deepseek_v3": Family(_moe("deepseek_v3", **_DEEPSEEK), experts=Experts(), ignore=_ROUTERS),
-    "glm4_moe": Family(_moe("glm4_moe", **_grouped), experts=Experts(), ignore=_ROUTERS),
-    "granitemoe": Family(_local_moe("granitemoe"), experts=Experts(), ignore=_ROUTERS),
+    "qwen3_moe": Architecture(_moe("qwen3_moe", **_head_dim), experts=Experts(), ignore=_ROUTERS),
+    "olmoe": Architecture(_moe("olmoe", intermediate_size=_expert_width), experts=Experts(), ignore=_ROUTERS),
+    "deepseek_v3": Architecture(_moe("deepseek_v3", **_DEEPSEEK), experts=Experts(), ignore=_ROUTERS),
+    "glm4_moe": Architecture(_moe("glm4_moe", **_grouped), experts=Experts(), ignore=_ROUTERS),
+    "granitemoe": Architecture(_local_moe("granitemoe"), experts=Experts(), ignore=_ROUTERS),
     # What llm-compressor wrote while it was for transformers 4. It could not give a per-tensor scale three dimensions.
-    "granitemoe_3d": Family(
+    "granitemoe_3d": Architecture(
         _local_moe("granitemoe"),
         experts=Experts(whole=("input_linear", "output_linear")),
         ignore=_ROUTERS,
         schemes=("FP8_DYNAMIC", "FP8_BLOCK", "W8A16"),
         odd=Sizes(hidden=128, intermediate=208, expert=192),  # an expert's rows must be whole blocks, columns need not
     ),
-    "gpt_oss": Family(
+    "gpt_oss": Architecture(
         _local_moe("gpt_oss", **_head_dim), experts=Experts(transposed=True, interleaved=True), ignore=_ROUTERS
     ),
-    "llama4": Family(_llama4, _IMAGES, Experts(transposed=True), _LLAMA4),
-    "phimoe": Family(_local_moe("phimoe"), experts=Experts(), ignore=_ROUTERS),
-    "jamba": Family(_model("jamba", **_JAMBA), experts=Experts(), ignore=_ROUTERS),
-    "nemotron_h": Family(
+    "llama4": Architecture(_llama4, _IMAGES, Experts(transposed=True), _LLAMA4),
+    "phimoe": Architecture(_local_moe("phimoe"), experts=Experts(), ignore=_ROUTERS),
+    "jamba": Architecture(_model("jamba", **_JAMBA), experts=Experts(), ignore=_ROUTERS),
+    "nemotron_h": Architecture(
         _moe("nemotron_h", **_NEMOTRON), experts=Experts(gated=False), ignore=(*_ROUTERS, r"re:.*mixer\.gate$")
     ),
-    "minimax_m2": Family(_local_moe("minimax_m2", **_head_dim), experts=Experts(), ignore=_ROUTERS),
-    "ernie4_5_moe": Family(
+    "minimax_m2": Architecture(_local_moe("minimax_m2", **_head_dim), experts=Experts(), ignore=_ROUTERS),
+    "ernie4_5_moe": Architecture(
         _moe("ernie4_5_moe", moe_num_experts=EXPERTS, moe_k=2, moe_num_shared_experts=1),
         experts=Experts(),
         ignore=_ROUTERS,
     ),
     # A short convolution in layer 0, which is dense; attention and experts in layer 1.
-    "lfm2_moe": Family(
+    "lfm2_moe": Architecture(
         _moe("lfm2_moe", num_dense_layers=1, layer_types=["conv", "full_attention"]),
         experts=Experts(),
         ignore=(*_ROUTERS, r"re:.*feed_forward\.gate$"),
     ),
-    "qwen3_5_moe": Family(_moe("qwen3_5_moe_text", **_HYBRID), experts=Experts(), ignore=_ROUTERS),
-    "qwen2_vl": Family(_qwen2_vl, _IMAGES, ignore=_VISION, inputs=_qwen_image),
-    "qwen3_vl_moe": Family(_qwen3_vl_moe, _IMAGES, Experts(), (*_VISION, *_ROUTERS), _qwen_image),
-    "llava": Family(_llava, _IMAGES, ignore=_VISION, inputs=_llava_image),
+    "qwen3_5_moe": Architecture(_moe("qwen3_5_moe_text", **_HYBRID), experts=Experts(), ignore=_ROUTERS),
+    "qwen2_vl": Architecture(_qwen2_vl, _IMAGES, ignore=_VISION, inputs=_qwen_image),
+    "qwen3_vl_moe": Architecture(_qwen3_vl_moe, _IMAGES, Experts(), (*_VISION, *_ROUTERS), _qwen_image),
+    "llava": Architecture(_llava, _IMAGES, ignore=_VISION, inputs=_llava_image),
 }

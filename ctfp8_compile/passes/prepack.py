@@ -1,4 +1,4 @@
-"""Scales are laid out once, as the kernels that are to read them do, and not at each call.
+"""Scales are prepacked once, in the layout that their kernel reads, and not at each call.
 
     before                             declared                               in a compiled graph, or an exported program
     %w = dequantize(%q, %s, …)         %t = scales_transposed(%s)             %t = placeholder
@@ -7,7 +7,7 @@
 
 `declare` puts operators on parameters alone into a graph, and views behind them that undo what they do; so the graph is right
 with any kernel, and the one it is meant for finds its layout under the views. They leave the graph again: a compiled graph is
-given their results in the place of the first parameter they are made of (`take_out`, `inductor/laid_out.py`), an exported
+given their results in the place of the first parameter they are made of (`take_out`, `inductor/prepacked.py`), an exported
 program holds them as parameters (`fold`).
 """
 
@@ -25,24 +25,24 @@ from ..graph import MARKER, arguments, fake_value
 from ..lowering import Problem, choose, kernels_of
 from ..ops import BY_ROW, SWIZZLED, TRANSPOSED, UNSWIZZLED
 from ..target import Target
-from .side_by_side import LINEARS, SIDE_BY_SIDE, add
+from .horizontal_fusion import LINEARS, PACK, add
 
 aten = torch.ops.aten
 _MARKERS = (MARKER, MARKER.overloadpacket)
-_ON_PARAMETERS = (BY_ROW, TRANSPOSED, SWIZZLED, SIDE_BY_SIDE)
+_ON_PARAMETERS = (BY_ROW, TRANSPOSED, SWIZZLED, PACK)
 
 
 def declare(graph: fx.Graph, target: Target) -> None:
-    """Lays out scales, in place, for the kernels that would take their weights; behind `side_by_side.declare`."""
+    """Prepacks scales, in place, for the kernels that would take their weights; behind `horizontal_fusion.declare`."""
     done: set[fx.Node] = set()
     first = next((node for node in graph.nodes if node.op != "placeholder" and node.target not in _ON_PARAMETERS), None)
     for marker in [node for node in graph.nodes if node.op == "call_function" and node.target in _MARKERS]:
         scale = arguments(marker)[1]
         whole = arguments(scale)[0] if scale.target is aten.slice.Tensor else scale
-        if whole in done or not (whole.op == "placeholder" or whole.target is SIDE_BY_SIDE):
+        if whole in done or not (whole.op == "placeholder" or whole.target is PACK):
             continue
         done.add(whole)
-        with graph.inserting_before(first):  # in front of what it is made of, if that lies side by side; both leave the graph
+        with graph.inserting_before(first):  # in front of what it is made of, if that is packed; both leave the graph
             _lay_out(graph, marker, whole, _layout(marker, target))
 
 
@@ -82,9 +82,9 @@ def _lay_out(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> N
         for user in users:
             user.update_arg(3, [1, block[1]])
     elif layout == "transposed":
-        laid_out = add(graph, TRANSPOSED, whole)
+        prepacked = add(graph, TRANSPOSED, whole)
         rank = fake_value(whole).dim()
-        new = add(graph, aten.permute.default, laid_out, [*range(rank - 2), rank - 1, rank - 2])
+        new = add(graph, aten.permute.default, prepacked, [*range(rank - 2), rank - 1, rank - 2])
     elif layout == "swizzled":
         new = add(graph, UNSWIZZLED, add(graph, SWIZZLED, whole), fake_value(whole).shape[1])
     else:
@@ -94,7 +94,7 @@ def _lay_out(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> N
 
 
 @dataclass(frozen=True)
-class LaidOut:
+class Prepacked:
     """Something that is made of parameters alone.
 
     Attributes:
@@ -108,9 +108,9 @@ class LaidOut:
     of: Callable[[Mapping[fx.Node, Tensor]], Tensor]
 
 
-def take_out(graph: fx.Graph) -> list[LaidOut]:
+def take_out(graph: fx.Graph) -> list[Prepacked]:
     """Takes what is made of scales alone out of a graph: the first placeholder of each is its value from now on."""
-    found = [one for one in _found(graph) if one.node.target is not SIDE_BY_SIDE]
+    found = [one for one in _found(graph) if one.node.target is not PACK]
     for one in found:
         first = one.sources[0]
         key = "val" if "val" in first.meta else "example_value"
@@ -128,7 +128,7 @@ def fold(program: ExportedProgram) -> None:
         first, *others = one.sources
         names = {source: specs[source.name].target for source in one.sources}
         value = one.of({source: program.state_dict.pop(name) for source, name in names.items()})
-        name = f"{names[first]}_{'joined' if one.node.target is SIDE_BY_SIDE else 'laid_out'}"
+        name = f"{names[first]}_{'packed' if one.node.target is PACK else 'prepacked'}"
         program.state_dict[name] = (
             nn.Parameter(value, requires_grad=False) if names[first] in signature.parameters else value
         )
@@ -142,10 +142,10 @@ def fold(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _found(graph: fx.Graph) -> list[LaidOut]:
+def _found(graph: fx.Graph) -> list[Prepacked]:
     nodes = [n for n in graph.nodes if n.target in _ON_PARAMETERS]
     inner = {n for node in nodes for n in node.all_input_nodes}
-    return [LaidOut(node, tuple(dict.fromkeys(_sources(node))), _computation(node)) for node in nodes if node not in inner]
+    return [Prepacked(node, tuple(dict.fromkeys(_sources(node))), _computation(node)) for node in nodes if node not in inner]
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
@@ -172,7 +172,7 @@ def _computation(node: fx.Node) -> Callable[[Mapping[fx.Node, Tensor]], Tensor]:
     return compute
 
 
-def _replace(graph: fx.Graph, one: LaidOut, first: fx.Node) -> None:
+def _replace(graph: fx.Graph, one: Prepacked, first: fx.Node) -> None:
     one.node.replace_all_uses_with(first, propagate_meta=False)
     waiting = [one.node]
     while waiting:

@@ -1,4 +1,4 @@
-"""Checkpoints in every dialect of FP8: the same logits as in compressed-tensors' words, and saved as they were read."""
+"""Checkpoints in every format of FP8: the same logits as in compressed-tensors' words, and saved as they were read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import CHECKPOINTS, DATA, FP8_PARAMETERS, IDS, assert_same_bits, logits, quantize, relative_error
-from support.dialects import DIALECTS, respell
+from support.formats import FORMATS, respell
 from support.fresh import run_fresh
 from torch import nn
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -21,12 +21,12 @@ from ctfp8_compile.model.parametrization import quantized_parameters
 from ctfp8_compile.ops import FP8
 
 NAMES = [*CHECKPOINTS, "llama/MXFP8", "qwen3moe/MXFP8"]
-CASES = [(name, dialect) for name in NAMES for dialect in DIALECTS[name.split("/")[1]]]
+CASES = [(name, format) for name in NAMES for format in FORMATS[name.split("/")[1]]]
 
 
-@pytest.mark.parametrize(("name", "dialect"), CASES)
-def test_a_renamed_checkpoint_gives_the_same_logits_and_is_saved_as_it_was(name, dialect, load, tmp_path):
-    folder = respell(DATA / name, tmp_path / "in", dialect)
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_a_renamed_checkpoint_gives_the_same_logits_and_is_saved_as_it_was(name, format, load, tmp_path):
+    folder = respell(DATA / name, tmp_path / "in", format)
     model = ctfp8.from_pretrained(folder)
     assert len(list(quantized_parameters(model))) == FP8_PARAMETERS[name.split("/")[0]]
     assert torch.equal(logits(model), logits(load(name)))
@@ -62,25 +62,25 @@ def test_power_of_two_scales_in_any_dtype(name, dtype, tmp_path):
     assert_same_bits(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("dialect", ["fp8", "fp8-static", "fbgemm_fp8", "modelopt-side-file"])
-def test_every_way_in_and_out(dialect, load, tmp_path):
+@pytest.mark.parametrize("format", ["fp8", "fp8-static", "fbgemm_fp8", "modelopt-side-file"])
+def test_every_way_in_and_out(format, load, tmp_path):
     """What takes a compressed-tensors checkpoint takes these: explain, export and load, inspect, a plain model."""
-    scheme = next(s for s, dialects in DIALECTS.items() if dialect in dialects)
-    folder = respell(DATA / "llama" / scheme, tmp_path / "in", dialect)
+    scheme = next(s for s, formats in FORMATS.items() if format in formats)
+    folder = respell(DATA / "llama" / scheme, tmp_path / "in", format)
     model, twin = ctfp8.from_pretrained(folder), load(f"llama/{scheme}")
     args = (IDS,), {"use_cache": False}
     for target in ("cpu", "cuda:sm90"):
         ours, theirs = (ctfp8.explain(m, *args, target=target) for m in (model, twin))
         assert [(e.name, e.kernel) for e in ours.rewritten] == [(e.name, e.kernel) for e in theirs.rewritten]
         assert [(e.name, e.reason) for e in ours.kept] == [(e.name, e.reason) for e in theirs.kept]
-    if dialect == "fp8":
+    if format == "fp8":
         for name, each in (("ours", model), ("theirs", twin)):
             ctfp8.export(each, *args, path=tmp_path / f"{name}.pt2")
         got, want = run_fresh([tmp_path / "ours.pt2", tmp_path / "theirs.pt2"], IDS, tmp_path)
         assert torch.equal(got, want)
         assert relative_error(got, logits(twin)) < 0.02
     found = look(folder)
-    assert found.dialect == dialect.partition("-")[0]
+    assert found.format == format.partition("-")[0]
     assert str(twin.model.layers[0].mlp.up_proj.parametrizations.weight[0].info.scheme).split(",")[0] in found.schemes
     plain = ctfp8.from_pretrained(folder, dequantize=True)
     assert torch.equal(logits(plain), logits(twin))
@@ -91,30 +91,30 @@ def test_every_way_in_and_out(dialect, load, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_artifacts_in_a_fresh_process_and_plain_models(name, load, tmp_path):
-    """Of every dialect, bit for bit those of the file it was renamed from."""
-    args, dialects = ((IDS,), {"use_cache": False}), DIALECTS[name.split("/")[1]]
+    """Of every format, bit for bit those of the file it was renamed from."""
+    args, formats = ((IDS,), {"use_cache": False}), FORMATS[name.split("/")[1]]
     exact = load(name, dtype=torch.float32)  # a router's choice is not to hang on how bfloat16 rounds
     ctfp8.export(exact, *args, path=tmp_path / "original.pt2")
-    for dialect in dialects:
-        folder = respell(DATA / name, tmp_path / "in" / dialect, dialect)
-        ctfp8.export(ctfp8.from_pretrained(folder, dtype=torch.float32), *args, path=tmp_path / f"{dialect}.pt2")
-        assert torch.equal(logits(ctfp8.from_pretrained(folder, dequantize=True)), logits(load(name))), dialect
-    original, *renamed = run_fresh([tmp_path / f"{which}.pt2" for which in ("original", *dialects)], IDS, tmp_path)
+    for format in formats:
+        folder = respell(DATA / name, tmp_path / "in" / format, format)
+        ctfp8.export(ctfp8.from_pretrained(folder, dtype=torch.float32), *args, path=tmp_path / f"{format}.pt2")
+        assert torch.equal(logits(ctfp8.from_pretrained(folder, dequantize=True)), logits(load(name))), format
+    original, *renamed = run_fresh([tmp_path / f"{which}.pt2" for which in ("original", *formats)], IDS, tmp_path)
     assert relative_error(original, logits(exact)) < 1e-5
-    for dialect, got in zip(dialects, renamed, strict=True):
-        assert torch.equal(got, original), dialect
+    for format, got in zip(formats, renamed, strict=True):
+        assert torch.equal(got, original), format
 
 
-@pytest.mark.parametrize("dialect", ["fp8-autofp8", "modelopt"])
-def test_scales_of_a_quantized_cache_are_set_aside_and_kept(dialect, load, tmp_path):
+@pytest.mark.parametrize("format", ["fp8-autofp8", "modelopt"])
+def test_scales_of_a_quantized_cache_are_set_aside_and_kept(format, load, tmp_path):
     names = {"fp8-autofp8": ["kv_scale", "k_proj.output_scale"], "modelopt": ["k_proj.k_scale", "v_proj.v_scale"]}
-    own = {f"model.layers.{i}.self_attn.{n}": torch.tensor(0.1 + i) for i in range(2) for n in names[dialect]}
+    own = {f"model.layers.{i}.self_attn.{n}": torch.tensor(0.1 + i) for i in range(2) for n in names[format]}
 
     def calibrate(state, config):
         state.update(own)
-        config.update({"kv_cache_quant_algo": "FP8"} if dialect == "modelopt" else {})
+        config.update({"kv_cache_quant_algo": "FP8"} if format == "modelopt" else {})
 
-    folder = respell(DATA / "llama/FP8", tmp_path / "in", dialect, calibrate)
+    folder = respell(DATA / "llama/FP8", tmp_path / "in", format, calibrate)
     with pytest.warns(UserWarning, match="quantized KV cache .4 scales"):
         model = ctfp8.from_pretrained(folder)
     assert torch.equal(logits(model), logits(load("llama/FP8")))
@@ -135,19 +135,19 @@ def test_activations_are_quantized_in_groups_of_128_beside_128_x_128_blocks_and_
     """Stock quantizes them in groups as wide as the block; kernels for others than 128 there are none."""
     rows, cols = 256, 512
     scale = torch.exp2(torch.randint(-9, -5, (-(-rows // block[0]), cols // block[1])).float())
-    codes = (torch.randn(rows, cols) * 50).to(FP8)
+    fp8 = (torch.randn(rows, cols) * 50).to(FP8)
     stored = scale if fmt == "float" else encode_scale(scale, torch.uint8)
     config = {"quant_method": "fp8", "weight_block_size": list(block), "scale_fmt": fmt, "activation_scheme": "dynamic"}
     module = nn.Sequential(nn.Linear(cols, rows, bias=False, dtype=torch.bfloat16))
-    ctfp8.load_state_dict(module, {"0.weight": codes, "0.weight_scale_inv": stored}, config)
-    want = codes.float() * scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    ctfp8.load_state_dict(module, {"0.weight": fp8, "0.weight_scale_inv": stored}, config)
+    want = fp8.float() * scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     assert torch.equal(module[0].weight, want.bfloat16())
     program = ctfp8.lower(module, (torch.randn(32, cols, dtype=torch.bfloat16),), target="cuda:sm90")
     values = [n.meta["val"] for n in program.graph.nodes if n.op == "call_function"]
     assert any(isinstance(v, torch.Tensor) and v.dtype == FP8 for v in values) == (block == (128, 128))
 
 
-def test_any_module_takes_a_state_dict_of_any_dialect():
+def test_any_module_takes_a_state_dict_of_any_format():
     weight, scale = quantize(torch.randn(64, 48), "block", (32, 32))
     config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     module = ctfp8.load_state_dict(nn.Linear(48, 64, bias=False), {"weight": weight, "weight_scale_inv": scale}, config)
@@ -166,10 +166,10 @@ def test_the_bound_of_fbgemm_is_honoured_where_activations_are_quantized(tmp_pat
     clamped = [n for n in program.graph.nodes if n.target is torch.ops.aten.clamp_max.default and n.args[1] == 0.5]
     assert len(clamped) == 8  # one for each quantized activation: q, k, v and gate, up share theirs
     x = torch.randn(5, 64, dtype=torch.bfloat16)
-    codes, scale = torch.ops.ctfp8.quantize_per_token(x, 0.5)
+    fp8, scale = torch.ops.ctfp8.quantize_per_token(x, 0.5)
     want = x.float().abs().amax(1, keepdim=True).clamp(max=0.5) / 448
     assert torch.equal(scale, want)
-    assert torch.equal(codes.float(), (x.float() / want).clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    assert torch.equal(fp8.float(), (x.float() / want).clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -202,7 +202,7 @@ def _twice(state, config):
 
 
 @pytest.mark.parametrize(
-    ("name", "dialect", "change", "sentence"),
+    ("name", "format", "change", "sentence"),
     [
         ("llama/FP8_BLOCK", "fp8", _drop("weight_block_size"), r"down_proj.weight_scale_inv .* with tensor weights"),
         ("llama/FP8_BLOCK", "fp8", _set(weight_block_size=[64, 128]), "down_proj.weight_scale_inv .* expected shape"),
@@ -226,7 +226,7 @@ def _twice(state, config):
         ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", lambda t: -t), "scales must be finite and positive"),
         ("llama/FP8_BLOCK", "fp8", lambda s, c: s.pop(f"{Q}.weight_scale_inv"), f"{Q}.weight .*FP8 weight without a scale"),
         ("llama/FP8_BLOCK", "fp8", lambda s, c: s.pop(f"{Q}.weight"), f"{Q}.weight"),
-        ("llama/FP8_BLOCK", "fp8", lambda s, c: s[f"{Q}.weight"].view(torch.uint8)[2, 2].fill_(0x7F), "holds NaN codes"),
+        ("llama/FP8_BLOCK", "fp8", lambda s, c: s[f"{Q}.weight"].view(torch.uint8)[2, 2].fill_(0x7F), "holds NaN values"),
         ("llama/FP8_BLOCK", "fp8", _set(weight_block_size=[128, 0]), r"weight_block_size=\[128, 0\] is not two positive sizes"),
         ("llama/FP8_BLOCK", "fp8", _set(weight_block_size="128x128"), "weight_block_size='128x128' is not two"),
         ("llama/MXFP8", "fp8-mx", lambda s, c: s[f"{Q}.weight_scale_inv"][3].fill_(255), "weight_scale_inv .*scale nan"),
@@ -255,8 +255,8 @@ def _twice(state, config):
         ("llama/FP8_DYNAMIC", "fbgemm_fp8", _tensor(f"{Q}.weight_scale", lambda t: t[:1]), "expected shape"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_said(name, dialect, change, sentence, tmp_path):
-    folder = respell(DATA / name, tmp_path / "in", dialect, change)
+def test_what_is_wrong_with_a_file_is_said(name, format, change, sentence, tmp_path):
+    folder = respell(DATA / name, tmp_path / "in", format, change)
     with pytest.raises((ctfp8.CheckpointError, ctfp8.SchemeError), match=sentence):
         ctfp8.from_pretrained(folder)
 
@@ -273,7 +273,7 @@ def test_a_side_file_that_is_not_modelopts(tmp_path):
             ctfp8.from_pretrained(folder)
 
 
-def test_prepare_names_the_door_for_other_dialects(tmp_path):
+def test_prepare_names_the_door_for_other_format(tmp_path):
     folder = respell(DATA / "llama/FP8_BLOCK", tmp_path / "in", "fp8")
     stock = AutoModelForCausalLM.from_pretrained(folder)  # decompressed here; on a GPU its modules are others
     with pytest.raises(ctfp8.UsageError, match="not loaded from a quantized checkpoint"):
@@ -309,15 +309,15 @@ def _plain(spelling, strategy):
         rows, cols = weight.shape
         if strategy == "mx":
             scale = torch.randint(116, 120, (rows, cols // 32), dtype=torch.uint8)
-            codes = (torch.randn(rows, cols) * 50).to(torch.float8_e4m3fn)
+            fp8 = (torch.randn(rows, cols) * 50).to(torch.float8_e4m3fn)
             wide = torch.exp2(scale.double() - 127).repeat_interleave(32, 1).float()
         else:
-            codes, scale = quantize(weight, strategy)
+            fp8, scale = quantize(weight, strategy)
             wide = scale
             if strategy == "block":
                 wide = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
-        state[f"{name}.weight"], state[f"{name}.{spelling}"] = codes, scale
-        truth.append(codes.float() * wide)
+        state[f"{name}.weight"], state[f"{name}.{spelling}"] = fp8, scale
+        truth.append(fp8.float() * wide)
     return module, state, truth
 
 
