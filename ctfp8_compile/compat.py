@@ -29,6 +29,8 @@ PRIVATE = {
     "register_backend": ("torch._dynamo.register_backend", "2.11 2.13 2.14"),
     "compile_fx": ("torch._inductor.compile_fx.compile_fx", "2.11 2.13 2.14"),
     "CompileWrapper": ("torch._TorchCompileInductorWrapper", "2.11 2.13 2.14"),  # checks and expands mode and options
+    "InvalidCxxCompiler": ("torch._inductor.exc.InvalidCxxCompiler", "2.11 2.13 2.14"),
+    "CppCompileError": ("torch._inductor.exc.CppCompileError", "2.11 2.13 2.14"),
     "CustomGraphPass": ("torch._inductor.custom_graph_pass.CustomGraphPass", "2.11 2.13 2.14"),
     "inductor_config": ("torch._inductor.config", "2.11 2.13 2.14"),
     "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer
