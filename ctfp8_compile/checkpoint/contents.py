@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CheckpointError, SchemeError
 from .files import FP8_DTYPE, Checkpoint, TensorInfo, check_config_file, checkpoint_files, nbytes
-from .formats import config_of_folder
+from .formats import PLAIN, config_of_folder
 from .packed import PackedWeight, find, seen_as_weights
 from .scheme import Schemes
 
@@ -69,7 +69,7 @@ def look(folder: Path) -> Contents:
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
     schemes, instead = _schemes(folder, config)
-    tensors = Checkpoint(files, {} if schemes is None else schemes.format.suffixes)
+    tensors = Checkpoint(files, PLAIN if schemes is None else schemes.format)
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0

@@ -134,6 +134,38 @@ class Layout:
         return torch.cat(parts).view(len(parts), -1, width)
 
 
+@dataclass(frozen=True)
+class Turned(Layout):
+    """Of one checkpoint tensor `[E, K, N]` (columns are outputs), as gpt-oss and Llama 4 declare their experts.
+
+    Its matrices are transposed while they are loaded, so that they are stored, and multiplied, as all others.
+    """
+
+    def weight(self, sources: Mapping[str, Tensor]) -> Tensor:
+        return super().weight({name: tensor.mT for name, tensor in sources.items()}).contiguous()
+
+    def scale(self, sources: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+        return super().scale({name: _turned(scale, scheme) for name, scale in sources.items()}, scheme)
+
+    def split_weight(self, weight: Tensor, source: str) -> Tensor:
+        return super().split_weight(weight, source).mT.contiguous()
+
+    def split_scale(self, scale: Tensor, source: str, scheme: Scheme, like: tuple[int, ...]) -> Tensor:
+        there = like if scheme.strategy in ("tensor", "channel") else (*like[:-2], like[-1], like[-2])
+        return _turned(super().split_scale(scale, source, scheme, there), scheme)
+
+
+def _turned(scale: Tensor, scheme: Scheme) -> Tensor:
+    """Scales of blocks of `[K, N]` as of `[N, K]`; those of columns are in one order either way."""
+    return scale if scheme.strategy in ("tensor", "channel") else scale.mT.contiguous()
+
+
+def turned(source: str, shape: Sequence[int]) -> Turned:
+    """The layout of a parameter that is one checkpoint tensor `[E, K, N]`."""
+    plain = identity(source, (*shape[:-2], shape[-1], shape[-2]))
+    return Turned(plain.shape, True, plain.placements)
+
+
 def identity(source: str, shape: Sequence[int]) -> Layout:
     """The layout of a parameter that is one checkpoint tensor unchanged."""
     rows = shape[-2]

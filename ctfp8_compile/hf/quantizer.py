@@ -42,9 +42,6 @@ from .conversions import PlaceRows, layouts, per_expert_conversions
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
-#: Values of other formats take the weight's name, and so its way through all of the model's conversions.
-_PACKED_ARE_WEIGHTS = WeightRenaming(r"\.weight_packed$", ".weight")
-
 METHOD = "ctfp8"  #: the private name under which transformers finds this quantizer while it loads
 
 
@@ -83,6 +80,9 @@ class Quantizer(HfQuantizer):
         self.strict = quantization_config.strict
         # from here on everybody sees the stock method
         quantization_config.quant_method = self.schemes.format.name
+        #: What is a weight under another name takes the weight's, and so its way through all of the model's conversions.
+        weights = {".weight_packed": ".weight", **self.schemes.format.weights}
+        self.renamings = [WeightRenaming(rf"{re.escape(theirs)}$", ours) for theirs, ours in weights.items()]
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}
@@ -109,7 +109,7 @@ class Quantizer(HfQuantizer):
             check_heads(model)
             mark_local(model)
         files = tuple(map(Path, checkpoint_files or ()))
-        tensors = ckpt.Checkpoint(files, self.schemes.format.suffixes)
+        tensors = ckpt.Checkpoint(files, self.schemes.format)
         declared = model.state_dict()
         stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
@@ -134,9 +134,13 @@ class Quantizer(HfQuantizer):
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
         # the scales were read above; the loader finds no place for them, which is as it should be
-        leaves = {leaf for weight in packed.values() for leaf in weight.parts} - {"weight", "weight_packed"}
-        endings = "|".join(map(re.escape, {"weight_scale", "input_scale", *self.schemes.format.suffixes, *leaves}))
-        ours = {rf"(^|[._])({endings})$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
+        leaves = {part.name.rpartition(".")[2] for weight in packed.values() for part in weight.parts.values()}
+        scales = (
+            scale for info in self.plans.values() for scale in (*info.scales.values(), *info.input_scales.values())
+        )
+        leaves |= {"weight_scale", "input_scale", *(scale.name.rpartition(".")[2] for scale in scales)}
+        endings = "|".join(map(re.escape, leaves - {"weight", "weight_packed"}))
+        ours = {rf"(^|[.])({endings})$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
@@ -173,7 +177,7 @@ class Quantizer(HfQuantizer):
         placed = {target: info.layout for target, info in self.plans.items()}
         placed |= {target: info.packed_layout for target, info in self.packed.items()}
         return [
-            *([_PACKED_ARE_WEIGHTS] if self.packed else []),
+            *self.renamings,
             *(
                 c.copy(
                     c._original_source_patterns,
@@ -217,7 +221,7 @@ class Quantizer(HfQuantizer):
     def take_over_saving(self, model: Any) -> None:
         """From now on the state dict we give `save_pretrained` is in the checkpoint's names; transformers reverts nothing."""
         conversions = getattr(model, "_weight_conversions", None)
-        self.conversions = conversions and [c for c in conversions if c is not _PACKED_ARE_WEIGHTS]
+        self.conversions = conversions and [c for c in conversions if not any(c is r for r in self.renamings)]
         model._weight_conversions = []
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -250,11 +254,11 @@ class Quantizer(HfQuantizer):
         if not self.packed:
             return {}
         try:
-            tensors = ckpt.Checkpoint(self.files)
+            tensors = ckpt.Checkpoint(self.files, self.schemes.format)
             out: dict[str, Tensor] = {}
             for target, info in self.packed.items():
                 parts = {
-                    name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items()}
+                    name: {leaf: tensors.value(part) for leaf, part in weight.parts.items()}
                     for name, weight in info.weights.items()
                 }
                 value = info.value(info.packed(parts), parts)
@@ -263,8 +267,8 @@ class Quantizer(HfQuantizer):
                         f"{target} was decompressed and has changed since, so that it cannot be saved as it was read. Load the "
                         "checkpoint with ctfp8.from_pretrained(..., dequantize=True) to change weights."
                     )
-                for name, weight in info.weights.items():
-                    out |= {part.name: parts[name][leaf].clone() for leaf, part in weight.parts.items()}
+                for weight in info.weights.values():
+                    out |= {part.name: tensors.read_stored(part).clone() for part in weight.parts.values()}
         except (CheckpointError, SafetensorError) as error:
             raise UsageError(
                 f"{len(self.packed)} weights were decompressed while loading, and are saved as their file has them; it has "
@@ -276,12 +280,11 @@ class Quantizer(HfQuantizer):
 def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
     """Weights and scales of one parameter under the names, shapes and dtypes they had in the checkpoint."""
     info = dequantize.info
-    out = {}
+    out: dict[str, Tensor] = {}
     for source, stored in info.scales.items():
         # a copy of its own: tensors that share memory cannot be saved
-        out[source] = info.layout.split_weight(weight, source).clone()
-        scale = info.layout.split_scale(dequantize.weight_scale, source, info.scheme, stored.shape)
-        out[stored.name] = ckpt.encode_scale(scale, stored.dtype).clone()
+        out[info.names[source]] = info.layout.split_weight(weight, source).clone()
+        stored.write(info.layout.split_scale(dequantize.weight_scale, source, info.scheme, stored.shape), out)
     for source, stored in info.input_scales.items():
-        out[stored.name] = dequantize.static_scale(source).clone()
+        stored.write(dequantize.static_scale(source), out)
     return out
