@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SchemeError
+from .files import decode_scale
 from .layout import Layout, Placement
 from .scheme import Scheme
 
@@ -111,12 +112,13 @@ class Shard(Layout):
         return whole if all(scheme.block) and whole != self.block(scheme) else None
 
     def cut_scale(self, scale: Tensor, scheme: Scheme) -> Tensor:
-        """This rank's scales, from those of the whole parameter."""
+        """This rank's scales, from those of the whole parameter; float32 where bytes are of a group that a border cuts."""
         high, wide = self.whole.block(scheme)
         mine, across = self.block(scheme)
         *experts, rows, columns = held(self.whole.shape, self.cuts)
         own = scale[experts[0]] if experts else scale
-        return own[..., rows[::mine] // high, :][..., columns[::across] // wide].contiguous()
+        part = own[..., rows[::mine] // high, :][..., columns[::across] // wide].contiguous()
+        return part if self.cut_block(scheme) is None else decode_scale(part)
 
     def put_scale(self, whole: Tensor, part: Tensor, scheme: Scheme) -> None:
         """Inverse of `cut_scale`: writes this rank's scales into those of the whole parameter."""
