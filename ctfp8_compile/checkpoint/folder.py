@@ -89,10 +89,11 @@ def _indexed(folder: Path, notes: Notes) -> Folder:
             where[name] = folder / shard
         elif len(found) == 1:
             where[name] = found[0]
-            notes.add(f"is not where {INDEX_FILE} says, but in another of its files", name)
+            notes.add(f"not where {INDEX_FILE} says, but in another of its files", name)
         elif found:
+            others = " and ".join(file.name for file in found)
             raise CheckpointError(
-                f"{INDEX_FILE} says that {name} is in {shard}, but it is in {' and '.join(f.name for f in found)}. Correct the index."
+                f"{INDEX_FILE} says that {name} is in {shard}, but it is in {others}. Correct the index."
             )
         else:
             missing.append(name)
@@ -106,15 +107,15 @@ def _indexed(folder: Path, notes: Notes) -> Folder:
         else:
             stale.append(name)
     if missing:
-        notes.add(f"is named in {INDEX_FILE}, and in none of its files", *missing)
+        notes.add(f"named in {INDEX_FILE}, and in none of its files", *missing)
     if stale:
-        notes.add(f"is in a file, but not in {INDEX_FILE}: it is not read", *stale)
+        notes.add(f"in a file, but not in {INDEX_FILE}; not read", *stale)
     copies = {name: found for name, found in holders.items() if len(found) > 1 and name in where}
     if copies:
-        notes.add(f"is in several files: the one that {INDEX_FILE} names is read", *copies)
+        notes.add(f"in several files; read from the one that {INDEX_FILE} names", *copies)
     both = (folder / SINGLE_FILE).is_file() and folder / SINGLE_FILE not in files
     if both:
-        notes.add(f"is there as well, and not one of the files that {INDEX_FILE} names: it is not read", SINGLE_FILE)
+        notes.add(f"not one of the files that {INDEX_FILE} names; not read", SINGLE_FILE)
     usual = isinstance(index.get("metadata"), dict) and not both
     return Folder(_in_order(files, where, copies), where, usual, tuple(stale), tuple(missing))
 

@@ -17,11 +17,12 @@ import fnmatch
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SchemeError
+from .words import tidy
 
 SIDE_FILE = "hf_quant_config.json"  #: where ModelOpt writes the config if it does not write it to `config.json`
 
@@ -52,13 +53,15 @@ def read_format(quantization_config: Mapping[str, Any]) -> Format:
     Raises:
         SchemeError: a method that is none of ours, or a field whose value is unknown.
     """
+    quantization_config = tidy(quantization_config)
     method = quantization_config.get("quant_method", "compressed-tensors")
     if not isinstance(method, str) or method not in _READERS:
         raise SchemeError(
             f"quantization_config says quant_method={method!r}; only {', '.join(map(repr, _READERS))} checkpoints are read "
             "here. Load it with transformers' own from_pretrained."
         )
-    return _READERS[method](quantization_config)
+    found = _READERS[method](quantization_config)
+    return replace(found, suffixes={**_IN_ANY_FORMAT, **found.suffixes})
 
 
 def config_of_folder(folder: Path) -> Mapping[str, Any] | None:
@@ -68,8 +71,17 @@ def config_of_folder(folder: Path) -> Mapping[str, Any] | None:
         SchemeError: ModelOpt's file is not what it writes.
     """
     config = json.loads((folder / "config.json").read_text())
-    found: Mapping[str, Any] | None = config.get("quantization_config")
+    found: Mapping[str, Any] | None = config.get("quantization_config") or legacy_config(config)
     return found or (read_side_file(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else None)
+
+
+def legacy_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization config under compressed-tensors' first key for it, of a `config.json`."""
+    found = config.get("compression_config")
+    if not isinstance(found, Mapping):
+        return None
+    inner = found.get("quantization_config", found)
+    return {"quant_method": "compressed-tensors", **inner} if isinstance(inner, Mapping) else None
 
 
 def read_side_file(file: Path) -> Mapping[str, Any]:
@@ -131,11 +143,11 @@ def _fp8(config: Mapping[str, Any]) -> Format:
     """DeepSeek's, and of all who took it over; AutoFP8's and Mistral's differ by names of tensors."""
     if config.get("expert_dtype", "fp8") != "fp8":
         raise SchemeError(f"quantization_config: expert_dtype={config['expert_dtype']!r} is not supported, only 'fp8'.")
-    if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+    if config.get("fmt", "e4m3") not in ("e4m3", "e4m3fn", "float8_e4m3", "float8_e4m3fn"):
         raise SchemeError(f"quantization_config: fmt={config['fmt']!r} is not supported, only 'e4m3'.")
     block = config.get("weight_block_size")
     activation = _choice(config, "activation_scheme", {"dynamic": "token", "static": "tensor"}, "dynamic")
-    exponents = _choice(config, "scale_fmt", {"float": False, "ue8m0": True}, "float")
+    exponents = _choice(config, "scale_fmt", {"float": False, "float32": False, "fp32": False, "ue8m0": True}, "float")
     if block is None:
         weights = fp8_weights("tensor")
     elif (
@@ -153,7 +165,7 @@ def _fp8(config: Mapping[str, Any]) -> Format:
     groups = {"group_0": group(["Linear"], weights, activation)}
     if more := _names(config, "modules_to_convert"):
         groups["group_1"] = group([_pattern(name) for name in more], fp8_weights("tensor"), "none")
-    kept = _names(config, "modules_to_not_convert") or _names(config, "ignored_layers")
+    kept = [*_names(config, "modules_to_not_convert"), *_names(config, "ignored_layers")]
     return Format("fp8", config_of_groups(groups, map(_pattern, kept)), _FP8_SUFFIXES)
 
 
@@ -188,6 +200,9 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "fbgemm_fp8": _fbgemm,
     "modelopt": _modelopt,
 }
+
+#: Spellings of scales that mean the same wherever they are: an inverse in name only, it is multiplied.
+_IN_ANY_FORMAT: Suffixes = {"_scale_inv": "_scale"}
 
 _FP8_SUFFIXES: Suffixes = {
     "_activation_scale": "_input_scale",  # of experts in one tensor: `gate_up_proj`, `gate_up_proj_scale_inv`, …
@@ -245,7 +260,13 @@ def _names(config: Mapping[str, Any], field: str) -> list[str]:
 
 
 def _pattern(name: str) -> str:
-    """As transformers reads a module to leave alone: from the start to a dot, or the end of a name; dots are wildcards."""
+    """As transformers reads a module to leave alone: from the start to a dot, or the end of a name; dots are wildcards. What is
+    no expression, and has a star, is a pattern as shells have them."""
+    try:
+        re.compile(name)
+    except re.error:
+        if "*" in name:
+            return _wildcard(name)
     return rf"re:(?:{name})(?:(?<=\.)|(?=\.|$))|.*{re.escape(name)}$"
 
 

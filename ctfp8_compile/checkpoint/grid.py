@@ -68,7 +68,8 @@ class Grid:
         *lead, rows, cols = shape
         at = [self._starts(dim, size) // (block[dim] or size) for dim, size in ((0, rows), (1, cols))]
         values = scale.reshape(math.prod(lead), -(-rows // (block[0] or rows)), -1)
-        return values[:, at[0].to(scale.device)][:, :, at[1].to(scale.device)].reshape(-1)[: math.prod(stored)].reshape(stored)  # fmt: skip
+        own = values[:, at[0].to(scale.device)][:, :, at[1].to(scale.device)]
+        return own.reshape(-1)[: math.prod(stored)].reshape(stored)  # one scale for all matrices: keep one
 
     def _run(self, dim: int, size: int) -> tuple[int, int]:
         """How long a run is, and a block of it."""

@@ -51,13 +51,13 @@ def leftovers(tensors: Checkpoint, used: Collection[str], notes: Notes) -> Lefto
             continue
         weight = tensors.get(f"{module}.weight")
         if weight is None:
-            notes.add("is superfluous: there is no such weight", tensors[name].name)
+            notes.add("superfluous, there is no such weight", tensors[name].name)
         elif weight.dtype == FP8_DTYPE and weight.name not in used and f"{module}.weight" not in used:
             continue  # a layer the model leaves out, such as one for multi-token prediction
         else:
             _check(tensors, weight, name, leaf)
             what = "its scheme uses none" if weight.dtype == FP8_DTYPE else f"its weight is {weight.dtype} in the file"
-            notes.add(f"is superfluous: {what}", tensors[name].name)
+            notes.add(f"superfluous, {what}", tensors[name].name)
         unused.append(name)
     return Leftovers(cache, tuple(unused))
 
@@ -69,14 +69,14 @@ def _check(tensors: Checkpoint, weight: TensorInfo, name: str, leaf: str) -> Non
     if leaf.endswith("_zero_point"):
         if _values(tensors, info).any():
             raise CheckpointError(
-                f"{info}: zero points that are not zero, but quantization_config says that {weight.name} is symmetric. Correct it "
-                "(symmetric: false), or quantize the checkpoint again."
+                f"{info}: zero points that are not zero, but quantization_config says that {weight.name} is symmetric. "
+                "Correct it (symmetric: false), or quantize the checkpoint again."
             )
     elif leaf == "weight_global_scale" and quantized:
         if not (_values(tensors, info) == 1).all():
             raise CheckpointError(
-                f"{info}: a second scale of {weight.name}, which FP8 weights do not have. Multiply it into {leaf.replace('global_', '')} "
-                "and leave it out, or quantize the checkpoint again."
+                f"{info}: a second scale of {weight.name}, which FP8 weights do not have. Multiply it into the "
+                "weight_scale and leave it out, or quantize the checkpoint again."
             )
     elif leaf == "weight_g_idx":
         raise CheckpointError(

@@ -15,14 +15,14 @@ class Notes:
         self._names: dict[str, dict[str, None]] = {}
 
     def add(self, sentence: str, *names: str) -> None:
-        """Notes something of tensors; `sentence` follows "N tensors, such as NAME, "."""
+        """Notes something of tensors; `sentence` follows "N tensors, such as NAME: "."""
         self._names.setdefault(sentence, {}).update(dict.fromkeys(names))
 
     def __bool__(self) -> bool:
         return bool(self._names)
 
     def __str__(self) -> str:
-        return "; ".join(f"{_some(names)} {sentence}" for sentence, names in self._names.items())
+        return "; ".join(f"{_some(names)}: {sentence}" for sentence, names in self._names.items())
 
     def say(self, strict: bool = False, stacklevel: int = 2) -> None:
         """Warns of all that was noted, once.
@@ -43,4 +43,4 @@ class Notes:
 
 def _some(names: Iterable[str]) -> str:
     first, *more = names
-    return f"{1 + len(more)} tensors, such as {first}," if more else first
+    return f"{1 + len(more)} tensors, such as {first}" if more else first

@@ -8,7 +8,7 @@ says so. A shape that fits several schemes, or none, is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, SchemeError
@@ -72,7 +72,7 @@ def resolve(tensors: Checkpoint, schemes: Schemes, name: str, notes: Notes) -> R
             continue
         if grid := _grid(weight, scale, scheme.block):
             if schemes.ignores(module):
-                notes.add(f"is FP8, though quantization_config leaves it out: read by its group {group!r}", weight.name)
+                notes.add(f"FP8, though quantization_config leaves it out; read by its group {group!r}", weight.name)
             return _reading(tensors, name, grid, replace(scheme, exponents=scheme.exponents or exponents), notes)
         said = said or scheme
     if refused is not None:
@@ -85,9 +85,12 @@ def resolve(tensors: Checkpoint, schemes: Schemes, name: str, notes: Notes) -> R
     if said is not None and said.activation == "group" and grid.block[1] != 128:
         activation = "none"
     scheme = Scheme("", grid.common(*weight.shape[-2:]), activation, exponents)
-    what = str(replace(scheme, strategy=strategy_of(scheme.block))).split(",")[0]
-    why = f"quantization_config says {said or _nothing(schemes, module)}, its scale has the shape of {what}"
-    notes.add(f"is FP8; {why}", weight.name)
+    if grid.whole:
+        what = str(replace(scheme, strategy=strategy_of(scheme.block))).split(",")[0]
+        notes.add(
+            f"FP8; quantization_config says {said or _nothing(schemes, module)}, the shape of the scale {what}",
+            weight.name,
+        )
     return _reading(tensors, name, grid, scheme, notes)
 
 
@@ -130,8 +133,8 @@ def _reading(tensors: Checkpoint, name: str, grid: Grid, scheme: Scheme, notes: 
     if not grid.whole:
         run = [size // n for size, n in zip(weight.shape[-2:], grid.runs, strict=True)]
         notes.add(
-            f"is scaled in blocks of {grid.block[0]}x{grid.block[1]} that begin anew every {run[0]} rows and {run[1]} columns: "
-            f"read as blocks of {block[0]}x{block[1]}",
+            f"scaled in blocks of {grid.block[0]}x{grid.block[1]} that begin anew every {run[0]} rows and {run[1]} columns; read "
+            f"as blocks of {block[0]}x{block[1]}",
             weight.name,
         )
     if scheme.activation == "mx" and not (scheme.exponents and block[1] == 32):
@@ -142,7 +145,7 @@ def _reading(tensors: Checkpoint, name: str, grid: Grid, scheme: Scheme, notes: 
     if scheme.activation == "tensor":
         found = tensors.get(input_scale_name(name))
         if found is None:
-            notes.add("has no input_scale, which its scheme wants: its input is quantized by token", weight.name)
+            notes.add("no input_scale, which the scheme wants; its input is quantized by token", weight.name)
             scheme = replace(scheme, activation="token")
         elif found.dtype not in SCALE_DTYPES or math.prod(found.shape) not in (1, math.prod(weight.shape[:-2])):
             raise CheckpointError(
@@ -163,11 +166,7 @@ def _grid(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> Grid
     """The grid of a block that the config names, if the scale has the shape of it."""
     grid, (rows, cols) = Grid(block), weight.shape[-2:]
     found = _of_matrices(weight, scale)
-    if grid.fits(rows, cols, found):
-        return grid
-    if all(block) and len(runs := _runs(rows, cols, found, block)) == 1:
-        return Grid(block, runs[0])
-    return None
+    return grid if grid.fits(rows, cols, found) else None
 
 
 def _runs(rows: int, cols: int, found: Sequence[int], block: tuple[int, int]) -> list[tuple[int, int]]:
@@ -183,7 +182,7 @@ def _divisors(size: int) -> list[int]:
     return [n for n in range(2, size // _SMALLEST_RUN + 1) if size % n == 0]
 
 
-def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Iterable[tuple[int, int]], said: Scheme | None) -> Grid:
+def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int, int]], said: Scheme | None) -> Grid:
     """The only grid of FP8 weights that gives a scale of this shape.
 
     Raises:
@@ -208,19 +207,16 @@ def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Iterable[tuple[int,
             f"{scale}: fits {weight} in blocks of {what}, and quantization_config does not say which. Add a group for it "
             "(config_groups: targets, weights.strategy, weights.block_structure)."
         )
-    runs = [r for b in dict.fromkeys(blocks) if all(b) for r in _runs(rows, cols, found, b)]
-    if len(runs) == 1:
-        block = next(b for b in blocks if all(b) and _runs(rows, cols, found, b))
-        return Grid(block, runs[0])
-    raise _unreadable(weight, scale, said, runs)
+    cut = [Grid(b, r) for b in dict.fromkeys(blocks) if min(b) > 1 for r in _runs(rows, cols, found, b)]
+    if len(cut) == 1 and scale.dtype != "U8":  # which may be the bytes of anything
+        return cut[0]
+    raise _unreadable(weight, scale, said, cut)
 
 
-def _unreadable(
-    weight: TensorInfo, scale: TensorInfo, said: Scheme | None, runs: list[tuple[int, int]]
-) -> CheckpointError:
+def _unreadable(weight: TensorInfo, scale: TensorInfo, said: Scheme | None, cut: Sequence[Grid]) -> CheckpointError:
     rows, cols = weight.shape[-2:]
-    if runs:
-        many = " or ".join(f"{math.prod(r)}" for r in runs)
+    if cut:
+        many = " or ".join(f"{math.prod(grid.runs)}" for grid in cut)
         return CheckpointError(
             f"{scale}: more scales than {weight} has blocks. They could be those of {many} parts of it, each in blocks of its "
             f"own, and the file does not say how many. Store one scale for each row instead, as [{rows}, {scale.shape[-1]}]."

@@ -6,6 +6,7 @@ decides which module a group covers. This file only reduces the result to the fe
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ class UnlikeError(SchemeError):
 
 def _named(module_name: str, targets: Iterable[str]) -> list[str]:
     """The targets that are a module's name or match it, without those that are its class."""
-    return [t for t in _matches(module_name, targets) if t == module_name or t.startswith("re:")]
+    return [t for t in _matches(module_name, targets) if t == module_name or "*" in t or t.startswith("re:")]
 
 
 def _matches(module_name: str, targets: Iterable[str]) -> list[str]:
@@ -201,10 +202,12 @@ def _matches(module_name: str, targets: Iterable[str]) -> list[str]:
 
     Expressions come from a file, and may be ones that take longer than the universe; so they are matched here, in bounded time.
     """
-    plain = match_targets(module_name, _LINEAR, [t for t in targets if not t.startswith("re:")])
-    names = [t for t in plain if t == module_name]
+    words = [t for t in targets if not t.startswith("re:")]
+    plain = match_targets(module_name, _LINEAR, words)
+    plain += [t for t in words if t.lower() == "linear" and t not in plain]
+    names = [t for t in words if t == module_name or ("*" in t and fnmatch.fnmatchcase(module_name, t))]
     expressions = sorted(t for t in targets if t.startswith("re:") and _matches_expression(module_name, t))
-    return [*names, *expressions, *(t for t in plain if t != module_name)]
+    return [*names, *expressions, *(t for t in plain if t not in names)]
 
 
 def _matches_expression(module_name: str, target: str) -> bool:

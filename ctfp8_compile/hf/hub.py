@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file, of_folder
-from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
+from ..checkpoint.formats import SIDE_FILE, legacy_config, read_side_file, write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
@@ -217,6 +217,8 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool
     config = copy.deepcopy(config)
     holders = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
     found = False
+    if getattr(config, "quantization_config", None) is None:
+        config.quantization_config = legacy_config(vars(config))
     if all(getattr(holder, "quantization_config", None) is None for holder in holders):
         side_file = cached_file(path_or_id, SIDE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
         config.quantization_config = read_side_file(Path(side_file)) if side_file else None

@@ -192,7 +192,8 @@ class Quantizer(HfQuantizer):
 
     def _set_leftovers_aside(self, tensors: ckpt.Checkpoint, notes: Notes) -> None:
         """Scales of a quantized KV cache are for `fp8_cache`; they, and what is superfluous, are written back when saving."""
-        weights = [name for info in (*self.plans.values(), *self.mixed.values()) for name in info.layout.sources]
+        weights = {name for info in self.plans.values() for name in info.scales}
+        weights |= {name for info in self.mixed.values() for name in info.grids}
         inputs = [ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales]
         found = leftovers(tensors, used_names(weights, inputs), notes)
         names = found.cache

@@ -101,16 +101,19 @@ def _of_all(found: Mapping[str, Scheme], tensors: ckpt.Checkpoint, notes: Notes)
         return first
     kinds = [first, *others]
     high, wide = (math.gcd(*(scheme.block[dim] for scheme in kinds)) for dim in (0, 1))
-    activations = {scheme.activation for scheme in kinds}
-    if activations == {"tensor", "token"}:  # experts that calibration never saw have no static scale
-        activation = "token"
-    else:
-        activation = first.activation if len(activations) == 1 else "none"
+    activation = _activation_of_all({scheme.activation for scheme in kinds})
     scheme = Scheme(strategy_of((high, wide)), (high, wide), activation, all(scheme.exponents for scheme in kinds))
     if any(kind.block != first.block for kind in kinds):
         odd = next(source for source, kind in found.items() if kind != first)
-        notes.add(f"is merged with others of another scheme ({first}): all are read as {scheme}", tensors[odd].name)
+        notes.add(f"merged with others of another scheme ({first}); all are read as {scheme}", tensors[odd].name)
     return scheme
+
+
+def _activation_of_all(found: set[str]) -> str:
+    """What inputs are quantized by, of tensors merged into one: weights alone are FP8 where they differ."""
+    if found == {"tensor", "token"}:  # experts that calibration never saw have no static scale
+        return "token"
+    return found.pop() if len(found) == 1 else "none"
 
 
 def read_scales(tensors: ckpt.Checkpoint, info: QuantizedParameter) -> tuple[Tensor, Tensor | None]:
