@@ -8,7 +8,7 @@ that can be put right. Everybody who reads a folder asks here, so that `inspect`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -58,23 +58,27 @@ def of_folder(folder: str | Path, notes: Notes | None = None) -> Folder:
     """
     folder = Path(folder)
     if (folder / INDEX_FILE).is_file():
-        return _indexed(folder, notes or Notes())
+        return _indexed(folder, Notes() if notes is None else notes)
     if (folder / SINGLE_FILE).is_file():
         return Folder((folder / SINGLE_FILE,))
     raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there. Is this a checkpoint folder?")
 
 
-def of_files(files: Iterable[str | Path], notes: Notes | None = None) -> Folder:
-    """The checkpoint that transformers found these files of: with the index that lies beside them, if it names one of them."""
+def of_files(files: Iterable[str | Path], notes: Notes | None = None, needed: Container[str] = ()) -> Folder:
+    """The checkpoint that transformers found these files of: with the index that lies beside them, if it names one of them.
+
+    Args:
+        needed: names of the model's parameters, which are read where the index does not name them, too.
+    """
     given = tuple(map(Path, files))
     if given and (given[0].parent / INDEX_FILE).is_file():
-        found = _indexed(given[0].parent, notes or Notes())
+        found = _indexed(given[0].parent, Notes() if notes is None else notes, needed)
         if set(given) & set(found.files):
             return found
     return Folder(given)
 
 
-def _indexed(folder: Path, notes: Notes) -> Folder:
+def _indexed(folder: Path, notes: Notes, needed: Container[str] = ()) -> Folder:
     index, weight_map = _read_index(folder)
     files = tuple(folder / name for name in sorted(set(weight_map.values())))
     holders: dict[str, list[Path]] = {}
@@ -97,19 +101,14 @@ def _indexed(folder: Path, notes: Notes) -> Folder:
             )
         else:
             missing.append(name)
-    stale = []
-    for name, found in holders.items():
-        if name in where:
-            continue
-        beside = where.get(_weight_of(name, where))
-        if beside in found:  # a scale that was added to a file, and not to its index
-            where[name] = beside
-        else:
-            stale.append(name)
+    stale, added = _unnamed(holders, where, needed)
+    where |= added
     if missing:
         notes.add(f"named in {INDEX_FILE}, and in none of its files", *missing)
     if stale:
-        notes.add(f"in a file, but not in {INDEX_FILE}; not read", *stale)
+        notes.add(f"in a file, but not in {INDEX_FILE}; not read, unless it is all of a parameter", *stale)
+    if read := [name for name in added if name in needed]:
+        notes.add(f"in a file, but not in {INDEX_FILE}; read, as the model needs it", *read)
     copies = {name: found for name, found in holders.items() if len(found) > 1 and name in where}
     if copies:
         notes.add(f"in several files; read from the one that {INDEX_FILE} names", *copies)
@@ -118,6 +117,30 @@ def _indexed(folder: Path, notes: Notes) -> Folder:
         notes.add(f"not one of the files that {INDEX_FILE} names; not read", SINGLE_FILE)
     usual = isinstance(index.get("metadata"), dict) and not both
     return Folder(_in_order(files, where, copies), where, usual, tuple(stale), tuple(missing))
+
+
+def _unnamed(
+    holders: Mapping[str, Sequence[Path]], where: Mapping[str, Path], needed: Container[str]
+) -> tuple[list[str], dict[str, Path]]:
+    """Tensors that no index names: those that are not read, and the file of each that is."""
+    stale, added = [], {}
+    for name, found in sorted(holders.items(), key=lambda item: len(item[0])):  # weights before what is beside them
+        if name in where:
+            continue
+        known = {**where, **added}
+        beside = known.get(_weight_of(name, known))
+        if beside in found:  # a scale that was added to a file, and not to its index
+            added[name] = beside
+        elif name not in needed:
+            stale.append(name)
+        elif len(found) == 1:
+            added[name] = found[0]
+        else:
+            both = " and ".join(file.name for file in found)
+            raise CheckpointError(
+                f"{name} is in {both}, and {INDEX_FILE} does not name it. Add it to the index's weight_map."
+            )
+    return stale, added
 
 
 def _in_order(

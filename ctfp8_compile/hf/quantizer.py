@@ -125,12 +125,12 @@ class Quantizer(HfQuantizer):
             check_heads(model)
             mark_local(model)
         notes = Notes()
-        folder = of_files(checkpoint_files or (), notes)
+        declared = model.state_dict()
+        folder = of_files(checkpoint_files or (), notes, declared)
         tensors = folder.open(self.schemes.format.suffixes)
         self.files, self.stale = folder.files, folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
             checkpoint_files[:] = map(str, self.files)
-        declared = model.state_dict()
         stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
