@@ -144,20 +144,8 @@ class Turned(Layout):
     def weight(self, sources: Mapping[str, Tensor]) -> Tensor:
         return super().weight({name: tensor.mT for name, tensor in sources.items()}).contiguous()
 
-    def scale(self, sources: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
-        return super().scale({name: _turned(scale, scheme) for name, scale in sources.items()}, scheme)
-
     def split_weight(self, weight: Tensor, source: str) -> Tensor:
         return super().split_weight(weight, source).mT.contiguous()
-
-    def split_scale(self, scale: Tensor, source: str, scheme: Scheme, like: tuple[int, ...]) -> Tensor:
-        there = like if scheme.strategy in ("tensor", "channel") else (*like[:-2], like[-1], like[-2])
-        return _turned(super().split_scale(scale, source, scheme, there), scheme)
-
-
-def _turned(scale: Tensor, scheme: Scheme) -> Tensor:
-    """Scales of blocks of `[K, N]` as of `[N, K]`; those of columns are in one order either way."""
-    return scale if scheme.strategy in ("tensor", "channel") else scale.mT.contiguous()
 
 
 def turned(source: str, shape: Sequence[int]) -> Turned:

@@ -133,14 +133,9 @@ class PackedParameter:
     weights: Mapping[str, PackedWeight]
 
     @staticmethod
-    def of(target: str, layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
-        """Raises SchemeError if the values of merged weights cannot lie in one tensor."""
+    def of(layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
+        """The values of merged weights lie in one tensor: `model.mixed` is for those that cannot."""
         weights = {source: packed[source] for source in layout.sources}
-        kinds = {(weight.packed.dtype, weight.packed.shape[-1]): weight for weight in weights.values()}
-        if len(kinds) > 1:
-            raise SchemeError(
-                f"{target}: {' and '.join(str(w.packed) for w in kinds.values())} are merged, but differ in format."
-            )
         return PackedParameter(layout, dtype, weights)
 
     @property
@@ -159,6 +154,14 @@ class PackedParameter:
         """By weight, all its tensors but the packed values."""
         return {name: {leaf: tensors.value(part) for leaf, part in weight.parts.items() if part != weight.packed}
                 for name, weight in self.weights.items()}  # fmt: skip
+
+    def again(self, tensors: Checkpoint) -> tuple[Tensor, dict[str, Tensor]]:
+        """The parameter's value, and by their names in the file all tensors that it is made of, read anew."""
+        parts = {
+            name: {leaf: tensors.value(part) for leaf, part in w.parts.items()} for name, w in self.weights.items()
+        }
+        stored = {part.name: tensors.read_stored(part) for w in self.weights.values() for part in w.parts.values()}
+        return self.value(self.packed(parts), parts), stored
 
     def packed(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """What is carried to the parameter: the packed values of all weights, as the model's rows."""
@@ -181,9 +184,11 @@ class PackedParameter:
 
 def _packed(tensors: Checkpoint, schemes: Schemes, module: str, leaf: str, read_shapes: bool) -> PackedWeight:
     packed = tensors[f"{module}.{leaf}"]
-    group = schemes.group(module)
-    scheme = None if group is None else schemes.config.config_groups[group]
-    if group is None or scheme is None or scheme.weights is None or is_fp8(scheme.weights):
+    groups = schemes.config.config_groups
+    others = (name for name in schemes.covering(module) if (args := groups[name].weights) and not is_fp8(args))
+    group = next(others, None)
+    scheme = None if group is None else groups[group]
+    if group is None or scheme is None:
         raise SchemeError(
             f"{packed}: quantized in another format than FP8, but {schemes.describe(module)} of quantization_config covers it. "
             "Correct its targets or ignore list."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .view import WHOLE, View
@@ -25,3 +25,9 @@ class TensorInfo:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.dtype} {list(self.view.whole or self.shape)} in {self.file.name})"
+
+    def turned(self) -> TensorInfo:
+        """The same tensor with its last two dimensions swapped."""
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        view = replace(self.view, turned=not self.view.turned, whole=self.view.whole or self.shape)
+        return replace(self, shape=shape, view=view)

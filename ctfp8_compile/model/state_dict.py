@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..checkpoint import files as ckpt
 from ..checkpoint.inferred import SPELLED, infer
 from ..checkpoint.layout import identity
+from ..checkpoint.leftovers import leftovers, used_names
+from ..checkpoint.notes import Notes
 from ..checkpoint.packed import find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError
@@ -56,6 +58,7 @@ def load_state_dict(
     own = module.state_dict()
     buffers = {name for name, _ in module.named_buffers()}
     plans: dict[str, QuantizedParameter] = {}
+    notes = Notes()
     used: set[str] = set()
     for name, parameter in own.items():
         if name not in tensors:
@@ -72,14 +75,16 @@ def load_state_dict(
                 raise CheckpointError(
                     f"{tensors[name]}: FP8 in the file, but the module has no weight matrix of this name."
                 )
-            plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype)
-            used |= {ckpt.scale_name(name), ckpt.input_scale_name(name)}
-    if extra := sorted(set(tensors) - used):
+            plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype, notes)
+            used |= used_names([name], map(ckpt.input_scale_name, plans[name].input_scales))
+    extra = sorted(set(tensors) - used - set(leftovers(tensors, used, notes).unused))
+    if extra:
         raise CheckpointError(
             f"{extra[0]}: in the state dict, but the module has no such parameter ({len(extra)} in all)."
         )
     if packed:
         warnings.warn(f"{sentence(packed.values(), own[next(iter(packed))].dtype)}.", stacklevel=2)
+    notes.say()
     scales = {name: read_scales(tensors, info) for name, info in plans.items()}
     for name in own:
         path, _, leaf = name.rpartition(".")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import SchemeError
+from ..words import tidy
 from . import auto_round, fbgemm, fp8, modelopt, quark, torchao
 from .format import PLAIN, Format, Suffixes, config_of_groups, fp8_weights, group
 from .names import canonical_names
@@ -33,6 +35,8 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "auto-round": auto_round.read,
     "torchao": torchao.read,
 }
+#: Spellings of scales that mean the same wherever they are: an inverse in name only, it is multiplied.
+_IN_ANY_FORMAT: Suffixes = {"_scale_inv": "_scale"}
 
 
 def read_format(quantization_config: Mapping[str, Any]) -> Format:
@@ -41,14 +45,15 @@ def read_format(quantization_config: Mapping[str, Any]) -> Format:
     Raises:
         SchemeError: a method that is none of ours, or a field whose value is unknown.
     """
-    method = quantization_config.get("quant_method") or "compressed-tensors"
-    reader = _READERS.get(method.lower().replace("_", "-"), _READERS.get(method)) if isinstance(method, str) else None
-    if reader is None:
+    config = tidy(quantization_config)
+    method = config.get("quant_method", "compressed-tensors")
+    if not isinstance(method, str) or method not in _READERS:
         raise SchemeError(
             f"quantization_config says quant_method={method!r}; only {', '.join(map(repr, _READERS))} checkpoints are read "
             "here. Load it with the package that wrote it, or serve it with vLLM."
         )
-    return reader(quantization_config)
+    found = _READERS[method](config)
+    return replace(found, suffixes={**_IN_ANY_FORMAT, **found.suffixes})
 
 
 def config_of_folder(folder: Path) -> Mapping[str, Any] | None:
@@ -58,8 +63,17 @@ def config_of_folder(folder: Path) -> Mapping[str, Any] | None:
         SchemeError: ModelOpt's file is not what it writes.
     """
     config = json.loads((folder / "config.json").read_text())
-    found: Mapping[str, Any] | None = config.get("quantization_config")
+    found: Mapping[str, Any] | None = config.get("quantization_config") or legacy_config(config)
     return found or (read_side_file(folder / SIDE_FILE) if (folder / SIDE_FILE).is_file() else None)
+
+
+def legacy_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization config under compressed-tensors' first key for it, of a `config.json`."""
+    found = config.get("compression_config")
+    if not isinstance(found, Mapping):
+        return None
+    inner = found.get("quantization_config", found)
+    return {"quant_method": "compressed-tensors", **inner} if isinstance(inner, Mapping) else None
 
 
 def read_side_file(file: Path) -> Mapping[str, Any]:
@@ -91,6 +105,7 @@ __all__ = [
     "config_of_groups",
     "fp8_weights",
     "group",
+    "legacy_config",
     "read_format",
     "read_side_file",
     "write_side_file",

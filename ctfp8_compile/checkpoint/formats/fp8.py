@@ -36,7 +36,7 @@ SUFFIXES: Suffixes = {
     ".qscale_act": ".input_scale",
     ".scale": ".weight_scale",
 }
-_E4M3 = {"e4m3": None, "float8_e4m3fn": None, "e4m3fn": None, "fp8": None}
+_E4M3 = dict.fromkeys(["e4m3", "e4m3fn", "float8_e4m3", "float8_e4m3fn", "fp8"])
 
 
 def read(config: Mapping[str, Any]) -> Format:
@@ -45,7 +45,7 @@ def read(config: Mapping[str, Any]) -> Format:
     for word in ("fmt", "format"):
         choice(config, word, _E4M3, "e4m3")
     activation = choice(config, "activation_scheme", {"dynamic": "token", "static": "tensor"}, "dynamic")
-    exponents = choice(config, "scale_fmt", {"float": False, "ue8m0": True}, "float")
+    exponents = choice(config, "scale_fmt", {"float": False, "float32": False, "fp32": False, "ue8m0": True}, "float")
     block, method = config.get("weight_block_size"), config.get("weight_scale_method")
     if block is not None:
         weights = block_weights(block, exponents)
@@ -59,7 +59,7 @@ def read(config: Mapping[str, Any]) -> Format:
     groups = {"group_0": group(["Linear"], weights, activation)}
     if more := names(config, "modules_to_convert"):
         groups["group_1"] = group([patterns.prefix(name) for name in more], fp8_weights("tensor"), "none")
-    kept = names(config, "modules_to_not_convert") or names(config, "ignored_layers")
+    kept = [*names(config, "modules_to_not_convert"), *names(config, "ignored_layers")]
     ignore = [*map(patterns.prefix, kept), *_without(config)]
     inverse = choice(
         config, "weight_scale_semantics", {"inverse": (".weight_scale",), "multiply": (), "scale": ()}, "scale"
@@ -70,7 +70,7 @@ def read(config: Mapping[str, Any]) -> Format:
 
 def read_mx(config: Mapping[str, Any]) -> Format:
     """`quant_method: mxfp8`: blocks of 1×32 with bytes as scales, `weight_scale` or `weight_scale_inv`."""
-    kept = names(config, "modules_to_not_convert") or names(config, "ignored_layers") or names(config, "ignore")
+    kept = [name for field in ("modules_to_not_convert", "ignored_layers", "ignore") for name in names(config, field)]
     groups = {"group_0": group(["Linear"], MX_WEIGHTS, "mx")}
     return Format("mxfp8", config_of_groups(groups, map(patterns.prefix, kept)), SUFFIXES)
 

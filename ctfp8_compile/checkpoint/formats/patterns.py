@@ -7,7 +7,13 @@ import re
 
 
 def prefix(name: str) -> str:
-    """As transformers reads a module to leave alone: from the start to a dot, or the end of a name; dots are wildcards."""
+    """As transformers reads a module to leave alone: from the start to a dot, or the end of a name; dots are wildcards. What is
+    no expression, and has a star, is a pattern as shells have them."""
+    try:
+        re.compile(name)
+    except re.error:
+        if "*" in name:
+            return wildcard(name)
     return rf"re:(?:{name})(?:(?<=\.)|(?=\.|$))|.*{re.escape(name)}$"
 
 
