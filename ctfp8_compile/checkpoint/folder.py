@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import CheckpointError, SchemeError
-from .files import INDEX_FILE, SINGLE_FILE, Checkpoint
+from .files import INDEX_FILE, SINGLE_FILE, Checkpoint, names_in
 from .formats import Suffixes
 from .notes import Notes
 
@@ -74,7 +74,9 @@ def of_files(files: Iterable[str | Path], notes: Notes | None = None, needed: Co
     if given and (given[0].parent / INDEX_FILE).is_file():
         found = _indexed(given[0].parent, Notes() if notes is None else notes, needed)
         if set(given) & set(found.files):
-            return found
+            more = {name: file for file in given if file not in found.files for name in names_in(file)}
+            where = {**(found.where or {}), **more}
+            return replace(found, files=(*found.files, *dict.fromkeys(more.values())), where=where)
     return Folder(given)
 
 
@@ -83,7 +85,7 @@ def _indexed(folder: Path, notes: Notes, needed: Container[str] = ()) -> Folder:
     files = tuple(folder / name for name in sorted(set(weight_map.values())))
     holders: dict[str, list[Path]] = {}
     for file in files:
-        for name in Checkpoint([file]):
+        for name in names_in(file):
             holders.setdefault(name, []).append(file)
     where: dict[str, Path] = {}
     missing = []
@@ -123,13 +125,14 @@ def _unnamed(
     holders: Mapping[str, Sequence[Path]], where: Mapping[str, Path], needed: Container[str]
 ) -> tuple[list[str], dict[str, Path]]:
     """Tensors that no index names: those that are not read, and the file of each that is."""
-    stale, added = [], {}
+    stale: list[str] = []
+    added: dict[str, Path] = {}
     for name, found in sorted(holders.items(), key=lambda item: len(item[0])):  # weights before what is beside them
         if name in where:
             continue
         known = {**where, **added}
         beside = known.get(_weight_of(name, known))
-        if beside in found:  # a scale that was added to a file, and not to its index
+        if beside is not None and beside in found:  # a scale that was added to a file, and not to its index
             added[name] = beside
         elif name not in needed:
             stale.append(name)
