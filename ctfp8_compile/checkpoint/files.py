@@ -130,6 +130,15 @@ _DTYPE_NAMES = {torch.float8_e4m3fn: FP8_DTYPE, torch.float8_e5m2: "F8_E5M2"} | 
 }
 
 
+def names_in(file: Path) -> list[str]:
+    """Names of the tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    return list(_open(file).keys())
+
+
 def nbytes(info: TensorInfo) -> int:
     """Bytes of a tensor in its file."""
     sizes = {"I64": 8, "F64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from ..errors import CheckpointError, SchemeError
-from .files import INDEX_FILE, SINGLE_FILE, Checkpoint
+from .files import INDEX_FILE, SINGLE_FILE, Checkpoint, names_in
 from .formats import PLAIN, Format
 from .notes import Notes
 
@@ -73,7 +73,9 @@ def of_files(files: Iterable[str | Path], notes: Notes | None = None, needed: Co
     if given and (given[0].parent / INDEX_FILE).is_file():
         found = _indexed(given[0].parent, Notes() if notes is None else notes, needed)
         if set(given) & set(found.files):
-            return found
+            more = {name: file for file in given if file not in found.files for name in names_in(file)}
+            where = {**(found.where or {}), **more}
+            return replace(found, files=(*found.files, *dict.fromkeys(more.values())), where=where)
     return Folder(given)
 
 
@@ -82,7 +84,7 @@ def _indexed(folder: Path, notes: Notes, needed: Container[str] = ()) -> Folder:
     files = tuple(folder / name for name in sorted(set(weight_map.values())))
     holders: dict[str, list[Path]] = {}
     for file in files:
-        for name in Checkpoint([file]):
+        for name in names_in(file):
             holders.setdefault(name, []).append(file)
     where: dict[str, Path] = {}
     missing = []

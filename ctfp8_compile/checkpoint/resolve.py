@@ -164,9 +164,17 @@ def _of_matrices(weight: TensorInfo, scale: TensorInfo) -> Sequence[int]:
 
 def _grid(weight: TensorInfo, scale: TensorInfo, block: tuple[int, int]) -> Grid | None:
     """The grid of a block that the config names, if the scale has the shape of it."""
-    grid, (rows, cols) = Grid(block), weight.shape[-2:]
-    found = _of_matrices(weight, scale)
-    return grid if grid.fits(rows, cols, found) else None
+    return Grid(block) if _fits(Grid(block), weight, _of_matrices(weight, scale)) else None
+
+
+def _fits(grid: Grid, weight: TensorInfo, found: Sequence[int]) -> bool:
+    """Whether the scale of each matrix of a weight may have this shape."""
+    rows, cols = weight.shape[-2:]
+    if (
+        len(weight.shape) > 2 and len(found) == 2 and 1 in found
+    ):  # of experts in one tensor rows may be inputs or outputs
+        return grid.shape(rows, cols) == tuple(found)
+    return grid.fits(rows, cols, found)
 
 
 def _runs(rows: int, cols: int, found: Sequence[int], block: tuple[int, int]) -> list[tuple[int, int]]:
@@ -194,9 +202,11 @@ def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int,
         return Grid((0, 0))
     wide = squeezed_last(found)
     groups = [cols // wide] if wide and cols % wide == 0 and cols // wide >= _SMALLEST_GROUP and wide > 1 else []
-    named = [block for block in blocks if Grid(block).fits(rows, cols, found)]
+    named = [block for block in blocks if _fits(Grid(block), weight, found)]
     usual = [(1, 0), *((n, n) for n in _SQUARES), *((1, n) for n in (32, 64, 128, *groups))]
-    fitting = named or [block for block in usual if Grid(block).fits(rows, cols, found)]
+    if len(weight.shape) > 2:
+        usual.append((0, 1))  # rows are inputs, columns outputs
+    fitting = named or [block for block in usual if _fits(Grid(block), weight, found)]
     fitting = [block for block in fitting if Grid(block).shape(rows, cols) == tuple(found)] or fitting
     distinct = {_meaning(block, rows, cols): block for block in reversed(fitting)}
     if len(distinct) == 1:

@@ -57,8 +57,9 @@ def from_pretrained(
         dequantize: return a plain model in `dtype` instead (weights bit-exact with compressed-tensors' dequantize).
         in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
-        strict: refuse a file with weights in other formats than FP8 (INT8, packed INT4, NVFP4). By default they are
-            decompressed while loading, as compressed-tensors does it, and a warning says how many bytes that costs.
+        strict: refuse what is otherwise loaded with a warning: weights in other formats than FP8 (INT8, packed INT4, NVFP4),
+            which compressed-tensors' own code decompresses; parameters whose parts are stored in different ways, which become
+            `dtype`; files that their quantization_config or their index do not fit, which are read as they are.
         compile: also do what `ctfp8.compile(model)` does, with a dict of its arguments if one is given.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
             `dtype` is what FP8 weights dequantize to and what the other weights are loaded in. With
