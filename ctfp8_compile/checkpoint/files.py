@@ -100,6 +100,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
         )
         return list(dict.fromkeys([name, next(there, name)]))
 
+    def headers(self) -> Checkpoint:
+        """The same tensors, of which nothing can be read: no file is kept open."""
+        out = copy.copy(self)
+        out._open_files = {}
+        return out
+
     def changed(self, hidden: Collection[str], added: Mapping[str, TensorInfo]) -> Checkpoint:
         """The same files, seen without some tensors and with others in their place."""
         out = copy.copy(self)

@@ -29,6 +29,7 @@ PRIVATE = {
     "remove_tied_weights_from_state_dict": (
         "transformers.modeling_utils.remove_tied_weights_from_state_dict", "5.23 5.24"
     ),
+    "load_offloaded_parameter": ("transformers.integrations.accelerate.load_offloaded_parameter", "5.23 5.24"),
     "cached_file": ("transformers.utils.hub.cached_file", "5.23 5.24"),
     "DynamicLayer": ("transformers.cache_utils.DynamicLayer", "5.23 5.24"),
     "DynamicSlidingWindowLayer": ("transformers.cache_utils.DynamicSlidingWindowLayer", "5.23 5.24"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,24 +35,56 @@ from .compat import (
 from .parallel import local_layout
 
 
-def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
-    rows come from."""
+@dataclass(frozen=True)
+class Arrivals:
+    """Where the tensors of a checkpoint go in a model.
+
+    Attributes:
+        by_target: by parameter, the tensors it comes from, each with the pattern of its converter; None: it is only renamed.
+        converters: by pattern.
+    """
+
+    by_target: Mapping[str, list[tuple[str, str | None]]]
+    converters: Mapping[str, WeightConverter]
+
+    def targets_of(self, first: str) -> tuple[str, ...]:
+        """All parameters that its converter makes of the tensors of one of `by_target`."""
+        pattern = self.by_target[first][0][1]
+        if pattern is None:
+            return (first,)
+        patterns = self.converters[pattern].target_patterns
+        return tuple(first.replace(patterns[0], p) for p in patterns)
+
+    def targets(self) -> Iterator[str]:
+        for first in self.by_target:
+            yield from self.targets_of(first)
+
+
+def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Collection[str]) -> Arrivals:
+    """What transformers' conversions make of each tensor that is of the model; of several targets of one converter the first."""
     conversions = get_model_conversion_mapping(model)
     conversions += per_expert_conversions(model, conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    arrivals: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+    found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
         if target not in declared and name in declared:
             target, pattern = name, None
         if target in declared:
-            arrivals[target].append((name, pattern))
+            found[target].append((name, pattern))
+    return Arrivals(found, {pattern: c for c in converters for pattern in c.source_patterns})
+
+
+def layouts(
+    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], arriving: Arrivals
+) -> dict[str, Layout]:
+    """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
+    rows come from."""
+    by_pattern = arriving.converters
     found: dict[str, Layout] = {}
     traced: dict[Any, dict[str, Layout]] = {}
-    for target, sources in arrivals.items():
+    for target, sources in arriving.by_target.items():
         if declared[target].is_floating_point():
             for name, _ in sources:
                 ckpt.check_weight(tensors[name])
@@ -62,7 +95,7 @@ def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]
         if not any(kinds):
             if pattern is not None:  # transformers' own error would name nothing
                 empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
-                _convert(model, by_pattern[pattern], target, sources, tensors, empty)
+                convert_sources(model, by_pattern[pattern], target, sources, tensors, empty)
             continue
         if pattern is None:
             info = tensors[sources[0][0]]
@@ -213,14 +246,14 @@ def _trace_converter(
         return {n: _renamed(layout, order) for n, layout in zip(wanted, first.values(), strict=True)}
 
     def convert(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _convert(model, converter, target, sources, tensors, numbers)
+        return convert_sources(model, converter, target, sources, tensors, numbers)
 
     result = trace(shapes, wanted, convert)
     traced[key] = {name: result[name] for name in wanted}
     return traced[key]
 
 
-def _convert(
+def convert_sources(
     model: Any,
     converter: WeightConverter,
     target: str,

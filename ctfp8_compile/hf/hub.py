@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file, of_folder
-from ..checkpoint.formats import SIDE_FILE, legacy_config, read_side_file, write_side_file
+from ..checkpoint.formats import SIDE_FILE, legacy_config, read_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
@@ -27,8 +27,9 @@ from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
 from .compat import cached_file
-from .parallel import is_distributed, take_config
+from .parallel import take_config
 from .quantizer import Config, Quantizer
+from .saving import SavesAsRead
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                   "trust_remote_code", "code_revision")  # fmt: skip
@@ -98,7 +99,7 @@ def from_pretrained(
         _check_complete(path_or_id, info, files)
     if files is not None and not files.found:
         del model.config.transformers_weights
-    freeze(model)
+    freeze(model, SavesAsRead)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
@@ -112,23 +113,14 @@ def from_pretrained(
 def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) -> None:
     """Writes the model as the checkpoint it came from: its config, and names, shapes, dtypes and bits of its tensors.
 
-    `model.save_pretrained(folder)` does the same, but for ModelOpt's `hf_quant_config.json`: it becomes part of `config.json`.
-    Of a mixed file, weights in other formats than FP8 are read again from where the model was loaded.
+    `model.save_pretrained(folder)` does the same. Tensors that the model does not hold, such as layers for multi-token
+    prediction, are copied from the files it was loaded from; a warning says what is not saved as it was read.
 
     Args:
         model: loaded by `from_pretrained` or prepared by `prepare`.
         **transformers_kwargs: as for `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
     """
-    with together(is_distributed(model)):
-        source = getattr(model.config, "_name_or_path", "")
-        if source and Path(folder).resolve() == Path(source).resolve():
-            raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
-        if Path(folder).is_file():
-            raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
-        model.save_pretrained(folder, **transformers_kwargs)
-        quantization = model.config.quantization_config
-        if isinstance(quantization, Config) and "quantization" in quantization.stored:  # read from ModelOpt's own file
-            write_side_file(Path(folder))
+    model.save_pretrained(folder, **transformers_kwargs)
 
 
 def prepare(model: Any) -> Any:
@@ -185,7 +177,7 @@ def prepare(model: Any) -> Any:
             del model._forward_pre_hooks[key]  # it would decompress the weights on the first forward
     model.hf_quantizer = quantizer
     quantizer.take_over_saving(model)
-    freeze(model)
+    freeze(model, SavesAsRead)
     return model
 
 

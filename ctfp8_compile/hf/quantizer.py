@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,12 +24,12 @@ from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
 from ..checkpoint.shard import Cuts
-from ..errors import CheckpointError, SchemeError, UsageError
+from ..checkpoint.source import Source
+from ..errors import SchemeError, UsageError
 from ..model.mixed import MixedParameter, is_mixed, mix
 from ..model.mixed import sentence as mixed_sentence
-from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
+from ..model.parametrization import attach
 from ..model.plan import QuantizedParameter, plan, read_scales
-from ..model.ranks import is_first
 from ..ops import FP8
 from .compat import (
     HfQuantizer,
@@ -39,12 +38,12 @@ from .compat import (
     WeightRenaming,
     register_quantization_config,
     register_quantizer,
-    remove_tied_weights_from_state_dict,
-    revert_weight_conversion,
 )
-from .conversions import PlaceRows, layouts, per_expert_conversions, turning
-from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
+from .conversions import PlaceRows, arrivals, layouts, per_expert_conversions, turning
+from .parallel import check_heads, cut, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
+from .save_plan import Origin
+from .saving import whole_state
 
 _STALE = "not_in_the_index"
 
@@ -107,6 +106,10 @@ class Quantizer(HfQuantizer):
         self.unused: dict[str, Tensor] = {}
         #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
         self.cuts: dict[str, tuple[tuple[int, ...], Cuts]] = {}
+        #: What the model was loaded from; None: nobody knows.
+        self.origin: Origin | None = None
+        #: Whether `saving` writes what transformers would.
+        self.writes = False
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -129,14 +132,17 @@ class Quantizer(HfQuantizer):
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
         tensors = folder.open(self.schemes.format)
-        self.files, self.stale = folder.files, folder.stale
+        source = Source.of(tensors)
+        self.stale = folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
-            checkpoint_files[:] = map(str, self.files)
+            checkpoint_files[:] = map(str, folder.files)
         stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
             tensors = seen_as_weights(tensors, packed)
-            for target, layout in layouts(model, tensors, declared).items():
+            arriving = arrivals(model, tensors, declared)
+            self.origin = Origin(source, folder, tensors.headers(), declared, arriving)
+            for target, layout in layouts(model, tensors, declared, arriving).items():
                 dtype = declared[target].dtype
                 if is_mixed(layout, tensors, packed):
                     self.mixed[target] = mix(tensors, self.schemes, layout, dtype, packed, notes)
@@ -257,6 +263,8 @@ class Quantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
         self.take_over_saving(model)
+        if self.origin is not None:
+            self.origin.keep_computed(model)
         return model
 
     def take_over_saving(self, model: Any) -> None:
@@ -268,67 +276,8 @@ class Quantizer(HfQuantizer):
         ]
         model._weight_conversions = []
 
-    @property
-    def _read_again(self) -> dict[str, PackedParameter | MixedParameter]:
-        """By name, the parameters that saving takes from the file again: their values do not give back its bits."""
-        return {**self.packed, **self.mixed}
-
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: FP8 tensors as the checkpoint had them, the rest as transformers would save it."""
-        state = model.state_dict()
-        plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in self._read_again}
-        plain = remove_tied_weights_from_state_dict(plain, model)
-        plain = {k: gather(v, *self.cuts[k]) if k in self.cuts else v for k, v in plain.items()}
-        writes = not self.cuts or is_first()
-        model._weight_conversions = self.conversions
-        try:
-            state = revert_weight_conversion(model, plain) if writes else {}
-        finally:
-            model._weight_conversions = []
-        for name, owner, dequantize in quantized_parameters(model):
-            weight = stored_weight(owner, name.rpartition(".")[2])
-            if name in self.cuts:
-                weight, dequantize = gather_quantized(weight, dequantize, self.plans[name])
-            if writes:
-                state |= _checkpoint_tensors(dequantize, weight)
-        state |= self._stored_tensors(model)
-        return (state | self.cache_scales | self.unused if writes else {}), {}
-
-    def _stored_tensors(self, model: Any) -> dict[str, Tensor]:
-        """What was dequantized or decompressed while loading, read from the file again.
-
-        Raises:
-            UsageError: the file is not there any more, or a value is not what it says.
-        """
-        if not self._read_again:
-            return {}
-        try:
-            tensors = of_files(self.files).open(self.schemes.format)
-            out: dict[str, Tensor] = {}
-            for target, info in self._read_again.items():
-                value, stored = info.again(tensors)
-                if not torch.equal(value, model.get_parameter(target).to(value.device)):
-                    raise UsageError(
-                        f"{target} was dequantized and has changed since, so that it cannot be saved as it was read. Load the "
-                        "checkpoint with ctfp8.from_pretrained(..., dequantize=True) to change weights."
-                    )
-                out |= {name: tensor.clone() for name, tensor in stored.items()}
-        except (CheckpointError, SafetensorError) as error:
-            raise UsageError(
-                f"{len(self._read_again)} weights were dequantized while loading, and are saved as their file has them; it has "
-                f"changed since ({error}). Load the checkpoint again."
-            ) from error
-        return out
-
-
-def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
-    """Weights and scales of one parameter under the names, shapes and dtypes they had in the checkpoint."""
-    info = dequantize.info
-    out: dict[str, Tensor] = {}
-    for source, stored in info.scales.items():
-        # a copy of its own: tensors that share memory cannot be saved
-        out[info.names[source]] = info.layout.split_weight(weight, source).clone()
-        stored.write(info.stored_scale(source, dequantize.weight_scale), out)
-    for source, stored in info.input_scales.items():
-        stored.write(dequantize.static_scale(source), out)
-    return out
+        """What transformers' own `save_pretrained` writes: nothing while ours does, see `saving`."""
+        if self.writes:
+            return {}, {}
+        return whole_state(model, self), {}
