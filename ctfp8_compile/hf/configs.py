@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file
 from ..checkpoint.formats import SIDE_FILE, legacy_config, read_side_file
+from ..checkpoint.inferred import SPELLED, infer
 from ..checkpoint.scheme import Schemes
 from ..errors import SchemeError
 from .compat import cached_file
@@ -36,17 +37,19 @@ class Holders:
     Attributes:
         parts: names of sub-configs, "" for the config itself: what they hold.
         side_file: ModelOpt's file, as it was, and whether `config.json` has no other; None where there is none.
+        inferred: nobody holds one: it was made from the shapes of scales.
     """
 
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     side_file: tuple[str, bool] | None = None
+    inferred: bool = False
 
     def put_back(self, config: Any) -> None:
         """Gives the parts what they held. The top keeps the quantizer's config where it held one, or nothing else does."""
         for name, part in _parts(config).items():
             if name and name in self.parts:
                 part.quantization_config = copy.deepcopy(dict(self.parts[name]))
-        if "" not in self.parts and self.parts and hasattr(config, "quantization_config"):
+        if "" not in self.parts and hasattr(config, "quantization_config"):
             del config.quantization_config
 
     def take_away(self, config: Any) -> None:
@@ -56,7 +59,9 @@ class Holders:
                 del part.quantization_config
 
 
-def private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool) -> tuple[PretrainedConfig, Holders]:
+def private_config(
+    path_or_id: str | Path, kwargs: dict[str, Any], strict: bool, files: Folder | None
+) -> tuple[PretrainedConfig, Holders]:
     """The checkpoint's config with `quant_method` swapped for our private name; taken out of `kwargs` if given there.
 
     Raises:
@@ -81,11 +86,14 @@ def private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool)
     side_file = cached_file(path_or_id, SIDE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
     if not found and side_file:
         found = {"": read_side_file(Path(side_file))}
+    if not found and (inferred := _inferred(files)) is not None:
+        config.quantization_config = Config.of(inferred, strict)
+        return config, Holders(inferred=True)
     if not found:
         raise SchemeError(
-            f"{path_or_id}: its config.json has no quantization_config, and there is no {SIDE_FILE}. If its files hold FP8 "
-            "weights with scales (weight_scale, weight_scale_inv), pass the config that they were made with: "
-            "from_pretrained(..., quantization_config={...}); if they hold none, load it with transformers."
+            f"{path_or_id}: its config.json has no quantization_config, there is no {SIDE_FILE}, and no FP8 weight in its "
+            "files has a scale beside it (weight_scale, weight_scale_inv). If it is quantized, pass the config that it was made with: "
+            "from_pretrained(..., quantization_config={...}); if it is not, load it with transformers."
         )
     for name, held in found.items():
         Schemes(held)  # says what is wrong with it, in our words
@@ -110,6 +118,15 @@ def settle_dtype(config: PretrainedConfig, files: Folder | None, kwargs: Mapping
         dtype = ckpt.SCALE_DTYPES[max(sizes, key=lambda name: sizes[name])]
         for part in _parts(config).values():
             part.dtype = dtype
+
+
+def _inferred(files: Folder | None) -> Mapping[str, Any] | None:
+    """The config of a folder that has none, from the shapes of its scales; None where no FP8 weight has a scale."""
+    if files is None:
+        return None
+    tensors = files.open(SPELLED)
+    beside = (ckpt.scale_name(name) in tensors for name, info in tensors.items() if info.dtype == ckpt.FP8_DTYPE)
+    return infer(tensors) if any(beside) else None
 
 
 def _is_missing(dtype: Any) -> bool:

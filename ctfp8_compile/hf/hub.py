@@ -73,7 +73,7 @@ def from_pretrained(
         if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             files = of_folder(folder)
             files.open()
-        config, holders = private_config(path_or_id, transformers_kwargs, strict)
+        config, holders = private_config(path_or_id, transformers_kwargs, strict, files)
         settle_dtype(config, files, transformers_kwargs)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
             config.transformers_weights = files.files[0].name

@@ -188,8 +188,12 @@ class Quantizer(HfQuantizer):
         """Says what weights in other formats than FP8 cost, or refuses them."""
         what = sentence(packed.values(), model.dtype)
         if self.strict or not (self.plans or self.mixed):
-            why = "strict=True refuses that" if self.strict else "there is no FP8 weight beside them"
-            raise SchemeError(f"{what}; {why}. Load the checkpoint with transformers.")
+            if self.strict:
+                raise SchemeError(f"{what}; strict=True refuses that. Leave it out to have them dequantized.")
+            raise SchemeError(
+                f"{what}; there is no FP8 weight beside them, and so nothing for ctfp8 to do. Load the checkpoint with transformers "
+                "or vLLM."
+            )
         if is_distributed(model):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
