@@ -92,8 +92,8 @@ def private_config(
     if not found:
         raise SchemeError(
             f"{path_or_id}: its config.json has no quantization_config, there is no {SIDE_FILE}, and no FP8 weight in its "
-            "files has a scale beside it (weight_scale, weight_scale_inv). If it is quantized, pass the config that it was made with: "
-            "from_pretrained(..., quantization_config={...}); if it is not, load it with transformers."
+            "files has a scale beside it (weight_scale, weight_scale_inv). If it is quantized, pass the config that it was made "
+            "with: from_pretrained(..., quantization_config={...}); if it is not, load it with transformers."
         )
     for name, held in found.items():
         Schemes(held)  # says what is wrong with it, in our words
