@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,8 @@ class Arrivals:
     """Where the tensors of a checkpoint go in a model.
 
     Attributes:
-        by_target: by parameter, the tensors it comes from, each with the pattern of its converter; None: it is only renamed.
+        by_target: by parameter or buffer, the tensors it comes from, each with the pattern of its converter; None: it is only
+            renamed. Of several targets of one converter the first.
         converters: by pattern.
     """
 
@@ -60,12 +61,9 @@ class Arrivals:
             yield from self.targets_of(first)
 
 
-def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Collection[str]) -> Arrivals:
-    """What transformers' conversions make of each tensor that is of the model; of several targets of one converter the first."""
-    conversions = get_model_conversion_mapping(model)
-    conversions += per_expert_conversions(model, conversions)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> Arrivals:
+    """Where the tensors of a checkpoint go."""
+    renamings, converters = _conversions(model)
     found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
@@ -76,15 +74,22 @@ def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Collection[str]) ->
     return Arrivals(found, {pattern: c for c in converters for pattern in c.source_patterns})
 
 
+def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    conversions = get_model_conversion_mapping(model)
+    conversions += per_expert_conversions(model, conversions)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
+
+
 def layouts(
-    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], arriving: Arrivals
+    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], arrived: Arrivals
 ) -> dict[str, Layout]:
     """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
     rows come from."""
-    by_pattern = arriving.converters
+    by_pattern = arrived.converters
     found: dict[str, Layout] = {}
     traced: dict[Any, dict[str, Layout]] = {}
-    for target, sources in arriving.by_target.items():
+    for target, sources in arrived.by_target.items():
         if declared[target].is_floating_point():
             for name, _ in sources:
                 ckpt.check_weight(tensors[name])

@@ -95,6 +95,12 @@ class Quantizer(HfQuantizer):
         weights = {".weight_packed": ".weight", **self.schemes.format.weights}
         self.renamings = [WeightRenaming(rf"{re.escape(theirs)}$", ours) for theirs, ours in weights.items()]
         self.own_conversions: list[Any] = []
+        #: What the model was loaded from; None: nobody knows.
+        self.origin: Origin | None = None
+        #: Whether `saving` writes what transformers would.
+        self.writes = False
+        #: ModelOpt's file beside `config.json`, and whether that has no config of its own.
+        self.side_file: tuple[str, bool] | None = None
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}
@@ -106,13 +112,12 @@ class Quantizer(HfQuantizer):
         self.unused: dict[str, Tensor] = {}
         #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
         self.cuts: dict[str, tuple[tuple[int, ...], Cuts]] = {}
-        #: What the model was loaded from; None: nobody knows.
-        self.origin: Origin | None = None
-        #: Whether `saving` writes what transformers would.
-        self.writes = False
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if dtype.itemsize == 1 else dtype  # of what is not quantized
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         stored = str(param.get_dtype())
@@ -132,17 +137,17 @@ class Quantizer(HfQuantizer):
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
         tensors = folder.open(self.schemes.format)
-        source = Source.of(tensors)
         self.stale = folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
             checkpoint_files[:] = map(str, folder.files)
+        source = Source.of(tensors)
         stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
             tensors = seen_as_weights(tensors, packed)
-            arriving = arrivals(model, tensors, declared)
-            self.origin = Origin(source, folder, tensors.headers(), declared, arriving)
-            for target, layout in layouts(model, tensors, declared, arriving).items():
+            arrived = arrivals(model, tensors, declared)
+            self.origin = Origin(source, folder, tensors.headers(), declared, arrived)
+            for target, layout in layouts(model, tensors, declared, arrived).items():
                 dtype = declared[target].dtype
                 if is_mixed(layout, tensors, packed):
                     self.mixed[target] = mix(tensors, self.schemes, layout, dtype, packed, notes)
@@ -183,8 +188,12 @@ class Quantizer(HfQuantizer):
         """Says what weights in other formats than FP8 cost, or refuses them."""
         what = sentence(packed.values(), model.dtype)
         if self.strict or not (self.plans or self.mixed):
-            why = "strict=True refuses that" if self.strict else "there is no FP8 weight beside them"
-            raise SchemeError(f"{what}; {why}. Load the checkpoint with transformers.")
+            if self.strict:
+                raise SchemeError(f"{what}; strict=True refuses that. Leave it out to have them dequantized.")
+            raise SchemeError(
+                f"{what}; there is no FP8 weight beside them, and so nothing for ctfp8 to do. Load the checkpoint with "
+                "transformers or vLLM."
+            )
         if is_distributed(model):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)

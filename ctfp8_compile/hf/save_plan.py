@@ -136,6 +136,7 @@ class SavePlan:
         self.dropped: list[str] = []
         self.inexact: list[str] = []
         self.rounded: list[str] = []
+        refuse_adapters(model)
         self._refuse_added()
         self._quantized()
         self._read_again()
@@ -164,11 +165,21 @@ class SavePlan:
             if self._is_of_files(name, entries):
                 self._add(Unit.of_files(self.raw[key] for key in entries))
                 continue
-            kinds = {scale.dtype for scale in info.scales.values() if not scale.view.inverse}
-            held = ckpt.decode_scale(how.weight_scale)
-            if any(not torch.equal(ckpt.decode_scale(ckpt.encode_scale(held, kind)), held) for kind in kinds):
+            if not self._holds_scales(how):
                 self.rounded.append(name)
             self._add(Unit(tuple(entries.values()), partial(self._fp8_tensors, name), gathers=(name,)))
+
+    def _holds_scales(self, how: Dequantize) -> bool:
+        """Whether the dtypes that scales have in the files hold those of a parameter, as far as this rank has them."""
+        stored = {source: scale for source, scale in how.info.scales.items() if not scale.view.inverse}
+        kinds = {scale.dtype for scale in stored.values()} - {torch.float32}
+        if not kinds:
+            return True
+        if len(kinds) == 1 and len({scale.dtype for scale in how.info.scales.values()}) == 1:
+            return _holds(how.weight_scale, kinds.pop())
+        return bool(self.held.cuts) or all(
+            _holds(how.info.stored_scale(s, how.weight_scale), t.dtype) for s, t in stored.items()
+        )
 
     def _entry(self, name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Entry]:
         if name in self.raw and self.origin is not None and not self.origin.stock:
@@ -340,16 +351,15 @@ class SavePlan:
         for name, tensor in kept.items():
             if name not in self.done and (self.gone or self.origin is None):
                 self._add(Unit((Entry.like(name, tensor),), partial(dict, ((name, tensor),))))
-        self.lost = [tensor.name for tensor in rest if tensor.name not in self.done]
+        if lost := [tensor.name for tensor in rest if tensor.name not in self.done]:
+            raise UsageError(
+                f"{lost[0]} is in the files that the model was loaded from, and not in the model ({len(lost)} tensors in all, "
+                "such as layers for multi-token prediction). It is saved as it was read, and the files have changed since "
+                f"({self.gone}). Load the checkpoint again."
+            )
 
     def say(self) -> None:
         """Warns of what is not saved as it was read."""
-        if self.lost:
-            warnings.warn(
-                f"{self.gone}: {len(self.lost)} tensors that the model does not hold, such as {self.lost[0]}, are not saved. "
-                "Load the model from where the files are now, and save it again.",
-                stacklevel=2,
-            )
         if self.dropped:
             warnings.warn(
                 f"{len(self.dropped)} tensors of the checkpoint, such as {self.dropped[0]}, are not saved: the model has no such "
@@ -381,8 +391,17 @@ class SavePlan:
         if added := [name for name in added if name not in built]:
             raise UsageError(
                 f"{added[0]} is not a tensor that {type(self.model).__name__} has ({len(added)} in all), so that nothing would "
-                "load it again. Save an adapter with the save_pretrained of PEFT's model, and take it off with its unload() "
-                "before the model itself is saved; for other changes load with ctfp8.from_pretrained(..., dequantize=True)."
+                "load it again. Take it out, or change the config so that the model has it."
+            )
+
+
+def refuse_adapters(model: Any) -> None:
+    """Raises where adapters are inside: their tensors would be saved under names that nothing loads."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise UsageError(
+                f"{name} holds an adapter, which a checkpoint of the model has no place for. Save the adapter with "
+                "peft_model.save_pretrained(folder), and the model after peft_model.unload()."
             )
 
 
@@ -402,6 +421,11 @@ class _Group:
     @property
     def pattern(self) -> str | None:
         return self.sources[0][1]
+
+
+def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
+    values = ckpt.decode_scale(scale)
+    return torch.equal(ckpt.decode_scale(ckpt.encode_scale(values, dtype)), values)
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -120,9 +120,8 @@ def _configs(model: Any, quantizer: Any, stock: Callable[..., Any], folder: Path
             stock(folder, **arguments)
     finally:
         quantizer.writes = False
-    stored = getattr(quantizer.quantization_config, "stored", {})
-    if "quantization" in stored:  # read from ModelOpt's own file
-        write_side_file(folder)
+    if quantizer.side_file is not None:
+        write_side_file(folder, *quantizer.side_file)
 
 
 def _upload(model: Any, folder: Path, before: Any, token: Any, given: dict[str, Any]) -> None:
