@@ -207,6 +207,7 @@ def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int,
     if len(weight.shape) > 2:
         usual.append((0, 1))  # rows are inputs, columns outputs
     fitting = named or [block for block in usual if _fits(Grid(block), weight, found)]
+    fitting = fitting or [block for block in usual if Grid(block).fits(rows, cols, found)]
     fitting = [block for block in fitting if Grid(block).shape(rows, cols) == tuple(found)] or fitting
     distinct = {_meaning(block, rows, cols): block for block in reversed(fitting)}
     if len(distinct) == 1:

@@ -62,7 +62,8 @@ class Scheme:
         return ((math.ceil(rows / self.block[0]), math.ceil(cols / self.block[1])),)
 
     def __str__(self) -> str:
-        size = f" {self.block[0]}x{self.block[1]}" if self.strategy in ("block", "group") else ""
+        high, wide = (size or "all" for size in self.block)
+        size = f" {high}x{wide}" if self.strategy in ("block", "group") else ""
         return f"{self.strategy}{size}{' power-of-two' * self.exponents} weights, {self.activation} activations"
 
 
