@@ -20,7 +20,7 @@ from .files import (
     input_scale_name,
     scale_name,
 )
-from .grid import Grid
+from .grid import Grid, as_matrix, squeezed
 from .notes import Notes
 from .scheme import Scheme, Schemes, UnlikeError, strategy_of
 
@@ -179,7 +179,7 @@ def _fits(grid: Grid, weight: TensorInfo, found: Sequence[int]) -> bool:
 
 def _runs(rows: int, cols: int, found: Sequence[int], block: tuple[int, int]) -> list[tuple[int, int]]:
     """Into how many equal runs the rows, or the columns, can be cut so that as many blocks come of it."""
-    found = [n for i, n in enumerate(found) if n != 1 or len(found) < 3 or i % 2 == 0]  # as ModelOpt writes them
+    found = as_matrix(found)
     if len(found) != 2:
         return []
     many = [(n, 1) for n in _divisors(rows)] + [(1, n) for n in _divisors(cols)]
@@ -200,28 +200,36 @@ def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int,
     found = _of_matrices(weight, scale)
     if math.prod(found) == 1:
         return Grid((0, 0))
-    wide = squeezed_last(found)
-    groups = [cols // wide] if wide and cols % wide == 0 and cols // wide >= _SMALLEST_GROUP and wide > 1 else []
-    named = [block for block in blocks if _fits(Grid(block), weight, found)]
-    usual = [(1, 0), *((n, n) for n in _SQUARES), *((1, n) for n in (32, 64, 128, *groups))]
-    if len(weight.shape) > 2:
-        usual.append((0, 1))  # rows are inputs, columns outputs
-    fitting = named or [block for block in usual if _fits(Grid(block), weight, found)]
-    fitting = fitting or [block for block in usual if Grid(block).fits(rows, cols, found)]
-    fitting = [block for block in fitting if Grid(block).shape(rows, cols) == tuple(found)] or fitting
-    distinct = {_meaning(block, rows, cols): block for block in reversed(fitting)}
+    named = [Grid(block) for block in blocks if _fits(Grid(block), weight, found)]
+    cut: list[Grid] = []
+    if not named and scale.dtype != "U8":  # which may be the bytes of anything
+        cut = [Grid(b, r) for b in dict.fromkeys(blocks) if min(b) > 1 for r in _runs(rows, cols, found, b)]
+    # what the config says of blocks counts before sizes that nobody names
+    fitting = named or cut or _unnamed(weight, found)
+    distinct = {grid.borders(rows, cols): grid for grid in reversed(fitting)}
     if len(distinct) == 1:
-        return Grid(next(iter(distinct.values())))
-    if distinct:
-        what = " or ".join(f"{b[0] or rows}x{b[1] or cols}" for b in distinct.values())
+        return next(iter(distinct.values()))
+    if distinct and not cut:
+        what = " or ".join(f"{grid.block[0] or rows}x{grid.block[1] or cols}" for grid in distinct.values())
         raise CheckpointError(
             f"{scale}: fits {weight} in blocks of {what}, and quantization_config does not say which. Add a group for it "
             "(config_groups: targets, weights.strategy, weights.block_structure)."
         )
-    cut = [Grid(b, r) for b in dict.fromkeys(blocks) if min(b) > 1 for r in _runs(rows, cols, found, b)]
-    if len(cut) == 1 and scale.dtype != "U8":  # which may be the bytes of anything
-        return cut[0]
     raise _unreadable(weight, scale, said, cut)
+
+
+def _unnamed(weight: TensorInfo, found: Sequence[int]) -> list[Grid]:
+    """The grids that files have whose config does not say, of those that give a scale of this shape."""
+    rows, cols = weight.shape[-2:]
+    some = squeezed(found)
+    wide = some[-1] if len(some) > 1 else 0
+    groups = [cols // wide] if wide > 1 and cols % wide == 0 and cols // wide >= _SMALLEST_GROUP else []
+    usual = [Grid(b) for b in ((1, 0), *((n, n) for n in _SQUARES), *((1, n) for n in (32, 64, 128, *groups)))]
+    if len(weight.shape) > 2:
+        usual.append(Grid((0, 1)))  # rows are inputs, columns outputs
+    fitting = [grid for grid in usual if _fits(grid, weight, found)]
+    fitting = fitting or [grid for grid in usual if grid.fits(rows, cols, found)]
+    return [grid for grid in fitting if grid.shape(rows, cols) == tuple(as_matrix(found))] or fitting
 
 
 def _unreadable(weight: TensorInfo, scale: TensorInfo, said: Scheme | None, cut: Sequence[Grid]) -> CheckpointError:
@@ -239,15 +247,3 @@ def _unreadable(weight: TensorInfo, scale: TensorInfo, said: Scheme | None, cut:
         f"{scale}: does not fit {weight.name} {list(weight.shape)}{want}; its shape does not say how it is quantized either. Add "
         "a group of quantization_config that does (strategy, block_structure; weight_block_size), or quantize it again."
     )
-
-
-def _meaning(block: tuple[int, int], rows: int, cols: int) -> tuple[int, int]:
-    """Blocks that reach beyond a weight are the same as one that has it all."""
-    high, wide = block
-    return (high if 0 < high < rows else 0, wide if 0 < wide < cols else 0)
-
-
-def squeezed_last(found: Sequence[int]) -> int:
-    """Columns of a grid of scales, in any of its shapes."""
-    some = [n for n in found if n != 1]
-    return some[-1] if len(some) > 1 else 0

@@ -154,6 +154,7 @@ def test_a_weight_of_one_block_and_a_head_of_one_scale(method, shape):
     ("rows", "cols", "runs"),
     [
         (128, 128, (4, 1)), (320, 256, (5, 1)), (480, 128, (5, 1)), (300, 256, (6, 1)), (160, 96 * 5, (1, 5)), (256, 256, (8, 1)),
+        (64, 128, (2, 1)), (128, 64, (1, 2)), (224, 40, (4, 1)), (128, 64, (2, 1)),
     ],
 )  # fmt: skip
 def test_blocks_that_begin_anew_in_each_part(rows, cols, runs):
@@ -175,7 +176,7 @@ def test_parts_of_which_there_could_be_several_numbers_are_refused_and_the_cure_
     assert torch.equal(module.proj.weight.double(), truth)
 
 
-@pytest.mark.parametrize("shape", [(64, 1), (128, 3), (3,), (7, 7), (2, 128, 1)])
+@pytest.mark.parametrize("shape", [(64, 1), (128, 3), (3,), (7, 7), (2, 128, 1), (1, 7)])
 @pytest.mark.parametrize("kind", ["channel", "block", "tensor"])
 def test_a_shape_that_fits_no_scheme_is_refused_with_a_cure(kind, shape):
     state = {"proj.weight": torch.zeros(128, 128).to(FP8), "proj.weight_scale": torch.ones(shape)}
