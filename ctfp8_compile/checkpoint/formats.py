@@ -61,7 +61,7 @@ def read_format(quantization_config: Mapping[str, Any]) -> Format:
             "here. Load it with transformers' own from_pretrained."
         )
     found = _READERS[method](quantization_config)
-    return replace(found, suffixes={**_IN_ANY_FORMAT, **found.suffixes})
+    return replace(found, suffixes={**IN_ANY_FORMAT, **found.suffixes})
 
 
 def config_of_folder(folder: Path) -> Mapping[str, Any] | None:
@@ -202,7 +202,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
 }
 
 #: Spellings of scales that mean the same wherever they are: an inverse in name only, it is multiplied.
-_IN_ANY_FORMAT: Suffixes = {"_scale_inv": "_scale"}
+IN_ANY_FORMAT: Suffixes = {"_scale_inv": "_scale"}
 
 _FP8_SUFFIXES: Suffixes = {
     "_activation_scale": "_input_scale",  # of experts in one tensor: `gate_up_proj`, `gate_up_proj_scale_inv`, …

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file, of_folder
-from ..checkpoint.formats import SIDE_FILE, legacy_config, read_side_file, write_side_file
+from ..checkpoint.formats import IN_ANY_FORMAT, SIDE_FILE, legacy_config, read_side_file, write_side_file
+from ..checkpoint.inferred import infer
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
@@ -62,6 +63,7 @@ def from_pretrained(
             `dtype`; files that their quantization_config or their index do not fit, which are read as they are.
         compile: also do what `ctfp8.compile(model)` does, with a dict of its arguments if one is given.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
+            `quantization_config`, of a file that has none, says how it is quantized; without one the shapes of scales do.
             `dtype` is what FP8 weights dequantize to and what the other weights are loaded in. With
             `distributed_config=DistributedConfig(tp_size=N)`, on N processes started by torchrun, each has a part.
 
@@ -72,8 +74,6 @@ def from_pretrained(
         CheckpointError: a file is damaged or incomplete; names the tensor. Nothing is ever initialised at random.
         SchemeError: the config is of no FP8 format we know, or does not cover an FP8 weight.
     """
-    if "quantization_config" in transformers_kwargs:
-        raise SchemeError("quantization_config is read from the checkpoint; do not pass one.")
     with_info = transformers_kwargs.pop("output_loading_info", False)
     distributed = take_config(transformers_kwargs, dequantize)
     with together(distributed is not None):
@@ -82,7 +82,7 @@ def from_pretrained(
         if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             files = of_folder(folder)
             files.open()
-        config = _private_config(path_or_id, transformers_kwargs, strict)
+        config = _private_config(path_or_id, transformers_kwargs, strict, files)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
             config.transformers_weights = files.files[0].name
     if distributed is not None:
@@ -203,9 +203,11 @@ def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]
             )
 
 
-def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool) -> PretrainedConfig:
+def _private_config(
+    path_or_id: str | Path, kwargs: dict[str, Any], strict: bool, files: Folder | None
+) -> PretrainedConfig:
     """The checkpoint's config with `quant_method` swapped for our private name; taken out of `kwargs` if given there."""
-    config = kwargs.pop("config", None)
+    config, given = kwargs.pop("config", None), kwargs.pop("quantization_config", None)
     hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
     if config is None:
         if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
@@ -218,11 +220,15 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool
     config = copy.deepcopy(config)
     holders = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
     found = False
-    if getattr(config, "quantization_config", None) is None:
-        config.quantization_config = legacy_config(vars(config))
+    if getattr(config, "quantization_config", None) is None and (legacy := legacy_config(vars(config))):
+        config.quantization_config = legacy
     if all(getattr(holder, "quantization_config", None) is None for holder in holders):
         side_file = cached_file(path_or_id, SIDE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-        config.quantization_config = read_side_file(Path(side_file)) if side_file else None
+        config.quantization_config = read_side_file(Path(side_file)) if side_file else given or _inferred(files)
+    elif given is not None:
+        raise SchemeError(
+            f"{path_or_id}: its config.json has a quantization_config, so do not pass one. Correct it there."
+        )
     for holder in holders:
         quantization = getattr(holder, "quantization_config", None)
         if quantization is None:
@@ -234,11 +240,18 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool
         found = True
     if not found:
         raise SchemeError(
-            f"{path_or_id}: its config.json has no quantization_config, and there is no {SIDE_FILE}, so it is not a quantized "
-            "checkpoint. "
-            "Load it with transformers' own from_pretrained."
+            f"{path_or_id}: its config.json has no quantization_config, there is no {SIDE_FILE}, and no FP8 weight with a scale "
+            "(weight_scale) in its files, so it is not a quantized checkpoint. Load it with transformers' own from_pretrained."
         )
     return config
+
+
+def _inferred(files: Folder | None) -> dict[str, Any] | None:
+    """A config for FP8 weights of local files that came without one; None where there are none."""
+    tensors = None if files is None else files.open(IN_ANY_FORMAT)
+    if tensors is None or all(tensor.dtype != ckpt.FP8_DTYPE for tensor in tensors.values()):
+        return None
+    return dict(infer(tensors))
 
 
 def _check_complete(path_or_id: str | Path, info: Any, files: Folder | None) -> None:

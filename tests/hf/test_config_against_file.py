@@ -138,3 +138,20 @@ def test_what_the_config_says_of_inputs_counts_where_it_only_leaves_a_layer_out(
     folder = _folder(tmp_path / "other", DYNAMIC, _targets("re:.*mlp.*"))
     schemes = {n: str(d.info.scheme) for n, _, d in quantized_parameters(ctfp8.from_pretrained(folder))}
     assert schemes[f"{Q}.weight"] == "channel weights, none activations"
+
+
+@pytest.mark.parametrize("name", [DYNAMIC, BLOCK, STATIC, MX, "qwen3moe/FP8_BLOCK"])
+def test_a_file_without_a_config(name, load, tmp_path):
+    """The shapes of its scales say how it is quantized, or the user does."""
+    folder = _folder(tmp_path, name, lambda s, c: c.pop("quantization_config"))
+    with pytest.warns(UserWarning, match="no quantization_config was given; the shapes of scales say"):
+        model = ctfp8.from_pretrained(folder)
+    assert torch.equal(logits(model), logits(load(name)))
+    ctfp8.save_pretrained(model, tmp_path / "out")
+    assert_same_bits(folder, tmp_path / "out")
+    own = json.loads((DATA / name / "config.json").read_text())["quantization_config"]
+    model = ctfp8.from_pretrained(folder, quantization_config=own)
+    schemes = [[str(d.info.scheme) for _, _, d in quantized_parameters(m)] for m in (model, load(name))]
+    assert schemes[0] == schemes[1]
+    with pytest.raises(ctfp8.SchemeError, match="has a quantization_config, so do not pass one"):
+        ctfp8.from_pretrained(DATA / name, quantization_config=own)
