@@ -28,6 +28,11 @@ class Grid:
     block: tuple[int, int]
     runs: tuple[int, int] = (1, 1)
 
+    def __str__(self) -> str:
+        """In words: `128x128 that begin anew in each of 4 parts`."""
+        size = "x".join(str(n or "all") for n in self.block)
+        return size if self.whole else f"{size} that begin anew in each of {math.prod(self.runs)} parts"
+
     def shape(self, rows: int, cols: int) -> tuple[int, int]:
         """How many blocks a weight has."""
         return self._count(0, rows), self._count(1, cols)

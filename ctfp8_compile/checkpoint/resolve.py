@@ -8,7 +8,7 @@ says so. A shape that fits several schemes, or none, is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, SchemeError
@@ -81,7 +81,7 @@ def resolve(tensors: Checkpoint, schemes: Schemes, name: str, notes: Notes) -> R
         activation = said.activation
     elif groups:
         activation = schemes.activation_of_group(groups[0])
-    grid = _by_shape(weight, scale, schemes.blocks(), said)
+    grid = _by_shape(weight, scale, schemes.blocks(), said, schemes.heads)
     if said is not None and said.activation == "group" and grid.block[1] != 128:
         activation = "none"
     scheme = Scheme("", grid.common(*weight.shape[-2:]), activation, exponents)
@@ -100,7 +100,7 @@ def by_shape(weight: TensorInfo, scale: TensorInfo) -> Scheme:
     Raises:
         CheckpointError: it says none, or several.
     """
-    block = _by_shape(weight, scale, [], None).block
+    block = _by_shape(weight, scale, [], None, ()).block
     return Scheme(strategy_of(block), block, "none", scale.dtype in EXPONENT_DTYPES)
 
 
@@ -190,7 +190,13 @@ def _divisors(size: int) -> list[int]:
     return [n for n in range(2, size // _SMALLEST_RUN + 1) if size % n == 0]
 
 
-def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int, int]], said: Scheme | None) -> Grid:
+def _by_shape(
+    weight: TensorInfo,
+    scale: TensorInfo,
+    blocks: Sequence[tuple[int, int]],
+    said: Scheme | None,
+    heads: Container[int],
+) -> Grid:
     """The only grid of FP8 weights that gives a scale of this shape.
 
     Raises:
@@ -200,22 +206,22 @@ def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int,
     found = _of_matrices(weight, scale)
     if math.prod(found) == 1:
         return Grid((0, 0))
-    named = [Grid(block) for block in blocks if _fits(Grid(block), weight, found)]
-    cut: list[Grid] = []
-    if not named and scale.dtype != "U8":  # which may be the bytes of anything
-        cut = [Grid(b, r) for b in dict.fromkeys(blocks) if min(b) > 1 for r in _runs(rows, cols, found, b)]
-    # what the config says of blocks counts before sizes that nobody names
-    fitting = named or cut or _unnamed(weight, found)
+    fitting = [Grid(block) for block in blocks if _fits(Grid(block), weight, found)]
+    if not fitting:
+        fitting = _unnamed(weight, found)
+        if scale.dtype != "U8":  # which may be the bytes of anything
+            fitting += [Grid(b, r) for b in dict.fromkeys(blocks) if min(b) > 1 for r in _runs(rows, cols, found, b)]
     distinct = {grid.borders(rows, cols): grid for grid in reversed(fitting)}
-    if len(distinct) == 1:
-        return next(iter(distinct.values()))
-    if distinct and not cut:
-        what = " or ".join(f"{grid.block[0] or rows}x{grid.block[1] or cols}" for grid in distinct.values())
-        raise CheckpointError(
-            f"{scale}: fits {weight} in blocks of {what}, and quantization_config does not say which. Add a group for it "
-            "(config_groups: targets, weights.strategy, weights.block_structure)."
-        )
-    raise _unreadable(weight, scale, said, cut)
+    by_head = [grid for grid in distinct.values() if math.prod(grid.runs) in heads and not grid.whole]
+    if len(distinct) == 1 or len(by_head) == 1:
+        return by_head[0] if by_head else next(iter(distinct.values()))
+    if not distinct:
+        raise _unreadable(weight, scale, said)
+    what = " or ".join(map(str, distinct.values()))
+    raise CheckpointError(
+        f"{scale}: fits {weight} in blocks of {what}, and quantization_config does not say which. Store one scale for each row "
+        f"instead, as [{rows}, {scale.shape[-1]}], or add a group that says it (strategy, block_structure)."
+    )
 
 
 def _unnamed(weight: TensorInfo, found: Sequence[int]) -> list[Grid]:
@@ -232,14 +238,8 @@ def _unnamed(weight: TensorInfo, found: Sequence[int]) -> list[Grid]:
     return [grid for grid in fitting if grid.shape(rows, cols) == tuple(as_matrix(found))] or fitting
 
 
-def _unreadable(weight: TensorInfo, scale: TensorInfo, said: Scheme | None, cut: Sequence[Grid]) -> CheckpointError:
+def _unreadable(weight: TensorInfo, scale: TensorInfo, said: Scheme | None) -> CheckpointError:
     rows, cols = weight.shape[-2:]
-    if cut:
-        many = " or ".join(f"{math.prod(grid.runs)}" for grid in cut)
-        return CheckpointError(
-            f"{scale}: more scales than {weight} has blocks. They could be those of {many} parts of it, each in blocks of its "
-            f"own, and the file does not say how many. Store one scale for each row instead, as [{rows}, {scale.shape[-1]}]."
-        )
     want = "" if said is None else f" with {said}; expected shape {list(Grid(said.block).shape(rows, cols))}"
     if said is not None and said.strategy in ("tensor", "channel"):
         want = f" with {said}; expected shape {[1] if said.strategy == 'tensor' else [rows, 1]}"

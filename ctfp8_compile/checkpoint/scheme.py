@@ -75,6 +75,7 @@ class Schemes:
 
     Attributes:
         format: how the checkpoint spells its config and its tensors' names.
+        heads: numbers of heads of the model's attention, in which weights may have been quantized one by one.
 
     Raises:
         SchemeError: a method we do not know, or a config its own classes refuse.
@@ -109,6 +110,7 @@ class Schemes:
         self._group_of_target: dict[str, str] = {
             target: name for name, group in self.config.config_groups.items() for target in group.targets
         }
+        self.heads: frozenset[int] = frozenset()
         self._schemes: dict[str, Scheme] = {}
         self._covering: dict[str, list[str]] = {}
         for name in (*self._group_of_target, *(self.config.ignore or ())):
@@ -276,6 +278,13 @@ def _activation(args: QuantizationArgs | None, bound: float | None) -> str:
     raise SchemeError(
         f"activation strategy {strategy!r} with dynamic={dynamic}, group_size={args.group_size} is unknown"
     )
+
+
+def heads_of(config: Mapping[str, Any]) -> frozenset[int]:
+    """The numbers of heads that a `config.json`, or a part of it, names."""
+    found = {n for k, n in config.items() if k.endswith("_heads") and isinstance(n, int)}
+    parts = (heads_of(part) for part in config.values() if isinstance(part, Mapping))
+    return frozenset(found).union(*parts) - {0, 1}
 
 
 def is_fp8(args: QuantizationArgs) -> bool:

@@ -23,7 +23,7 @@ from ..checkpoint.folder import of_files
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
-from ..checkpoint.scheme import Schemes
+from ..checkpoint.scheme import Schemes, heads_of
 from ..checkpoint.shard import Cuts
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.mixed import MixedParameter, is_mixed, mix
@@ -125,6 +125,7 @@ class Quantizer(HfQuantizer):
             check_heads(model)
             mark_local(model)
         notes = Notes()
+        self.schemes.heads = heads_of(model.config.to_dict())
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
         tensors = folder.open(self.schemes.format.suffixes)
