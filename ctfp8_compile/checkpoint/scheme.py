@@ -282,7 +282,7 @@ def _activation(args: QuantizationArgs | None, bound: float | None) -> str:
 
 def heads_of(config: Mapping[str, Any]) -> frozenset[int]:
     """The numbers of heads that a `config.json`, or a part of it, names."""
-    found = {n for k, n in config.items() if k.endswith("_heads") and isinstance(n, int)}
+    found = {n for k, n in config.items() if str(k).endswith("_heads") and isinstance(n, int)}
     parts = (heads_of(part) for part in config.values() if isinstance(part, Mapping))
     return frozenset(found).union(*parts) - {0, 1}
 

@@ -176,7 +176,9 @@ def test_numbers_of_heads_tell_apart_what_shapes_do_not(rows, cols, heads):
     tensors = InMemory({"q.weight": fp8, "q.weight_scale": scale})
     with pytest.raises(ctfp8.CheckpointError, match="does not say which"):
         resolve(tensors, schemes, "q.weight", Notes())
-    schemes.heads = heads_of({"text_config": {"num_attention_heads": heads, "num_key_value_heads": 1}})
+    schemes.heads = heads_of(
+        {"text_config": {"num_attention_heads": heads, "num_key_value_heads": 1}, "id2label": {0: "a"}}
+    )
     assert resolve(tensors, schemes, "q.weight", Notes()).grid == Grid((128, 128), (heads, 1))
 
 
