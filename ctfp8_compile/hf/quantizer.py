@@ -42,7 +42,7 @@ from .compat import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from .conversions import PlaceRows, layouts, per_expert_conversions
+from .conversions import PlaceRows, check_absent, layouts, per_expert_conversions
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
@@ -128,6 +128,7 @@ class Quantizer(HfQuantizer):
         self.schemes.heads = heads_of(model.config.to_dict())
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
+        check_absent(model, folder.absent, declared)
         tensors = folder.open(self.schemes.format.suffixes)
         self.files, self.stale = folder.files, folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy

@@ -224,6 +224,7 @@ def test_index_that_points_elsewhere(tmp_path, shard, match):
     shutil.copytree(DATA / "llama/FP8_DYNAMIC", folder)
     names = load_file(folder / "model.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors") | {Q: shard}}
+    save_file({n: t for n, t in names.items() if n != Q}, folder / "model.safetensors", {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ctfp8.CheckpointError, match=match):
         ctfp8.from_pretrained(folder)
