@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, SchemeError
 from .files import FP8_DTYPE, Checkpoint, TensorInfo, nbytes
 from .folder import check_config_file, of_folder
-from .formats import config_of_folder
+from .formats import PLAIN, config_of_folder
 from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
 from .resolve import resolve
@@ -75,7 +75,7 @@ def look(folder: Path) -> Contents:
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
     schemes, instead = _schemes(folder, config)
-    tensors = files.open({} if schemes is None else schemes.format.suffixes)
+    tensors = files.open(PLAIN if schemes is None else schemes.format)
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0

@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .formats import Suffixes, canonical_names
+from .formats import PLAIN, Format, canonical_names
+from .stacked import unstack
+from .tensor_info import TensorInfo
 
 FP8_DTYPE = "F8_E4M3"
 PACKED = "packed"  #: of a weight in another format, seen as one tensor (`packed.seen_as_weights`)
@@ -30,36 +31,18 @@ INTEGER_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as a safetensors header describes it: `name` is the file's, `dtype` the format's, such as `F8_E4M3`."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.dtype} {list(self.shape)} in {self.file.name})"
-
-
 class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a checkpoint by name, from the headers of its files.
 
     Args:
-        suffixes: how names of a format end, and how they end here (`formats.canonical_names`).
+        format: how names end there, and how they end here (`formats.canonical_names`).
         chosen: by the name that files have for it, which file's tensor counts; None: each is in one file. Others are not seen.
 
     Raises:
         CheckpointError: a file cannot be opened, or two files hold a tensor of the same name.
     """
 
-    def __init__(
-        self,
-        files: Iterable[str | Path],
-        suffixes: Suffixes = MappingProxyType({}),
-        chosen: Mapping[str, Path] | None = None,
-    ):
+    def __init__(self, files: Iterable[str | Path], format: Format = PLAIN, chosen: Mapping[str, Path] | None = None):
         self._tensors: dict[str, TensorInfo] = {}
         self._open_files: dict[Path, safe_open] = {}
         for file in map(Path, files):
@@ -75,12 +58,15 @@ class Checkpoint(Mapping[str, TensorInfo]):
                         "says which is meant. Write one, or save the checkpoint again."
                     )
                 self._tensors[name] = info
-        self._spell(suffixes)
+        self._spell(format)
 
-    def _spell(self, suffixes: Suffixes) -> None:
-        self._suffixes = suffixes
-        if suffixes:
-            self._tensors = {ours: self._tensors[name] for ours, name in canonical_names(self, suffixes).items()}
+    def _spell(self, format: Format) -> None:
+        self.format = format
+        named = {ours: self._tensors[name] for ours, name in canonical_names(self._tensors, format).items()}
+        self._tensors = {
+            name: replace(info, view=replace(info.view, inverse=True)) if name.endswith(format.inverse) else info
+            for name, info in unstack(named).items()
+        }
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -92,8 +78,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return len(self._tensors)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Reads some (small) tensors."""
-        return {name: self.read_stored(self[name]) for name in names}
+        """Reads some (small) tensors: their values, of reciprocals the reciprocals."""
+        return {name: self.value(self[name]) for name in names}
+
+    def value(self, info: TensorInfo) -> Tensor:
+        """Reads one tensor: what of it the view is."""
+        return info.view.of(self.read_stored(info))
 
     def read_stored(self, info: TensorInfo) -> Tensor:
         """Reads a tensor by what its file calls it."""
@@ -105,7 +95,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def spellings(self, name: str) -> list[str]:
         """Our name of a tensor, and what files of this format usually call it."""
-        there = (name.removesuffix(ours) + theirs for theirs, ours in self._suffixes.items() if name.endswith(ours))
+        there = (
+            name.removesuffix(ours) + theirs for theirs, ours in self.format.suffixes.items() if name.endswith(ours)
+        )
         return list(dict.fromkeys([name, next(there, name)]))
 
     def changed(self, hidden: Collection[str], added: Mapping[str, TensorInfo]) -> Checkpoint:
@@ -118,13 +110,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
 class InMemory(Checkpoint):
     """The same view of a state dict."""
 
-    def __init__(self, state_dict: Mapping[str, Tensor], suffixes: Suffixes = MappingProxyType({})):
+    def __init__(self, state_dict: Mapping[str, Tensor], format: Format = PLAIN):
         self._state = state_dict
         self._tensors = {
             name: TensorInfo(name, Path("state dict"), _DTYPE_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape))
             for name, t in state_dict.items()
         }
-        self._spell(suffixes)
+        self._spell(format)
 
     def read_stored(self, info: TensorInfo) -> Tensor:
         return self._state[info.name]
@@ -195,11 +187,12 @@ def encode_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 _LARGEST_SCALE = 16
 
 
-def check_scale_values(info: TensorInfo, scale: Tensor, zero: Tensor | None = None) -> None:
+def check_scale_values(info: TensorInfo, scale: Tensor, zero: Tensor | None = None, directed: bool = False) -> None:
     """Refuses scales that are NaN, infinite, zero or negative, or reciprocals of scales.
 
     Args:
         zero: where a scale may be zero.
+        directed: the config says which way scales go, so that large ones are no reciprocals.
     """
     values = decode_scale(scale)
     bad = ~(torch.isfinite(values * 448) & (values > 0))
@@ -212,7 +205,7 @@ def check_scale_values(info: TensorInfo, scale: Tensor, zero: Tensor | None = No
             "The file is damaged or the calibration failed; quantize it again."
         )
     values = values[values > 0]
-    if values.numel() and (smallest := float(values.min())) > _LARGEST_SCALE:
+    if not directed and values.numel() and (smallest := float(values.min())) > _LARGEST_SCALE:
         raise CheckpointError(
             f"{info}: scales from {smallest:g} on, so weights of up to {448 * smallest:g}: these look like the reciprocals "
             "of scales. A weight is its FP8 value times its scale; write 1 / scale instead."

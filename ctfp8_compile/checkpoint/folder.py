@@ -12,11 +12,10 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from types import MappingProxyType
 
 from ..errors import CheckpointError, SchemeError
 from .files import INDEX_FILE, SINGLE_FILE, Checkpoint, names_in
-from .formats import Suffixes
+from .formats import PLAIN, Format
 from .notes import Notes
 
 
@@ -40,13 +39,13 @@ class Folder:
     missing: tuple[str, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
 
-    def open(self, suffixes: Suffixes = MappingProxyType({})) -> Checkpoint:
+    def open(self, format: Format = PLAIN) -> Checkpoint:
         """The tensors of the checkpoint.
 
         Raises:
             CheckpointError: a file cannot be opened.
         """
-        return Checkpoint(self.files, suffixes, self.where)
+        return Checkpoint(self.files, format, self.where)
 
 
 def of_folder(folder: str | Path, notes: Notes | None = None) -> Folder:

@@ -13,12 +13,16 @@ from .files import FP8_DTYPE, Checkpoint, TensorInfo, input_scale_name, scale_na
 from .resolve import by_shape
 
 #: How such files spell scales: as compressed-tensors, as `fp8` checkpoints, or the other way round.
-SUFFIXES: formats.Suffixes = {
-    ".scale_weight": ".weight_scale",
-    ".scale_input": ".input_scale",
-    "_scale_inv": "_scale",
-    ".activation_scale": ".input_scale",
-}
+SPELLED = formats.Format(
+    "",
+    {},
+    {
+        ".scale_weight": ".weight_scale",
+        ".scale_input": ".input_scale",
+        "_scale_inv": "_scale",
+        ".activation_scale": ".input_scale",
+    },
+)
 
 
 def infer(tensors: Checkpoint) -> Mapping[str, Any]:

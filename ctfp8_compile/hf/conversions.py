@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.layout import Layout, identity, trace
+from ..checkpoint.layout import Layout, Turned, identity, trace, turned
 from ..errors import CheckpointError
 from ..model.mixed import MixedParameter
 from .compat import (
@@ -68,7 +68,10 @@ def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]
             info = tensors[sources[0][0]]
             if len(info.shape) < 2 or info.shape != tuple(declared[target].shape):
                 raise CheckpointError(f"{info}: the model declares {target} as {list(declared[target].shape)}.")
-            found[target] = identity(info.name, info.shape)
+            source = sources[0][0]
+            found[target] = (
+                turned(source, info.shape) if _keeps_inputs_first(model, target) else identity(source, info.shape)
+            )
             continue
         found |= _trace_converter(model, by_pattern[pattern], target, sources, tensors, declared, traced)
     return found
@@ -96,6 +99,23 @@ def check_absent(model: Any, absent: Mapping[str, str], declared: Mapping[str, T
             )
 
 
+def turning(layouts: Mapping[str, Layout], mixed: Mapping[str, Any]) -> list[WeightConverter]:
+    """Conversions for parameters that are one tensor of the file, transposed: transformers knows none for them."""
+    tails = dict.fromkeys(
+        r"\.".join(name.split(".")[-2:]) for name, layout in layouts.items() if isinstance(layout, Turned)
+    )
+    return [WeightConverter(rf"{tail}$", tail.replace("\\", ""), [PlaceRows(layouts, mixed, [])]) for tail in tails]
+
+
+def _keeps_inputs_first(model: Any, target: str) -> bool:
+    """Whether a parameter is of experts that are declared as inputs × outputs, as Llama 4's and gpt-oss's are."""
+    owner = model.get_submodule(target.rpartition(".")[0])
+    gate_up, down = (getattr(owner, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.dim() != 3:
+        return False
+    return gate_up.shape[-1] != down.shape[-2]
+
+
 def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> list[WeightConverter]:
     """Conversions for checkpoints with one Linear per expert, where transformers only knows experts merged or as w1/w2/w3.
 
@@ -111,7 +131,7 @@ def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> li
         [] if getattr(experts, "is_concatenated", True) else [Interleave(dim=1, inverse=True)]
     )
     # what the first makes, the second reads; Llama 4 and gpt-oss keep both as inputs × outputs
-    transposed = experts.gate_up_proj.shape[-1] != experts.down_proj.shape[-2]
+    transposed = _keeps_inputs_first(experts, "gate_up_proj")
     transpose: list[ConversionOps] = [Transpose(1, 2)] if transposed else []
     merge: list[ConversionOps] = [MergeModulelist(dim=0), Concatenate(dim=1), *interleave]
     gate, up, down = (r"experts.*.gate_proj", r"experts.*.up_proj", r"experts.*.down_proj")

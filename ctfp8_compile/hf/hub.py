@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file, of_folder
-from ..checkpoint.formats import IN_ANY_FORMAT, SIDE_FILE, legacy_config, read_side_file, write_side_file
+from ..checkpoint.formats import SIDE_FILE, SPELLED_ANYHOW, legacy_config, read_side_file, write_side_file
 from ..checkpoint.inferred import infer
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
@@ -248,7 +248,7 @@ def _private_config(
 
 def _inferred(files: Folder | None) -> dict[str, Any] | None:
     """A config for FP8 weights of local files that came without one; None where there are none."""
-    tensors = None if files is None else files.open(IN_ANY_FORMAT)
+    tensors = None if files is None else files.open(SPELLED_ANYHOW)
     if tensors is None or all(tensor.dtype != ckpt.FP8_DTYPE for tensor in tensors.values()):
         return None
     return dict(infer(tensors))

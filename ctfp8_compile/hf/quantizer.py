@@ -42,12 +42,9 @@ from .compat import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from .conversions import PlaceRows, check_absent, layouts, per_expert_conversions
+from .conversions import PlaceRows, check_absent, layouts, per_expert_conversions, turning
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
-
-#: Values of other formats take the weight's name, and so its way through all of the model's conversions.
-_PACKED_ARE_WEIGHTS = WeightRenaming(r"\.weight_packed$", ".weight")
 
 _STALE = "not_in_the_index"
 
@@ -95,6 +92,10 @@ class Quantizer(HfQuantizer):
         self.strict = quantization_config.strict
         # from here on everybody sees the stock method
         quantization_config.quant_method = self.schemes.format.name
+        #: What is a weight under another name takes the weight's, and so its way through all of the model's conversions.
+        weights = {".weight_packed": ".weight", **self.schemes.format.weights}
+        self.renamings = [WeightRenaming(rf"{re.escape(theirs)}$", ours) for theirs, ours in weights.items()]
+        self.own_conversions: list[Any] = []
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}
@@ -129,7 +130,7 @@ class Quantizer(HfQuantizer):
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
         check_absent(model, folder.absent, declared)
-        tensors = folder.open(self.schemes.format.suffixes)
+        tensors = folder.open(self.schemes.format)
         self.files, self.stale = folder.files, folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
             checkpoint_files[:] = map(str, self.files)
@@ -160,11 +161,12 @@ class Quantizer(HfQuantizer):
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
         # the scales were read above; the loader finds no place for them, which is as it should be
-        leaves = {leaf for weight in packed.values() for leaf in weight.parts} - {"weight", "weight_packed"}
-        endings = "|".join(map(re.escape, {"weight_scale", "input_scale", *self.schemes.format.suffixes, *leaves}))
+        leaves = {part.name.rpartition(".")[2] for weight in packed.values() for part in weight.parts.values()}
+        leaves |= {info.name.rpartition(".")[2] for name, info in tensors.items() if name.endswith("_scale")}
+        endings = "|".join(map(re.escape, leaves - {"weight", "weight_packed"}))
         ours = {
             _STALE,
-            rf"(^|[._])({endings})$",
+            rf"(^|[.])({endings})$",
             *(rf"^{re.escape(name)}$" for name in (*self.cache_scales, *self.unused)),
         }
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
@@ -213,9 +215,10 @@ class Quantizer(HfQuantizer):
         conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
         placed = {target: info.layout for target, info in self.plans.items()}
         placed |= {target: info.packed_layout for target, info in self.packed.items()}
-        packed = self.packed or any(info.packed for info in self.mixed.values())
+        own = turning(placed, self.mixed)
+        self.own_conversions = [*self.renamings, *own]
         return [
-            *([_PACKED_ARE_WEIGHTS] if packed else []),
+            *self.renamings,
             *([_hidden(self.stale)] if self.stale else []),
             *(
                 c.copy(
@@ -227,6 +230,7 @@ class Quantizer(HfQuantizer):
                 else c
                 for c in conversions
             ),
+            *own,
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -260,8 +264,9 @@ class Quantizer(HfQuantizer):
     def take_over_saving(self, model: Any) -> None:
         """From now on the state dict we give `save_pretrained` is in the checkpoint's names; transformers reverts nothing."""
         conversions = getattr(model, "_weight_conversions", None)
+        ours = self.own_conversions
         self.conversions = conversions and [
-            c for c in conversions if c is not _PACKED_ARE_WEIGHTS and _STALE not in c.target_patterns
+            c for c in conversions if not any(c is r for r in ours) and _STALE not in c.target_patterns
         ]
         model._weight_conversions = []
 
@@ -300,7 +305,7 @@ class Quantizer(HfQuantizer):
         if not self._read_again:
             return {}
         try:
-            tensors = of_files(self.files).open(self.schemes.format.suffixes)
+            tensors = of_files(self.files).open(self.schemes.format)
             out: dict[str, Tensor] = {}
             for target, info in self._read_again.items():
                 value, stored = info.again(tensors)
@@ -321,11 +326,11 @@ class Quantizer(HfQuantizer):
 def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
     """Weights and scales of one parameter under the names, shapes and dtypes they had in the checkpoint."""
     info = dequantize.info
-    out = {}
+    out: dict[str, Tensor] = {}
     for source, stored in info.scales.items():
         # a copy of its own: tensors that share memory cannot be saved
-        out[source] = info.layout.split_weight(weight, source).clone()
-        out[stored.name] = info.stored_scale(source, dequantize.weight_scale).clone()
+        out[info.names[source]] = info.layout.split_weight(weight, source).clone()
+        stored.write(info.stored_scale(source, dequantize.weight_scale), out)
     for source, stored in info.input_scales.items():
-        out[stored.name] = dequantize.static_scale(source).clone()
+        stored.write(dequantize.static_scale(source), out)
     return out

@@ -62,8 +62,7 @@ class MixedParameter:
     def _part(self, name: str, stored: Tensor) -> Tensor:
         if name in self.packed:
             others = {leaf: tensor.to(stored.device) for leaf, tensor in self.others[name].items()}
-            leaf = self.stored[name].name.rpartition(".")[2]
-            return self.packed[name].decompress({**others, leaf: stored}, self.dtype)
+            return self.packed[name].decompress({**others, self.packed[name].leaf: stored}, self.dtype)
         if name not in self.grids:
             return stored.to(self.dtype)
         if ckpt.has_nan(stored):
@@ -122,7 +121,7 @@ def mix(
         own,
         {name: read_weight_scale(tensors, name, grid) for name, grid in grids.items()},
         {
-            name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items() if part != weight.packed}
+            name: {leaf: tensors.value(part) for leaf, part in weight.parts.items() if part != weight.packed}
             for name, weight in own.items()
         },
     )

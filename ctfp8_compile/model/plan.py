@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.grid import Grid
-from ..checkpoint.layout import Layout
+from ..checkpoint.layout import Layout, Turned
 from ..checkpoint.notes import Notes
 from ..checkpoint.resolve import resolve
 from ..checkpoint.scheme import Scheme, Schemes, strategy_of
+from ..checkpoint.view import WHOLE, View
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,31 @@ class StoredScale:
     """How the file stored a scale, so that saving gives back the same bits under the same name.
 
     Attributes:
+        shape: of the view.
         grid: of a weight's scale, which blocks of the weight it is of; None for one of activations.
+        view: what of the file's tensor it is.
+        bits: of reciprocals, the tensor as it was: the reciprocal of a reciprocal may be the number beside it.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     grid: Grid | None = None
+    view: View = WHOLE
+    bits: Tensor | None = None
+
+    def write(self, scale: Tensor, state: dict[str, Tensor]) -> None:
+        """Puts a scale, of the view's shape, where the file had it."""
+        if self.view.inverse:
+            kept = self.bits is not None and torch.equal(self.view.of(self.bits), scale.float().cpu())
+            scale = self.bits if kept else scale.float().reciprocal()  # type: ignore[assignment]
+        stored = ckpt.encode_scale(scale, self.dtype)
+        if not self.view.whole:
+            state[self.name] = stored.clone()
+            return
+        if self.name not in state:
+            state[self.name] = torch.empty(self.view.whole, dtype=self.dtype, device=stored.device)
+        self.view.put(state[self.name], stored)
 
 
 @dataclass(frozen=True)
@@ -39,13 +58,15 @@ class QuantizedParameter:
         scheme: the checkpoint's scheme; of tensors that differ in theirs, one that all of them can be written in.
         layout: which checkpoint tensors it is made of.
         dtype: what it dequantizes to.
-        scales, input_scales: by checkpoint weight name, how the file stored them.
-        shapes: by checkpoint weight name.
+        names: by checkpoint weight name, as it is ours, its name in the file.
+        scales, input_scales: by the same, how the file stored them.
+        shapes: by the same, as `[…, N, K]`.
     """
 
     scheme: Scheme
     layout: Layout
     dtype: torch.dtype
+    names: Mapping[str, str]
     scales: Mapping[str, StoredScale]
     input_scales: Mapping[str, StoredScale]
     shapes: Mapping[str, tuple[int, ...]]
@@ -57,12 +78,12 @@ class QuantizedParameter:
         return grid.spread(scale, self.shapes[source], self.scheme.block)
 
     def stored_scale(self, source: str, weight_scale: Tensor) -> Tensor:
-        """Inverse of `spread`, from the scales of the parameter: that of one checkpoint tensor as its file stored it."""
+        """Inverse of `spread`, from the scales of the parameter: that of one checkpoint tensor, for the blocks its file has."""
         stored, shape = self.scales[source], self.shapes[source]
         assert stored.grid is not None
         blocks = (*shape[:-2], *Grid(self.scheme.block).shape(*shape[-2:]))
         own = self.layout.split_scale(weight_scale, source, self.scheme, blocks)
-        return ckpt.encode_scale(stored.grid.gather(own, shape, self.scheme.block, stored.shape), stored.dtype)
+        return stored.grid.gather(own, shape, self.scheme.block, stored.shape)
 
 
 def plan(
@@ -76,22 +97,39 @@ def plan(
     Raises:
         CheckpointError, SchemeError: naming the tensor.
     """
+    tensors = _as_stored(tensors, layout)
     found = {source: resolve(tensors, schemes, source, notes) for source in layout.sources}
     scheme = _of_all({source: reading.scheme for source, reading in found.items()}, tensors, notes)
 
     def stored(name: str, grid: Grid | None = None) -> StoredScale:
         info = tensors[name]
-        return StoredScale(info.name, (ckpt.SCALE_DTYPES | ckpt.EXPONENT_DTYPES)[info.dtype], info.shape, grid)
+        bits = tensors.read_stored(info).clone() if info.view.inverse else None
+        dtype = (ckpt.SCALE_DTYPES | ckpt.EXPONENT_DTYPES)[info.dtype]
+        return StoredScale(info.name, dtype, info.shape, grid, info.view, bits)
 
     static = scheme.activation == "tensor"
     return QuantizedParameter(
         scheme,
         layout,
         dtype,
+        {source: tensors[source].name for source in found},
         {source: stored(ckpt.scale_name(source), reading.grid) for source, reading in found.items()},
         {source: stored(ckpt.input_scale_name(source)) for source in found} if static else {},
         {source: tensors[source].shape for source in found},
     )
+
+
+def _as_stored(tensors: ckpt.Checkpoint, layout: Layout) -> ckpt.Checkpoint:
+    """A checkpoint in which weights are `[E, N, K]` that its file has as `[E, K, N]`, and their scales likewise."""
+    if not isinstance(layout, Turned):
+        return tensors
+    changed = {}
+    for source in layout.sources:
+        weight, scale = tensors[source], tensors.get(ckpt.scale_name(source))
+        changed[source] = weight.turned()
+        if scale is not None and len(scale.shape) == 3 and scale.shape[-2:] != (weight.shape[-1], 1):
+            changed[ckpt.scale_name(source)] = scale.turned()
+    return tensors.changed((), changed)
 
 
 def _of_all(found: Mapping[str, Scheme], tensors: ckpt.Checkpoint, notes: Notes) -> Scheme:
@@ -123,6 +161,7 @@ def read_scales(tensors: ckpt.Checkpoint, info: QuantizedParameter) -> tuple[Ten
         CheckpointError: a scale is NaN, infinite, negative, zero where the weight is not, or no power of two where the config
             says that all are.
     """
+    tensors = _as_stored(tensors, info.layout)
     weights = {}
     for source in info.scales:
         weights[source] = read_weight_scale(tensors, source, info.scales[source].grid)
@@ -149,11 +188,11 @@ def read_weight_scale(tensors: ckpt.Checkpoint, source: str, grid: Grid | None) 
         CheckpointError: see `read_scales`.
     """
     info, weight = tensors[ckpt.scale_name(source)], tensors[source]
-    scale = tensors.read_stored(info)
+    scale = tensors.value(info)
     zero = ckpt.decode_scale(scale) == 0
     if grid is not None and zero.any():  # right where all that it scales is zero, as of an expert that was never used
         under = grid.spread(zero, weight.shape, (1, 1))
-        if (tensors.read_stored(weight).view(torch.uint8)[under] & 0x7F).any():
+        if (tensors.value(weight).view(torch.uint8)[under] & 0x7F).any():
             zero = torch.zeros_like(zero)
-    ckpt.check_scale_values(info, scale, zero)
+    ckpt.check_scale_values(info, scale, zero, tensors.format.directed)
     return scale

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.inferred import SUFFIXES, infer
+from ..checkpoint.inferred import SPELLED, infer
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
@@ -48,11 +48,11 @@ def load_state_dict(
     """
     tensors: ckpt.Checkpoint
     if quantization_config is None:
-        tensors = ckpt.InMemory({k: v for k, v in state_dict.items() if k != _MARKER}, SUFFIXES)
+        tensors = ckpt.InMemory({k: v for k, v in state_dict.items() if k != _MARKER}, SPELLED)
         schemes = Schemes(infer(tensors))
     else:
         schemes = Schemes(quantization_config)
-        tensors = ckpt.InMemory(state_dict, schemes.format.suffixes)
+        tensors = ckpt.InMemory(state_dict, schemes.format)
     packed = find(tensors, schemes)
     tensors = seen_as_weights(tensors, packed)
     own = module.state_dict()
@@ -90,10 +90,10 @@ def load_state_dict(
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         if name in packed:
-            parts = {leaf: tensors.read_stored(part) for leaf, part in packed[name].parts.items()}
+            parts = {leaf: tensors.value(part) for leaf, part in packed[name].parts.items()}
             value = packed[name].decompress(parts, own[name].dtype)
         else:
-            value = state_dict[name].detach()
+            value = tensors.read_stored(tensors[name]).detach()
         if name not in plans:
             value = value.to(own[name].dtype, copy=name not in packed)
         if name in buffers:
