@@ -17,7 +17,7 @@ from .formats import PLAIN, config_of_folder
 from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
 from .resolve import resolve
-from .scheme import Schemes
+from .scheme import Schemes, heads_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]
         quantization = config_of_folder(folder) or next(filter(None, parts), None)
         if quantization is None:
             return None, "config.json has no quantization_config"
-        return Schemes(quantization), ""
+        schemes = Schemes(quantization)
+        schemes.heads = heads_of(config)
+        return schemes, ""
     except SchemeError as error:
         return None, f"another format: {error}"
 

