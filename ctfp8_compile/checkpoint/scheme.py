@@ -72,6 +72,7 @@ class Schemes:
 
     Attributes:
         format: how the checkpoint spells its config and its tensors' names.
+        embeddings: names of modules that are embeddings; all others are taken for Linears.
 
     Raises:
         SchemeError: a method we do not know, or a config its own classes refuse.
@@ -107,6 +108,7 @@ class Schemes:
             target: name for name, group in self.config.config_groups.items() for target in group.targets
         }
         self._schemes: dict[str, Scheme] = {}
+        self.embeddings: set[str] = set()
         for name in (*self._group_of_target, *(self.config.ignore or ())):
             try:
                 regex.compile(name.removeprefix("re:") if name.startswith("re:") else "")
@@ -121,12 +123,15 @@ class Schemes:
         """
         if self.ignores(module_name):
             return None
-        matched = _matches(module_name, self._group_of_target)
+        matched = _matches(module_name, self._group_of_target, self._kind(module_name))
         return self._group_of_target[matched[0]] if matched else None
 
     def ignores(self, module_name: str) -> bool:
         """Whether the config's ignore list names a Linear of this name in the checkpoint."""
-        return bool(_matches(module_name, self.config.ignore or ()))
+        return bool(_matches(module_name, self.config.ignore or (), self._kind(module_name)))
+
+    def _kind(self, module_name: str) -> torch.nn.Module:
+        return _EMBEDDING if module_name in self.embeddings else _LINEAR
 
     def describe(self, module_name: str) -> str:
         """The group that covers a module, in words: `group 'group_1' (4-bit int weights)`."""
@@ -152,12 +157,12 @@ class Schemes:
         return self._schemes[group]
 
 
-def _matches(module_name: str, targets: Iterable[str]) -> list[str]:
-    """The targets that match a Linear of this name, in compressed-tensors' order: names, expressions, classes.
+def _matches(module_name: str, targets: Iterable[str], kind: torch.nn.Module) -> list[str]:
+    """The targets that match a module of this name and kind, in compressed-tensors' order: names, expressions, classes.
 
     Expressions come from a file, and may be ones that take longer than the universe; so they are matched here, in bounded time.
     """
-    plain = match_targets(module_name, _LINEAR, [t for t in targets if not t.startswith("re:")])
+    plain = match_targets(module_name, kind, [t for t in targets if not t.startswith("re:")])
     names = [t for t in plain if t == module_name]
     expressions = sorted(t for t in targets if t.startswith("re:") and _matches_expression(module_name, t))
     return [*names, *expressions, *(t for t in plain if t != module_name)]
@@ -174,7 +179,7 @@ def _matches_expression(module_name: str, target: str) -> bool:
 
 
 _SECONDS = 2.0
-_LINEAR = torch.nn.Linear(1, 1, device="meta")
+_LINEAR, _EMBEDDING = torch.nn.Linear(1, 1, device="meta"), torch.nn.Embedding(1, 1, device="meta")
 
 
 def _reduce(scheme: QuantizationScheme, bound: float | None) -> Scheme:

@@ -24,7 +24,7 @@ from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_wei
 from ..checkpoint.scheme import Schemes
 from ..checkpoint.shard import Cuts
 from ..errors import CheckpointError, SchemeError, UsageError
-from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
+from ..model.parametrization import Dequantize, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..model.ranks import is_first
 from ..ops import FP8
@@ -39,6 +39,7 @@ from .compat import (
     revert_weight_conversion,
 )
 from .conversions import PlaceRows, layouts, per_expert_conversions
+from .embeddings import attach_tied, embedding_names, untie
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
@@ -115,7 +116,9 @@ class Quantizer(HfQuantizer):
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
             tensors = seen_as_weights(tensors, packed)
-            for target, layout in layouts(model, tensors, declared).items():
+            found = layouts(model, tensors, declared)
+            self.schemes.embeddings |= embedding_names(model, found)
+            for target, layout in found.items():
                 dtype = declared[target].dtype
                 if tensors[layout.sources[0]].dtype == ckpt.PACKED:
                     info = self.packed[target] = PackedParameter.of(target, layout, dtype, packed)
@@ -133,6 +136,7 @@ class Quantizer(HfQuantizer):
             path, _, leaf = target.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
+        untie(model, self.plans, tensors)
         # the scales were read above; the loader finds no place for them, which is as it should be
         leaves = {leaf for weight in packed.values() for leaf in weight.parts} - {"weight", "weight_packed"}
         endings = "|".join(map(re.escape, {"weight_scale", "input_scale", *self.schemes.format.suffixes, *leaves}))
@@ -201,7 +205,7 @@ class Quantizer(HfQuantizer):
             path, _, leaf = target.rpartition(".")
             scales = self.scales.pop(target)
             local = cut(info, *scales, self.cuts[target][1]) if target in self.cuts else (info, *scales)
-            attach(model.get_submodule(path), leaf, *local)
+            attach_tied(model, target, *local, self.schemes)
         for target, packed in self.packed.items():
             path, _, leaf = target.rpartition(".")
             value = packed.value(model.get_parameter(target).data, self.others.pop(target))

@@ -18,8 +18,9 @@ from torch.nn.utils import parametrize
 
 from ..checkpoint import files as ckpt
 from ..errors import CheckpointError, UsageError
-from ..ops import FP8
+from ..ops import FP8, embedding
 from .dequantized import WRITE, Dequantized
+from .embedding import GathersRows, gather_rows
 from .plan import QuantizedParameter
 
 CAST = (
@@ -113,6 +114,11 @@ class Single(parametrize.ParametrizationList):
     def forward(self) -> Tensor:
         dequantize: Dequantize = getattr(self, "0")
         return dequantize.value(self.original) if is_compiling() else dequantize(self.original)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Those rows of the value, without the others."""
+        how: Any = self._modules["0"]
+        return embedding(ids, self.original, how.weight_scale, how.constants[0], how.info.dtype)
 
     def append(self, module: nn.Module) -> Any:
         self.__class__ = Several  # type: ignore[assignment]
@@ -246,12 +252,18 @@ _shared: dict[tuple[type, tuple[str, ...]], type] = {}
 def _share_class(module: nn.Module) -> None:
     """From the class that torch's parametrization made for a module alone, to that of all modules like it."""
     alone, names = type(module), tuple(module.parametrizations)  # type: ignore[arg-type]
-    (base,) = alone.__bases__
+    base = alone.__bases__[0]
     if (base, names) not in _shared:
         own: dict[str, Any] = {k: v for k, v in vars(alone).items() if k not in ("__dict__", "__weakref__")}
         own |= {name: property(_reader(name), own[name].fset) for name in names}
         meta = _Shared if type(base) is type else type("_Shared", (_Shared, type(base)), {})
-        _shared[base, names] = meta(alone.__name__, (base,), {**own, "register_parameter": _register_parameter})
+        own["register_parameter"] = _register_parameter
+        bases: tuple[type, ...] = (base,)
+        if base is nn.Embedding:
+            own["forward"] = gather_rows
+        elif issubclass(base, nn.Embedding):  # whose own forward asks its super class for rows
+            bases = (base, GathersRows)
+        _shared[base, names] = meta(alone.__name__, bases, own)
     module.__class__ = _shared[base, names]
 
 
