@@ -40,7 +40,7 @@ def unsay_dtypes(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _SaysDtype):
             del module.said_dtype
-            module.__class__ = type(module).__mro__[2]  # type: ignore[assignment]
+            module.__class__ = type(module).__mro__[2]
 
 
 @functools.cache
