@@ -28,6 +28,8 @@ from ..model.parametrization import Dequantize, quantized_parameters, stored_wei
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..model.ranks import is_first
 from ..ops import FP8
+from .cache_scales import CacheScales, cache_sentence, read_cache_scales
+from .cache_shapes import cache_shapes
 from .compat import (
     HfQuantizer,
     QuantizationConfigMixin,
@@ -89,6 +91,8 @@ class Quantizer(HfQuantizer):
         self.packed: dict[str, PackedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.cache_scales: dict[str, Tensor] = {}
+        #: What they say.
+        self.cache = CacheScales()
         #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
         self.cuts: dict[str, tuple[tuple[int, ...], Cuts]] = {}
 
@@ -130,7 +134,7 @@ class Quantizer(HfQuantizer):
                 self._accept_packed(model, packed)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self.others = {target: info.read(tensors) for target, info in self.packed.items()}
-            self._set_cache_scales_aside(tensors)
+            self._set_cache_scales_aside(model, tensors)
         self.files = files
         for target, tensor in stored.items():
             path, _, leaf = target.rpartition(".")
@@ -157,20 +161,23 @@ class Quantizer(HfQuantizer):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
 
-    def _set_cache_scales_aside(self, tensors: ckpt.Checkpoint) -> None:
+    def _set_cache_scales_aside(self, model: Any, tensors: ckpt.Checkpoint) -> None:
         """Scales of a quantized KV cache are for `fp8_cache`, and written back by `save_pretrained`."""
         used = {name for info in self.plans.values() for name in info.scales}
         used |= {ckpt.scale_name(name) for name in used}
         used |= {ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales}
         names = ckpt.check_leftovers(tensors, used)
+        self._read_cache_scales(model, tensors, names)
+
+    def _read_cache_scales(self, model: Any, tensors: ckpt.Checkpoint, names: list[str]) -> None:
         self.cache_scales = tensors.read(names)
-        if names or self.schemes.config.kv_cache_scheme is not None:
-            scales = f" ({len(names)} scales in the file, such as {names[0]})" if names else ""
-            warnings.warn(
-                f"the checkpoint was calibrated for a quantized KV cache{scales}; ctfp8.static_cache and "
-                "ctfp8.dynamic_cache keep it in FP8; transformers' own caches stay in the model's dtype.",
-                stacklevel=2,
-            )
+        shapes = cache_shapes(model, model.config.get_text_config(decoder=True).num_hidden_layers) if names else []
+        heads = [None if shape is None else shape.heads for shape in shapes]
+        self.cache = read_cache_scales(
+            tensors, names, self.schemes.config, lambda i: heads[i] if i < len(heads) else None
+        )
+        if sentence := cache_sentence(self.cache, names):
+            warnings.warn(sentence, stacklevel=2)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]

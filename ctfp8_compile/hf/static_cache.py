@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from ..errors import UsageError
+from .cache_shapes import cache_shapes
 from .compat import StaticLayer, cache_argument
 from .fp8_cache import CacheDtype, StaticFp8Layer, keep_fp8, keeps_fp8
 from .parallel import key_value_heads
@@ -41,18 +42,17 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024, dtype:
     cache = _Cache(config=config, max_cache_len=max_length)
     cache.rows, cache.limit, cache.filled, cache.last_position = batch_size, max_length, 0, -1
     if keeps_fp8(model, dtype):
-        keep_fp8(model, cache.layers)
+        keep_fp8(model, cache.layers, dtype)
     if isinstance(model, nn.Module) and not any(hook is _check_use for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(_check_use, with_kwargs=True)
-    layers = getattr(config, "per_layer_config", [config] * len(cache.layers))
-    for layer, own in zip(cache.layers, layers, strict=True):
-        latent = getattr(own, "qk_head_dim", None) is not None
-        if latent or not getattr(layer, "supports_early_init", True):
-            continue  # what latent and linear attention keep has other shapes; their layers begin at the first pass
-        heads = len(key_value_heads(model, getattr(own, "num_key_value_heads", None) or own.num_attention_heads))
-        width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-        empty = torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
-        getattr(layer, "begin", layer.lazy_initialization)(empty, empty)
+    for layer, shape in zip(cache.layers, cache_shapes(model, len(cache.layers)), strict=True):
+        if shape is not None and getattr(layer, "supports_early_init", True) and not layer.is_initialized:
+            heads = len(key_value_heads(model, shape.heads))
+            keys, values = (
+                torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
+                for width in (shape.key_width, shape.value_width)
+            )
+            getattr(layer, "begin", layer.lazy_initialization)(keys, values)
     return cache
 
 
