@@ -60,5 +60,7 @@ def _configured(config: Any) -> CacheShape | None:
         return None
     queries = getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or queries
+    if hasattr(config, "multi_query") and hasattr(config, "num_kv_heads"):  # Falcon
+        heads = 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads
     width = getattr(config, "head_dim", None) or (config.hidden_size // queries if queries else None)
     return CacheShape(heads, width, width) if isinstance(heads, int) and isinstance(width, int) else None
