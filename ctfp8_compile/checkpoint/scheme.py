@@ -186,8 +186,6 @@ def _reduce(scheme: QuantizationScheme, bound: float | None) -> Scheme:
     weights = scheme.weights
     if weights is None or not is_fp8(weights):
         raise SchemeError(f"its weights are not FP8 ({_describe(weights)}), but the file holds float8_e4m3fn")
-    if not weights.symmetric:
-        raise SchemeError("asymmetric FP8 weights (zero points) are not supported")
     if scheme.output_activations is not None:
         raise SchemeError("quantized outputs (output_activations) are not supported")
     strategy = word(weights.strategy)

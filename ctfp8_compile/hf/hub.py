@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from ..checkpoint import files as ckpt
 from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
 from ..checkpoint.layout import identity
+from ..checkpoint.packed import is_shifted
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..inductor import recipe
@@ -156,6 +157,11 @@ def prepare(model: Any) -> Any:
     for name, module in fp8.items():
         own = {f"{name}.{k}": v for k, v in module.state_dict().items()}
         tensors = ckpt.InMemory(own)
+        if is_shifted(tensors, quantizer.schemes, name):
+            raise UsageError(
+                f"{name}.weight has zero points, and only loading dequantizes such a weight. Load the checkpoint with "
+                "ctfp8.from_pretrained."
+            )
         info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype)
         found.append((module, info, *read_scales(tensors, info)))
     for module, info, weight_scale, input_scale in found:

@@ -154,7 +154,7 @@ class Quantizer(HfQuantizer):
     def _accept_packed(self, model: Any, packed: Mapping[str, PackedWeight]) -> None:
         """Says what weights in other formats than FP8 cost, or refuses them."""
         what = sentence(packed.values(), model.dtype)
-        if self.strict or not self.plans:
+        if self.strict or not (self.plans or any(weight.packed.dtype == ckpt.FP8_DTYPE for weight in packed.values())):
             why = "strict=True refuses that" if self.strict else "there is no FP8 weight beside them"
             raise SchemeError(f"{what}; {why}. Load the checkpoint with transformers.")
         if is_distributed(model):
