@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from .. import ops
 from ..graph import call, sizes, value
 from ..target import Target
 from .kernel import SCALINGS, YES, Kind, Operands, Problem, ScaleLayout, Verdict
+
+aten = torch.ops.aten
 
 
 class GatheredRows:
@@ -42,7 +45,7 @@ class GatheredRows:
         table = ops.Table(
             operands.weight, operands.weight_scale, problem.weight_shape, scales, problem.block, problem.exponents
         )
-        return ops.embedding_steps(do, operands.x, shape, table, value(like).dtype)
+        return ops.embedding_steps(do, operands.x, shape, table, value(like).dtype, like.target is aten.index.Tensor)
 
     def lower(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         return node

@@ -20,7 +20,7 @@ from ..checkpoint import files as ckpt
 from ..errors import CheckpointError, UsageError
 from ..ops import FP8, embedding
 from .dequantized import WRITE, Dequantized
-from .embedding import GathersRows, gather_rows
+from .embedding import Rows, asks_for_rows, gathering
 from .plan import QuantizedParameter
 
 CAST = (
@@ -115,10 +115,15 @@ class Single(parametrize.ParametrizationList):
         dequantize: Dequantize = getattr(self, "0")
         return dequantize.value(self.original) if is_compiling() else dequantize(self.original)
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Those rows of the value, without the others."""
+    def stand_in(self) -> Tensor:
+        """What an embedding's forward gets for its table, where it only asks for rows."""
         how: Any = self._modules["0"]
-        return embedding(ids, self.original, how.weight_scale, how.constants[0], how.info.dtype)
+        table: Tensor = self.original
+
+        def rows(ids: Tensor) -> Tensor:
+            return embedding(ids, table, how.weight_scale, how.constants[0], how.info.dtype)
+
+        return Rows.of(table.shape, how.info.dtype, table.device, rows, lambda: how(table))
 
     def append(self, module: nn.Module) -> Any:
         self.__class__ = Several  # type: ignore[assignment]
@@ -159,6 +164,8 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
         # to dynamo what follows, without the calls of modules, each of which it would trace for each weight
         if is_dynamo_compiling() and not is_exporting() and isinstance(chain, Single):
             return _value(chain._parameters["original"], chain._modules["0"])  # type: ignore[arg-type]
+        if isinstance(chain, Single) and asks_for_rows(module):
+            return chain.stand_in()
         return chain()
 
     return read
@@ -252,18 +259,15 @@ _shared: dict[tuple[type, tuple[str, ...]], type] = {}
 def _share_class(module: nn.Module) -> None:
     """From the class that torch's parametrization made for a module alone, to that of all modules like it."""
     alone, names = type(module), tuple(module.parametrizations)  # type: ignore[arg-type]
-    base = alone.__bases__[0]
+    (base,) = alone.__bases__
     if (base, names) not in _shared:
         own: dict[str, Any] = {k: v for k, v in vars(alone).items() if k not in ("__dict__", "__weakref__")}
         own |= {name: property(_reader(name), own[name].fset) for name in names}
         meta = _Shared if type(base) is type else type("_Shared", (_Shared, type(base)), {})
         own["register_parameter"] = _register_parameter
-        bases: tuple[type, ...] = (base,)
-        if base is nn.Embedding:
-            own["forward"] = gather_rows
-        elif issubclass(base, nn.Embedding):  # whose own forward asks its super class for rows
-            bases = (base, GathersRows)
-        _shared[base, names] = meta(alone.__name__, bases, own)
+        if issubclass(base, nn.Embedding):
+            own["forward"] = gathering(base.forward)
+        _shared[base, names] = meta(alone.__name__, (base,), own)
     module.__class__ = _shared[base, names]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,24 +32,32 @@ class Table:
     exponents: bool
 
 
-def embedding_steps(do: Do, ids: Any, sizes: Sequence[Any], table: Table, dtype: torch.dtype) -> Any:
+def embedding_steps(
+    do: Do, ids: Any, sizes: Sequence[Any], table: Table, dtype: torch.dtype, from_the_end: bool = False
+) -> Any:
     """`dequantize(table)[ids]` bit for bit, of these rows alone: `[*ids.shape, K]` in `dtype`.
 
     Args:
         sizes: of `ids`, whose dimensions may be dynamic.
+        from_the_end: whether ids may be negative. Then blocks of rows are whole.
     """
-    wide = do(_convert, do(aten.embedding.default, table.weight, ids), torch.float32)
-    scale = _row_scales(do, ids, table)
+
+    def gather(rows: Any, at: Any) -> Any:
+        return do(aten.index.Tensor, rows, [at]) if from_the_end else do(aten.embedding.default, rows, at)
+
+    wide = do(_convert, gather(table.weight, ids), torch.float32)
+    scale = _row_scales(do, gather, ids, table)
     product = do(aten.mul.Tensor, wide, scale) if table.scales[1] == 1 else _by_group(do, wide, scale, sizes, table)
     return product if dtype == torch.float32 else do(_convert, product, dtype)
 
 
-def _row_scales(do: Do, ids: Any, table: Table) -> Any:
-    """Those of each row, `[*ids.shape, groups]`; or `[1, groups]` where all rows share them."""
-    scale = table.scale
-    if table.scales[0] > 1:
+def _row_scales(do: Do, gather: Callable[[Any, Any], Any], ids: Any, table: Table) -> Any:
+    """Those of each row, `[*ids.shape, groups]`; or `[groups]` where all rows share them."""
+    if table.scales[0] == 1:
+        scale = do(aten.select.int, table.scale, 0, 0)
+    else:
         at = ids if table.block[0] == 1 else do(aten.div.Tensor_mode, ids, table.block[0], rounding_mode="floor")
-        scale = do(aten.embedding.default, scale, at)
+        scale = gather(table.scale, at)
     return exponent_steps(do, scale) if table.exponents else scale
 
 
