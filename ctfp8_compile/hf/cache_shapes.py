@@ -25,20 +25,25 @@ def cache_shapes(model: Any, layers: int) -> list[CacheShape | None]:
     """
     config = model.config.get_text_config(decoder=True)
     own = getattr(config, "per_layer_config", None) or [config] * layers
-    projected = _projected(model)
+    projected = (
+        {} if hasattr(config, "new_decoder_architecture") else _projected(model, config)
+    )  # Falcon: its config knows
     return [projected[i] if i in projected else _configured(own[i]) if i < len(own) else None for i in range(layers)]
 
 
-def _projected(model: Any) -> dict[int, CacheShape | None]:
+def _projected(model: Any, config: Any) -> dict[int, CacheShape | None]:
     """From the weights of attention, where a layer has one whose keys have a projection of their own."""
     found: dict[int, CacheShape | None] = {}
     for module in model.modules():
-        layer, width = getattr(module, "layer_idx", None), getattr(module, "head_dim", None)
+        layer, width = (
+            getattr(module, "layer_idx", None),
+            getattr(module, "head_dim", getattr(module, "head_size", None)),
+        )
         if not isinstance(layer, int) or isinstance(layer, bool):
             continue
         if any(hasattr(module, name) for name in ("kv_b_proj", "kv_a_proj_with_mqa")):
             found.setdefault(layer, None)  # latent attention caches no heads
-        keys = _outputs(module, "k_proj")
+        keys = _outputs(module, "k_proj") or _of_fused(module, config, width)
         if not keys or not isinstance(width, int) or width < 1 or keys % width or layer in found:
             continue
         heads = keys // width
@@ -54,13 +59,23 @@ def _outputs(module: nn.Module, name: str) -> int | None:
     return outputs if isinstance(outputs, int) else None
 
 
+def _of_fused(module: nn.Module, config: Any, width: Any) -> int | None:
+    """Of keys, where one projection makes queries, keys and values, of one width."""
+    every = next(filter(None, (_outputs(module, name) for name in ("qkv_proj", "query_key_value", "Wqkv"))), None)
+    queries = getattr(config, "num_attention_heads", None)
+    if not every or not isinstance(width, int) or not isinstance(queries, int):
+        return None
+    rest = every - queries * width
+    return rest // 2 if rest > 0 and rest % (2 * width) == 0 else None
+
+
 def _configured(config: Any) -> CacheShape | None:
     """From the config of a layer."""
     if any(getattr(config, name, None) is not None for name in ("qk_head_dim", "kv_lora_rank")):
         return None
     queries = getattr(config, "num_attention_heads", None)
     heads = getattr(config, "num_key_value_heads", None) or queries
-    if hasattr(config, "multi_query") and hasattr(config, "num_kv_heads"):  # Falcon
-        heads = 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads
+    if hasattr(config, "new_decoder_architecture"):  # Falcon
+        heads = queries if config.new_decoder_architecture else 1 if config.multi_query else config.num_kv_heads
     width = getattr(config, "head_dim", None) or (config.hidden_size // queries if queries else None)
     return CacheShape(heads, width, width) if isinstance(heads, int) and isinstance(width, int) else None

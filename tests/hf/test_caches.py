@@ -47,6 +47,8 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
         "head_dim": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16,
         "mamba_chunk_size": 8}),
     "falcon": ("falcon", {"multi_query": True}),
+    "falcon, all heads": ("falcon", {"multi_query": False}),
+    "falcon, grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt_neox": ("gpt_neox", {}),
 }  # fmt: skip
 NAMES = [name for name in ARCHITECTURES if name not in ("bert", "mixtral_w123", "granitemoe_3d")] + list(ODD)
