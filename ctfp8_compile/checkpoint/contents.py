@@ -17,6 +17,10 @@ from .packed import PackedWeight, find, seen_as_weights
 from .scheme import Schemes
 
 
+#: What models call tables of embeddings.
+_EMBEDDING = re.compile(r"(^|\.)([\w.]*embed\w*|wte|wpe|shared)\.weight$")
+
+
 @dataclass(frozen=True)
 class Row:
     """Tensors whose names differ by numbers only, and which are alike otherwise.
@@ -70,6 +74,8 @@ def look(folder: Path) -> Contents:
     config = json.loads((folder / "config.json").read_text())
     schemes, instead = _schemes(folder, config)
     tensors = Checkpoint(files, {} if schemes is None else schemes.format.suffixes)
+    if schemes is not None:  # there is no model to ask which modules are embeddings
+        schemes.embeddings |= {name.rpartition(".")[0] for name in tensors if _EMBEDDING.search(name)}
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0

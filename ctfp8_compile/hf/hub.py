@@ -152,6 +152,7 @@ def prepare(model: Any) -> Any:
             )
     weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
+    quantizer.schemes.embeddings |= {name for name, module in fp8.items() if isinstance(module, nn.Embedding)}
     _refuse_decompressed(model, quantizer.schemes, fp8)
     found = []
     for name, module in fp8.items():

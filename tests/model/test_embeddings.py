@@ -148,7 +148,7 @@ def test_ways_to_ask_for_rows(how: str, kernel_everywhere: None) -> None:
     torch.manual_seed(0)
     fp8, scale, exact = quantize(torch.randn(VOCAB, HIDDEN), (1, HIDDEN))
     config = fp8_config()
-    config["config_groups"]["group_0"]["targets"] = ["Embedding", "Linear"]
+    config["config_groups"]["group_0"]["targets"] = ["Embedding"]
     module = ctfp8.load_state_dict(Uses(how), {"table.weight": fp8, "table.weight_scale": scale}, config)
     want = exact[IDS] if how != "index_select" else exact[IDS.flatten()]
     compiled = torch.compile(module, backend="ctfp8", fullgraph=True)
