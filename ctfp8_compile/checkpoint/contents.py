@@ -16,7 +16,6 @@ from .formats import config_of_folder
 from .packed import PackedWeight, find, seen_as_weights
 from .scheme import Schemes
 
-
 #: What models call tables of embeddings.
 _EMBEDDING = re.compile(r"(^|\.)([\w.]*embed\w*|wte|wpe|shared)\.weight$")
 
