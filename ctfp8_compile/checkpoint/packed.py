@@ -57,6 +57,11 @@ class PackedWeight:
     def packed_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn if self.packed.dtype == FP8_DTYPE else INTEGER_DTYPES[self.packed.dtype]
 
+    @property
+    def leaf(self) -> str:
+        """The last part of the packed tensor's name, in compressed-tensors' words."""
+        return next(leaf for leaf, part in self.parts.items() if part == self.packed)
+
     def decompress(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight's values, from the tensors of `parts`.
 
@@ -92,7 +97,7 @@ def find(tensors: Checkpoint, schemes: Schemes, read_shapes: bool = True) -> dic
         module, _, leaf = name.rpartition(".")
         integers = leaf == "weight" and info.dtype in INTEGER_DTYPES and len(info.shape) == 2
         if leaf == "weight_packed" or integers or (leaf == "weight" and is_shifted(tensors, schemes, module)):
-            found[f"{module}.weight"] = _packed(tensors, schemes, module, info, read_shapes)
+            found[f"{module}.weight"] = _packed(tensors, schemes, module, leaf, read_shapes)
     return found
 
 
@@ -103,9 +108,10 @@ def is_shifted(tensors: Checkpoint, schemes: Schemes, module: str) -> bool:
         SchemeError: it is a stack of matrices.
     """
     weight, zero = tensors.get(f"{module}.weight"), tensors.get(f"{module}.weight_zero_point")
-    group = None if weight is None or zero is None or weight.dtype != FP8_DTYPE else schemes.group(module)
-    scheme = None if group is None else schemes.config.config_groups[group].weights
-    if weight is None or zero is None or scheme is None or scheme.symmetric:
+    if weight is None or zero is None or weight.dtype != FP8_DTYPE:
+        return False
+    groups = (schemes.config.config_groups[name].weights for name in schemes.covering(module))
+    if not any(args is not None and is_fp8(args) and not args.symmetric for args in groups):
         return False
     if not tensors.read_stored(zero).float().any():
         return False
@@ -155,14 +161,9 @@ class PackedParameter:
     weights: Mapping[str, PackedWeight]
 
     @staticmethod
-    def of(target: str, layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
-        """Raises SchemeError if the values of merged weights cannot lie in one tensor."""
+    def of(layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
+        """The values of merged weights lie in one tensor: `model.mixed` is for those that cannot."""
         weights = {source: packed[source] for source in layout.sources}
-        kinds = {(weight.packed.dtype, weight.packed.shape[-1]): weight for weight in weights.values()}
-        if len(kinds) > 1:
-            raise SchemeError(
-                f"{target}: {' and '.join(str(w.packed) for w in kinds.values())} are merged, but differ in format."
-            )
         return PackedParameter(layout, dtype, weights)
 
     @property
@@ -179,14 +180,20 @@ class PackedParameter:
 
     def read(self, tensors: Checkpoint) -> dict[str, dict[str, Tensor]]:
         """By weight, all its tensors but the packed values."""
-        return {name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items() if part != weight.packed}
+        return {name: {leaf: tensors.value(part) for leaf, part in weight.parts.items() if part != weight.packed}
                 for name, weight in self.weights.items()}  # fmt: skip
+
+    def again(self, tensors: Checkpoint) -> tuple[Tensor, dict[str, Tensor]]:
+        """The parameter's value, and by their names in the file all tensors that it is made of, read anew."""
+        parts = {
+            name: {leaf: tensors.value(part) for leaf, part in w.parts.items()} for name, w in self.weights.items()
+        }
+        stored = {part.name: tensors.read_stored(part) for w in self.weights.values() for part in w.parts.values()}
+        return self.value(self.packed(parts), parts), stored
 
     def packed(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """What is carried to the parameter: the packed values of all weights, as the model's rows."""
-        return self.packed_layout.weight(
-            {n: parts[n][w.packed.name.rpartition(".")[2]] for n, w in self.weights.items()}
-        )
+        return self.packed_layout.weight({n: parts[n][w.leaf] for n, w in self.weights.items()})
 
     def value(self, packed: Tensor, others: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """The parameter as the model declares it, on the device of its packed values."""
@@ -195,7 +202,7 @@ class PackedParameter:
         rows = out.view(-1, layout.shape[-1])
         for name, weight in self.weights.items():
             parts = {leaf: tensor.to(packed.device) for leaf, tensor in others[name].items()}
-            parts[weight.packed.name.rpartition(".")[2]] = self.packed_layout.split_weight(packed, name)
+            parts[weight.leaf] = self.packed_layout.split_weight(packed, name)
             value = weight.decompress(parts, self.dtype)
             for p in layout.placements:
                 if p.source == name:
@@ -203,11 +210,14 @@ class PackedParameter:
         return out.transpose(-1, -2).contiguous() if layout.transposed else out
 
 
-def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorInfo, read_shapes: bool) -> PackedWeight:
-    group = schemes.group(module)
-    scheme = None if group is None else schemes.config.config_groups[group]
+def _packed(tensors: Checkpoint, schemes: Schemes, module: str, leaf: str, read_shapes: bool) -> PackedWeight:
+    packed = tensors[f"{module}.{leaf}"]
+    groups = schemes.config.config_groups
     shifted = packed.dtype == FP8_DTYPE
-    if group is None or scheme is None or scheme.weights is None or (is_fp8(scheme.weights) and not shifted):
+    fitting = (name for name in schemes.covering(module) if (args := groups[name].weights) and is_fp8(args) == shifted)
+    group = next((name for name in fitting if not shifted or not groups[name].weights.symmetric), None)
+    scheme = None if group is None else groups[group]
+    if group is None or scheme is None:
         raise SchemeError(
             f"{packed}: quantized in another format than FP8, but {schemes.describe(module)} of quantization_config covers it. "
             "Correct its targets or ignore list."
@@ -219,7 +229,6 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorIn
         raise SchemeError(
             f"{packed}: group {group!r} says format={scheme.format!r}, which compressed-tensors cannot decompress."
         ) from error
-    leaf = packed.name.rpartition(".")[2]
     missing = [name for name in names if name.startswith("weight") and f"{module}.{name}" not in tensors]
     if leaf not in names or missing:
         what = f"which needs {module}.{missing[0]}" if missing else f"which has no {leaf}"
@@ -227,7 +236,8 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorIn
             f"{packed}: group {group!r} says {format_}, {what}. The file does not fit its config; quantize it again."
         )
     parts = {name: tensors[f"{module}.{name}"] for name in (*names, *_ACTIVATIONS) if f"{module}.{name}" in tensors}
-    shape = _shape(tensors, packed, parts.get("weight_shape") if read_shapes else None, scheme)
+    shape = packed.shape if leaf == "weight" else ()
+    shape = shape or _shape(tensors, packed, parts.get("weight_shape") if read_shapes else None, scheme)
     _check_scales(packed, parts, shape, scheme)
     info = TensorInfo(f"{module}.weight", packed.file, PACKED, shape)
     return PackedWeight(info, packed, parts, group, format_, scheme)
@@ -242,8 +252,6 @@ def _shape(
             f"{packed}: not a matrix of packed values. The file does not fit its config; quantize it again."
         )
     rows, cols = packed.shape
-    if packed.name.endswith(".weight"):
-        return rows, cols
     held, bits = 8 * INTEGER_DTYPES[packed.dtype].itemsize, int(scheme.weights.num_bits)
     if stored is None:
         return rows, cols * held // bits

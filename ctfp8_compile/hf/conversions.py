@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.layout import Layout, identity, trace
+from ..checkpoint.layout import Layout, Turned, identity, trace, turned
 from ..errors import CheckpointError
+from ..model.mixed import MixedParameter
 from .compat import (
     Concatenate,
     ConversionOps,
@@ -34,7 +35,8 @@ from .parallel import local_layout
 
 
 def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """For each parameter of the model that the checkpoint holds in FP8, or packed: what its rows come from."""
+    """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
+    rows come from."""
     conversions = get_model_conversion_mapping(model)
     conversions += per_expert_conversions(model, conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -62,20 +64,34 @@ def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]
                 empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
                 _convert(model, by_pattern[pattern], target, sources, tensors, empty)
             continue
-        if len(set(kinds)) > 1:
-            (usual, _), *_, (odd, _) = Counter(kinds).most_common()
-            raise CheckpointError(
-                f"{tensors[sources[kinds.index(odd)][0]]} is not stored as {tensors[sources[kinds.index(usual)][0]]} is, and "
-                f"both are part of {target}. Quantize all of them alike, or none."
-            )
         if pattern is None:
             info = tensors[sources[0][0]]
             if len(info.shape) < 2 or info.shape != tuple(declared[target].shape):
                 raise CheckpointError(f"{info}: the model declares {target} as {list(declared[target].shape)}.")
-            found[target] = identity(info.name, info.shape)
+            source = sources[0][0]
+            found[target] = (
+                turned(source, info.shape) if _keeps_inputs_first(model, target) else identity(source, info.shape)
+            )
             continue
         found |= _trace_converter(model, by_pattern[pattern], target, sources, tensors, declared, traced)
     return found
+
+
+def turning(layouts: Mapping[str, Layout], mixed: Mapping[str, Any]) -> list[WeightConverter]:
+    """Conversions for parameters that are one tensor of the file, transposed: transformers knows none for them."""
+    tails = dict.fromkeys(
+        r"\.".join(name.split(".")[-2:]) for name, layout in layouts.items() if isinstance(layout, Turned)
+    )
+    return [WeightConverter(rf"{tail}$", tail.replace("\\", ""), [PlaceRows(layouts, mixed, [])]) for tail in tails]
+
+
+def _keeps_inputs_first(model: Any, target: str) -> bool:
+    """Whether a parameter is of experts that are declared as inputs × outputs, as Llama 4's and gpt-oss's are."""
+    owner = model.get_submodule(target.rpartition(".")[0])
+    gate_up, down = (getattr(owner, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.dim() != 3:
+        return False
+    return gate_up.shape[-1] != down.shape[-2]
 
 
 def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> list[WeightConverter]:
@@ -93,7 +109,7 @@ def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> li
         [] if getattr(experts, "is_concatenated", True) else [Interleave(dim=1, inverse=True)]
     )
     # what the first makes, the second reads; Llama 4 and gpt-oss keep both as inputs × outputs
-    transposed = experts.gate_up_proj.shape[-1] != experts.down_proj.shape[-2]
+    transposed = _keeps_inputs_first(experts, "gate_up_proj")
     transpose: list[ConversionOps] = [Transpose(1, 2)] if transposed else []
     merge: list[ConversionOps] = [MergeModulelist(dim=0), Concatenate(dim=1), *interleave]
     gate, up, down = (r"experts.*.gate_proj", r"experts.*.up_proj", r"experts.*.down_proj")
@@ -115,12 +131,14 @@ class PlaceRows(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(self, layouts: Mapping[str, Layout], operations: list[ConversionOps]):
-        self.layouts, self.operations = layouts, operations
+    def __init__(
+        self, layouts: Mapping[str, Layout], mixed: Mapping[str, MixedParameter], operations: list[ConversionOps]
+    ):
+        self.layouts, self.mixed, self.operations = layouts, mixed, operations
         self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaceRows:
-        return PlaceRows(self.layouts, copy.deepcopy(self.operations, memo))
+        return PlaceRows(self.layouts, self.mixed, copy.deepcopy(self.operations, memo))
 
     def convert(
         self,
@@ -131,11 +149,9 @@ class PlaceRows(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
-        if any(name in self.layouts for name in targets.values()):
+        if any(name in self.layouts or name in self.mixed for name in targets.values()):
             return {
-                pattern: self._place(
-                    self.layouts[name], input_dict, source_patterns, kwargs["model"].get_parameter(name)
-                )
+                pattern: self._place(name, input_dict, source_patterns, kwargs["model"].get_parameter(name))
                 for pattern, name in targets.items()
             }
         for operation in self.operations:
@@ -145,10 +161,12 @@ class PlaceRows(ConversionOps):
             )  # fmt: skip
         return input_dict
 
-    @staticmethod
-    def _place(layout: Layout, collected: dict[str, Any], source_patterns: list[str], declared: Tensor) -> Tensor:
+    def _place(self, name: str, collected: dict[str, Any], source_patterns: list[str], declared: Tensor) -> Tensor:
         tensors = [t for pattern in source_patterns if pattern in collected for t in _as_list(collected[pattern])]
-        layout = local_layout(layout, declared)
+        if name in self.mixed:
+            info = self.mixed[name]
+            return info.value(dict(zip(info.layout.sources, tensors, strict=True)))
+        layout = local_layout(self.layouts[name], declared)
         read = [t for t in tensors if t is not None]  # what other ranks have is not
         return layout.weight(dict(zip(layout.sources, read, strict=True)))
 

@@ -11,8 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
+from ..checkpoint.folder import Folder, check_config_file, of_folder
+from ..checkpoint.formats import SIDE_FILE, legacy_config, read_side_file, write_side_file
 from ..checkpoint.layout import identity
+from ..checkpoint.leftovers import leftovers, used_names
+from ..checkpoint.notes import Notes
 from ..checkpoint.packed import is_shifted
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, SchemeError, UsageError
@@ -55,8 +58,9 @@ def from_pretrained(
         dequantize: return a plain model in `dtype` instead (weights bit-exact with compressed-tensors' dequantize).
         in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
-        strict: refuse a file with weights in other formats than FP8 (INT8, packed INT4, NVFP4). By default they are
-            decompressed while loading, as compressed-tensors does it, and a warning says how many bytes that costs.
+        strict: refuse what is otherwise loaded with a warning: weights in other formats than FP8 (INT8, packed INT4, NVFP4),
+            which compressed-tensors' own code decompresses; parameters whose parts are stored in different ways, which become
+            `dtype`; files that their quantization_config or their index do not fit, which are read as they are.
         compile: also do what `ctfp8.compile(model)` does, with a dict of its arguments if one is given.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
             `dtype` is what FP8 weights dequantize to and what the other weights are loaded in. With
@@ -75,9 +79,13 @@ def from_pretrained(
     distributed = take_config(transformers_kwargs, dequantize)
     with together(distributed is not None):
         folder = Path(path_or_id)
+        files = None
         if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
-            ckpt.Checkpoint(ckpt.checkpoint_files(folder))
+            files = of_folder(folder)
+            files.open()
         config = _private_config(path_or_id, transformers_kwargs, strict)
+        if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
+            config.transformers_weights = files.files[0].name
     if distributed is not None:
         transformers_kwargs["distributed_config"] = distributed
     with together(distributed is not None):
@@ -88,7 +96,9 @@ def from_pretrained(
             )  # fmt: skip
         except SafetensorError as error:
             raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
-        _check_complete(path_or_id, info)
+        _check_complete(path_or_id, info, files)
+    if files is not None and not files.found:
+        del model.config.transformers_weights
     freeze(model)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
@@ -155,6 +165,7 @@ def prepare(model: Any) -> Any:
     quantizer.schemes.embeddings |= {name for name, module in fp8.items() if isinstance(module, nn.Embedding)}
     _refuse_decompressed(model, quantizer.schemes, fp8)
     found = []
+    notes = Notes()
     for name, module in fp8.items():
         own = {f"{name}.{k}": v for k, v in module.state_dict().items()}
         tensors = ckpt.InMemory(own)
@@ -163,8 +174,10 @@ def prepare(model: Any) -> Any:
                 f"{name}.weight has zero points, and only loading dequantizes such a weight. Load the checkpoint with "
                 "ctfp8.from_pretrained."
             )
-        info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype)
+        info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype, notes)
+        leftovers(tensors, used_names(info.scales, map(ckpt.input_scale_name, info.input_scales)), notes)
         found.append((module, info, *read_scales(tensors, info)))
+    notes.say()
     for module, info, weight_scale, input_scale in found:
         for leaf in ("weight_scale", "input_scale", "weight_zero_point"):
             module._parameters.pop(leaf, None)
@@ -203,7 +216,7 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool
     hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
     if config is None:
         if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
-            ckpt.check_config_file(Path(path_or_id))
+            check_config_file(Path(path_or_id))
         config = AutoConfig.from_pretrained(path_or_id, **hub)
         for name in [
             k for k in kwargs if k not in _OF_THE_LOADER and hasattr(config, k)
@@ -212,6 +225,8 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool
     config = copy.deepcopy(config)
     holders = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
     found = False
+    if getattr(config, "quantization_config", None) is None:
+        config.quantization_config = legacy_config(vars(config))
     if all(getattr(holder, "quantization_config", None) is None for holder in holders):
         side_file = cached_file(path_or_id, SIDE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
         config.quantization_config = read_side_file(Path(side_file)) if side_file else None
@@ -233,10 +248,15 @@ def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool
     return config
 
 
-def _check_complete(path_or_id: str | Path, info: Any) -> None:
+def _check_complete(path_or_id: str | Path, info: Any, files: Folder | None) -> None:
     """A weight that the model needs and the file lacks was just initialised at random: never hand that out."""
     missing = sorted(info["missing_keys"] if isinstance(info, dict) else info.missing_keys)
     mismatched = sorted(info["mismatched_keys"] if isinstance(info, dict) else info.mismatched_keys)
+    if files is not None and (stale := sorted(set(missing) & set(files.stale))):
+        raise CheckpointError(
+            f"{path_or_id}: the model needs {stale[0]}, which a file holds, but {ckpt.INDEX_FILE} does not name ({len(stale)} in "
+            "all). Add it to the index's weight_map, or save the checkpoint again."
+        )
     if missing:
         raise CheckpointError(
             f"{path_or_id}: the model needs {missing[0]}, but no tensor of the checkpoint provides it "
