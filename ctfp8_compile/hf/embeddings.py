@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,22 @@ def untie(model: Any, fp8: Collection[str], tensors: Checkpoint) -> None:
     for head, table in list(model.all_tied_weights_keys.items()):
         if table in fp8 and head in tensors:
             del model.all_tied_weights_keys[head]
+
+
+def leave_tied(model: nn.Module, fp8: Collection[str]) -> None:
+    """Takes FP8 weights out of what `tie_weights()` ties: they are one tensor already, or two that differ, behind parametrizations."""
+    for path, part in model.named_modules():
+        keys = getattr(part, "_tied_weights_keys", None)
+        if isinstance(keys, dict):
+            within = path + "." if path else ""
+            own = [name.removeprefix(within) for name in fp8 if name.startswith(within)]
+            kept = {
+                head: table
+                for head, table in keys.items()
+                if not any(re.fullmatch(pattern, name) for pattern in (head, table) for name in own)
+            }
+            if len(kept) < len(keys):
+                part._tied_weights_keys = kept  # type: ignore[assignment]
 
 
 def attach_tied(

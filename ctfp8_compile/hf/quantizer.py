@@ -45,7 +45,7 @@ from .compat import (
     revert_weight_conversion,
 )
 from .conversions import PlaceRows, layouts, per_expert_conversions, turning
-from .embeddings import attach_tied, embedding_names, untie
+from .embeddings import attach_tied, embedding_names, leave_tied, untie
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
@@ -255,6 +255,7 @@ class Quantizer(HfQuantizer):
             scales = self.scales.pop(target)
             local = cut(info, *scales, self.cuts[target][1]) if target in self.cuts else (info, *scales)
             attach_tied(model, target, *local, self.schemes)
+        leave_tied(model, self.plans)
         for target, packed in self.packed.items():
             path, _, leaf = target.rpartition(".")
             value = packed.value(model.get_parameter(target).data, self.others.pop(target))

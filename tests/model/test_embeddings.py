@@ -45,6 +45,8 @@ def test_a_checkpoint_is_right_and_comes_back(strategy: str, head: str, tmp_path
     model = ctfp8.from_pretrained(tables.folder, dtype=torch.float32)
     assert relative_error(run(model), run(tables.exact)) < 1e-6
     assert model.dtype == model.model.dtype == torch.float32
+    model.tie_weights()
+    assert relative_error(run(model), run(tables.exact)) < 1e-6
     table = stored_weight(model.model.embed_tokens, "weight")
     assert table.dtype == FP8
     if head == "tied":
