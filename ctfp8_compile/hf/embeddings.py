@@ -35,7 +35,7 @@ def untie(model: Any, fp8: Collection[str], tensors: Checkpoint) -> None:
 
 
 def leave_tied(model: nn.Module, fp8: Collection[str]) -> None:
-    """Takes FP8 weights out of what `tie_weights()` ties: they are one tensor already, or two that differ, behind parametrizations."""
+    """Takes FP8 weights out of what `tie_weights()` ties: they are one tensor already, or two that differ."""
     for path, part in model.named_modules():
         keys = getattr(part, "_tied_weights_keys", None)
         if isinstance(keys, dict):
@@ -47,7 +47,7 @@ def leave_tied(model: nn.Module, fp8: Collection[str]) -> None:
                 if not any(re.fullmatch(pattern, name) for pattern in (head, table) for name in own)
             }
             if len(kept) < len(keys):
-                part._tied_weights_keys = kept  # type: ignore[assignment]
+                part._tied_weights_keys = kept
 
 
 def attach_tied(
