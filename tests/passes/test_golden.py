@@ -160,7 +160,7 @@ def _embedded(strategy):
     block = {"tensor": (6, 8), "channel": (1, 8), "block": (4, 3)}[strategy]
     fp8, scale, _ = quantize(torch.ones(6, 8), block)
     config = fp8_config(strategy, None, block)
-    config["config_groups"]["group_0"]["targets"] = ["Embedding"]
+    config["config_groups"]["group_0"]["targets"] = ["Linear", "Embedding"]  # the root has no name to be known by
     scale = scale.reshape(1) if strategy == "tensor" else scale
     table = torch.nn.Embedding(6, 8, dtype=torch.bfloat16)
     module = ctfp8.load_state_dict(table, {"weight": fp8, "weight_scale": scale}, config)
