@@ -77,7 +77,7 @@ def run(model: Any, cache: Any, call: Any = None) -> Tensor:
     for n in STEPS:
         with torch.no_grad():
             out.append(
-                (call or model)(
+                (model if call is None else call)(
                     input_ids=IDS[:, done : done + n], use_cache=True, **{cache_argument(model): cache}
                 ).logits
             )
