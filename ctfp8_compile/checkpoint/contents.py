@@ -127,7 +127,7 @@ def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]
         parts = (part.get("quantization_config") for part in config.values() if isinstance(part, dict))  # `text_config`
         quantization = config_of_folder(folder) or next(filter(None, parts), None)
         if quantization is None:
-            return None, "not quantized: config.json has no quantization_config"
+            return None, "config.json has no quantization_config"
         return Schemes(quantization), ""
     except SchemeError as error:
         return None, f"another format: {error}"

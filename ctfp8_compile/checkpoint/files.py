@@ -89,6 +89,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Reads a tensor by what its file calls it."""
         return self._open_files[info.file].get_tensor(info.name)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the headers of the files say besides: of torchao, how its tensors are made."""
+        return {key: text for handle in self._open_files.values() for key, text in (handle.metadata() or {}).items()}
+
     def read_rows(self, info: TensorInfo, rows: int) -> Tensor:
         """Reads the first rows of a tensor."""
         return self._open_files[info.file].get_slice(info.name)[:rows] if info.shape else self.read_stored(info)

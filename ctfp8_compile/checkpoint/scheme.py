@@ -84,6 +84,10 @@ class Schemes:
         self.format = read_format(quantization_config)
         quantization_config = self.format.config
         known = {k: v for k, v in quantization_config.items() if k in QuantizationConfig.model_fields}
+        if not known.get("config_groups") and known.get(
+            "kv_cache_scheme"
+        ):  # a file of which the cache alone is quantized
+            known["config_groups"] = {"group_0": {"targets": []}}
         try:
             self.config = QuantizationConfig.model_validate(known)
             if "format" in known:
@@ -96,16 +100,11 @@ class Schemes:
             raise SchemeError(f"quantization_config is not a valid compressed-tensors config: {error}") from error
         if not self.config.config_groups:
             raise SchemeError(
-                "quantization_config has no config_groups, so no weight is quantized. "
-                "Load the checkpoint with transformers' own from_pretrained."
+                "quantization_config has no config_groups, so no weight is quantized. If the file holds FP8 weights all the "
+                "same, pass the config that they were made with: from_pretrained(..., quantization_config={...}); if it holds "
+                "none, remove quantization_config from its config.json and load it with transformers."
             )
-        for extra, inside in (("transform_config", "config_groups"), ("sparsity_config", "format")):
-            found = quantization_config.get(extra) or {}
-            if not isinstance(found, Mapping) or found.get(inside) not in (None, {}, "dense"):
-                raise SchemeError(
-                    f"quantization_config has a {extra}, {found!r}, which is not supported; leaving it out would give "
-                    "wrong results. Load the checkpoint with transformers' own from_pretrained."
-                )
+        _refuse_unread(quantization_config)
         self._group_of_target: dict[str, str] = {
             target: name for name, group in self.config.config_groups.items() for target in group.targets
         }
@@ -192,6 +191,28 @@ class Schemes:
             except SchemeError:
                 continue
         return list(dict.fromkeys(found))
+
+
+def _refuse_unread(config: Mapping[str, Any]) -> None:
+    """Refuses what changes the values of a model and is not read here. Rotations of weights alone are in the weights already."""
+    for extra, inside in (("transform_config", "config_groups"), ("sparsity_config", "format")):
+        found = config.get(extra) or {}
+        content = found.get(inside) if isinstance(found, Mapping) else found
+        if content in (None, {}, "dense") or (extra == "transform_config" and _in_weights(content)):
+            continue
+        raise SchemeError(
+            f"quantization_config has a {extra}, {found!r}, which is not read here; leaving it out would give wrong results, as "
+            "transformers does. Serve the checkpoint with vLLM, or quantize it without."
+        )
+
+
+def _in_weights(groups: Any) -> bool:
+    """Whether all transforms of a config were applied to weights when the file was written: SpinQuant's R1 and R2."""
+    try:
+        locations = [apply["location"] for scheme in groups.values() for apply in scheme["apply"]]
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return all(str(location).startswith("weight_") for location in locations)
 
 
 class UnlikeError(SchemeError):

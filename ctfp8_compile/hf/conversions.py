@@ -33,25 +33,40 @@ from .compat import (
 )
 from .parallel import local_layout
 
+Arrivals = Mapping[str, list[tuple[str, str | None]]]
+"""By parameter or buffer of a model, the tensors of a checkpoint that go to it, and the pattern of a conversion that says so."""
 
-def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
-    rows come from."""
-    conversions = get_model_conversion_mapping(model)
-    conversions += per_expert_conversions(model, conversions)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    arrivals: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+
+def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> Arrivals:
+    """Where the tensors of a checkpoint go."""
+    renamings, converters = _conversions(model)
+    found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
         if target not in declared and name in declared:
             target, pattern = name, None
         if target in declared:
-            arrivals[target].append((name, pattern))
+            found[target].append((name, pattern))
+    return found
+
+
+def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    conversions = get_model_conversion_mapping(model)
+    conversions += per_expert_conversions(model, conversions)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
+
+
+def layouts(
+    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], arrived: Arrivals
+) -> dict[str, Layout]:
+    """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
+    rows come from."""
+    _, converters = _conversions(model)
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     found: dict[str, Layout] = {}
     traced: dict[Any, dict[str, Layout]] = {}
-    for target, sources in arrivals.items():
+    for target, sources in arrived.items():
         if declared[target].is_floating_point():
             for name, _ in sources:
                 ckpt.check_weight(tensors[name])

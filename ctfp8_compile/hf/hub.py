@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.folder import Folder, check_config_file, of_folder
-from ..checkpoint.formats import SIDE_FILE, legacy_config, read_side_file, write_side_file
+from ..checkpoint.folder import Folder, of_folder
+from ..checkpoint.formats import write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import is_shifted
 from ..checkpoint.scheme import Schemes
-from ..errors import CheckpointError, SchemeError, UsageError
+from ..errors import CheckpointError, UsageError
 from ..inductor import recipe
 from ..model.freeze import dequantize_, freeze
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
-from ..model.ranks import together
+from ..model.ranks import is_first, together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
-from .compat import cached_file
+from .configs import private_config, settle_dtype
 from .parallel import is_distributed, take_config
 from .quantizer import Config, Quantizer
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-                  "trust_remote_code", "code_revision")  # fmt: skip
-
-#: Arguments of the loader that configs have as attributes, too.
-_OF_THE_LOADER = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", *_HUB_ARGUMENTS)
 
 
 @paused_gc()
@@ -73,8 +66,6 @@ def from_pretrained(
         CheckpointError: a file is damaged or incomplete; names the tensor. Nothing is ever initialised at random.
         SchemeError: the config is of no FP8 format we know, or does not cover an FP8 weight.
     """
-    if "quantization_config" in transformers_kwargs:
-        raise SchemeError("quantization_config is read from the checkpoint; do not pass one.")
     with_info = transformers_kwargs.pop("output_loading_info", False)
     distributed = take_config(transformers_kwargs, dequantize)
     with together(distributed is not None):
@@ -83,7 +74,8 @@ def from_pretrained(
         if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             files = of_folder(folder)
             files.open()
-        config = _private_config(path_or_id, transformers_kwargs, strict)
+        config, holders = private_config(path_or_id, transformers_kwargs, strict, files)
+        settle_dtype(config, files, transformers_kwargs)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
             config.transformers_weights = files.files[0].name
     if distributed is not None:
@@ -99,12 +91,15 @@ def from_pretrained(
         _check_complete(path_or_id, info, files)
     if files is not None and not files.found:
         del model.config.transformers_weights
+    holders.put_back(model.config)
+    model.hf_quantizer.side_file = holders.side_file
     freeze(model)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
         dequantize_(model)
         model.hf_quantizer.remove_quantization_config(model)
+        holders.take_away(model.config)
     if compile is not False:
         recipe.compile(model, **({} if compile is True else compile))
     return (model, info) if with_info else model
@@ -114,6 +109,7 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
     """Writes the model as the checkpoint it came from: its config, and names, shapes, dtypes and bits of its tensors.
 
     `model.save_pretrained(folder)` does the same, but for ModelOpt's `hf_quant_config.json`: it becomes part of `config.json`.
+    Tensors that the model's class does not build, such as layers for multi-token prediction, are taken from where it was loaded.
     Of a mixed file, weights in other formats than FP8 are read again from where the model was loaded.
 
     Args:
@@ -127,9 +123,9 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
         if Path(folder).is_file():
             raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
         model.save_pretrained(folder, **transformers_kwargs)
-        quantization = model.config.quantization_config
-        if isinstance(quantization, Config) and "quantization" in quantization.stored:  # read from ModelOpt's own file
-            write_side_file(Path(folder))
+        side_file = getattr(getattr(model, "hf_quantizer", None), "side_file", None)
+        if side_file is not None and (not is_distributed(model) or is_first()):
+            write_side_file(Path(folder), *side_file)
 
 
 def prepare(model: Any) -> Any:
@@ -208,44 +204,6 @@ def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]
                 f"({'it does so with experts while loading' if expert else 'on the first forward pass'}). "
                 "Load the checkpoint with ctfp8.from_pretrained, which keeps it in FP8."
             )
-
-
-def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool) -> PretrainedConfig:
-    """The checkpoint's config with `quant_method` swapped for our private name; taken out of `kwargs` if given there."""
-    config = kwargs.pop("config", None)
-    hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
-    if config is None:
-        if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
-            check_config_file(Path(path_or_id))
-        config = AutoConfig.from_pretrained(path_or_id, **hub)
-        for name in [
-            k for k in kwargs if k not in _OF_THE_LOADER and hasattr(config, k)
-        ]:  # use_cache=False, num_labels=3
-            setattr(config, name, kwargs.pop(name))
-    config = copy.deepcopy(config)
-    holders = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
-    found = False
-    if getattr(config, "quantization_config", None) is None:
-        config.quantization_config = legacy_config(vars(config))
-    if all(getattr(holder, "quantization_config", None) is None for holder in holders):
-        side_file = cached_file(path_or_id, SIDE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-        config.quantization_config = read_side_file(Path(side_file)) if side_file else None
-    for holder in holders:
-        quantization = getattr(holder, "quantization_config", None)
-        if quantization is None:
-            continue
-        if not isinstance(quantization, dict):
-            quantization = quantization.to_dict()
-        Schemes(quantization)  # says what is wrong with it, in our words
-        holder.quantization_config = Config.of(quantization, strict)
-        found = True
-    if not found:
-        raise SchemeError(
-            f"{path_or_id}: its config.json has no quantization_config, and there is no {SIDE_FILE}, so it is not a quantized "
-            "checkpoint. "
-            "Load it with transformers' own from_pretrained."
-        )
-    return config
 
 
 def _check_complete(path_or_id: str | Path, info: Any, files: Folder | None) -> None:

@@ -44,10 +44,11 @@ from .compat import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from .conversions import PlaceRows, layouts, per_expert_conversions, turning
+from .conversions import PlaceRows, arrivals, layouts, per_expert_conversions, turning
 from .embeddings import attach_tied, embedding_names, leave_tied, untie
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
+from .saving import Source, as_read, refuse_adapters
 
 _STALE = "not_in_the_index"
 
@@ -99,6 +100,9 @@ class Quantizer(HfQuantizer):
         weights = {".weight_packed": ".weight", **self.schemes.format.weights}
         self.renamings = [WeightRenaming(rf"{re.escape(theirs)}$", ours) for theirs, ours in weights.items()]
         self.own_conversions: list[Any] = []
+        self.source = Source()
+        #: ModelOpt's file beside `config.json`, and whether that has no config of its own.
+        self.side_file: tuple[str, bool] | None = None
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}
@@ -115,6 +119,9 @@ class Quantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if dtype.itemsize == 1 else dtype  # of what is not quantized
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         stored = str(param.get_dtype())
@@ -134,14 +141,18 @@ class Quantizer(HfQuantizer):
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
         tensors = folder.open(self.schemes.format)
-        self.files, self.stale = folder.files, folder.stale
+        self.stale = folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
-            checkpoint_files[:] = map(str, self.files)
+            checkpoint_files[:] = map(str, folder.files)
+        all_of_it = {info.name: info for info in tensors.values()}
         stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
             tensors = seen_as_weights(tensors, packed)
-            found = layouts(model, tensors, declared)
+            arrived = arrivals(model, tensors, declared)
+            targets = {tensors[n].name: target for target, sources in arrived.items() for n, _ in sources}
+            self.source = Source(folder.files, all_of_it, targets)
+            found = layouts(model, tensors, declared, arrived)
             self.schemes.embeddings |= embedding_names(model, found)
             for target, layout in found.items():
                 dtype = declared[target].dtype
@@ -186,8 +197,12 @@ class Quantizer(HfQuantizer):
         what = sentence(packed.values(), model.dtype)
         shifted = any(weight.packed.dtype == ckpt.FP8_DTYPE for weight in packed.values())
         if self.strict or not (self.plans or self.mixed or shifted):
-            why = "strict=True refuses that" if self.strict else "there is no FP8 weight beside them"
-            raise SchemeError(f"{what}; {why}. Load the checkpoint with transformers.")
+            if self.strict:
+                raise SchemeError(f"{what}; strict=True refuses that. Leave it out to have them dequantized.")
+            raise SchemeError(
+                f"{what}; there is no FP8 weight beside them, and so nothing for ctfp8 to do. Load the checkpoint with "
+                "transformers or vLLM."
+            )
         if is_distributed(model):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
@@ -284,7 +299,8 @@ class Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: FP8 tensors as the checkpoint had them, the rest as transformers would save it."""
-        state = model.state_dict()
+        refuse_adapters(model)
+        own = state = model.state_dict()
         plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in self._read_again}
         plain = remove_tied_weights_from_state_dict(plain, model)
         plain = {k: gather(v, *self.cuts[k]) if k in self.cuts else v for k, v in plain.items()}
@@ -301,7 +317,10 @@ class Quantizer(HfQuantizer):
             if writes:
                 state |= _checkpoint_tensors(dequantize, weight)
         state |= self._stored_tensors(model)
-        return (state | self.cache_scales | self.unused if writes else {}), {}
+        if not writes:
+            return {}, {}
+        whole = {name: plain.get(name, value) for name, value in own.items()}
+        return as_read(state | self.cache_scales | self.unused, self.source, self.schemes.format, whole)
 
     def _stored_tensors(self, model: Any) -> dict[str, Tensor]:
         """What was dequantized or decompressed while loading, read from the file again.
@@ -312,7 +331,7 @@ class Quantizer(HfQuantizer):
         if not self._read_again:
             return {}
         try:
-            tensors = of_files(self.files).open(self.schemes.format)
+            tensors = of_files(self.source.files).open(self.schemes.format)
             out: dict[str, Tensor] = {}
             for target, info in self._read_again.items():
                 value, stored = info.again(tensors)

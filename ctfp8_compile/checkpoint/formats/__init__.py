@@ -87,12 +87,17 @@ def read_side_file(file: Path) -> Mapping[str, Any]:
     return {"quant_method": "modelopt", **content}
 
 
-def write_side_file(folder: Path) -> None:
-    """Moves ModelOpt's config from a folder's `config.json` to the file it came from."""
-    config = json.loads((folder / "config.json").read_text())
-    content = {key: value for key, value in config.pop("quantization_config").items() if key != "quant_method"}
-    (folder / SIDE_FILE).write_text(json.dumps(content, indent=4))
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def write_side_file(folder: Path, content: str, alone: bool) -> None:
+    """Writes ModelOpt's file back where it was.
+
+    Args:
+        alone: `config.json` had no quantization config besides.
+    """
+    (folder / SIDE_FILE).write_text(content)
+    if alone:
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("quantization_config", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 __all__ = [
