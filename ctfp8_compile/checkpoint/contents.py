@@ -19,6 +19,9 @@ from .packed import PackedWeight, find, seen_as_weights
 from .resolve import resolve
 from .scheme import Schemes, heads_of
 
+#: What models call tables of embeddings.
+_EMBEDDING = re.compile(r"(^|\.)([\w.]*embed\w*|wte|wpe|shared)\.weight$")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -76,6 +79,8 @@ def look(folder: Path) -> Contents:
     config = json.loads((folder / "config.json").read_text())
     schemes, instead = _schemes(folder, config)
     tensors = files.open(PLAIN if schemes is None else schemes.format)
+    if schemes is not None:  # there is no model to ask which modules are embeddings
+        schemes.embeddings |= {name.rpartition(".")[0] for name in tensors if _EMBEDDING.search(name)}
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0
