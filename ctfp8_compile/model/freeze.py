@@ -18,6 +18,7 @@ from ..ops import cpu as cpu_kernels
 from ..registry import register
 from .adapters import match_ends_of_names
 from .parametrization import CAST, detach, quantized_parameters, stored_weight
+from .said_dtype import say_dtypes, unsay_dtypes
 from .storage import DetachFromMmap
 
 
@@ -92,6 +93,7 @@ def freeze(model: nn.Module, kind: type[KeepsFP8] = KeepsFP8) -> None:
         cpu_kernels.load(build=False)
     if not isinstance(model, KeepsFP8):
         model.__class__ = _keeps_fp8(type(model), kind)  # type: ignore[arg-type]  # a module's class hashes like any
+        say_dtypes(model)
         for module in _around_fp8(model):
             module._apply = types.MethodType(_apply_whole, module)  # type: ignore[method-assign]
         model.register_forward_pre_hook(DetachFromMmap(model))
@@ -126,6 +128,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     if isinstance(model, KeepsFP8):
         for module in _around_fp8(model):
             vars(module).pop("_apply", None)
+        unsay_dtypes(model)
         model.__class__ = type(model).__bases__[1]
     for path, module, dequantize in list(quantized_parameters(model)):
         name = path.rpartition(".")[2]
