@@ -75,8 +75,8 @@ def from_pretrained(
         if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             files = of_folder(folder)
             files.open()
-        config, holders = private_config(path_or_id, transformers_kwargs, strict, files)
-        settle_dtype(config, files, transformers_kwargs)
+        config, holders = private_config(path_or_id, transformers_kwargs, strict, files, auto_class)
+        settle_dtype(path_or_id, config, files, transformers_kwargs)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
             config.transformers_weights = files.files[0].name
     if distributed is not None:
@@ -93,7 +93,7 @@ def from_pretrained(
     if files is not None and not files.found:
         del model.config.transformers_weights
     holders.put_back(model.config)
-    model.hf_quantizer.side_file = holders.side_file
+    model.hf_quantizer.holders = holders
     freeze(model, SavesAsRead)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))

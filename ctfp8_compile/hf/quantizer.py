@@ -101,8 +101,8 @@ class Quantizer(HfQuantizer):
         self.origin: Origin | None = None
         #: Whether `saving` writes what transformers would.
         self.writes = False
-        #: ModelOpt's file beside `config.json`, and whether that has no config of its own.
-        self.side_file: tuple[str, bool] | None = None
+        #: The config that was read, and which parts of it held ours: `configs.Holders`.
+        self.holders: Any = None
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from ..checkpoint.formats import write_side_file
 from ..checkpoint.writer import Writer
 from ..errors import UsageError
 from ..model.freeze import KeepsFP8
@@ -120,8 +119,8 @@ def _configs(model: Any, quantizer: Any, stock: Callable[..., Any], folder: Path
             stock(folder, **arguments)
     finally:
         quantizer.writes = False
-    if quantizer.side_file is not None:
-        write_side_file(folder, *quantizer.side_file)
+    if quantizer.holders is not None:
+        quantizer.holders.write(model.config, folder, quantizer.origin.tensors)
 
 
 def _upload(model: Any, folder: Path, before: Any, token: Any, given: dict[str, Any]) -> None:
