@@ -26,6 +26,7 @@ from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
 from .configs import private_config, settle_dtype
+from .origin import of_stock
 from .parallel import take_config
 from .quantizer import Config, Quantizer
 from .saving import SavesAsRead
@@ -182,6 +183,7 @@ def prepare(model: Any) -> Any:
             del model._forward_pre_hooks[key]  # it would decompress the weights on the first forward
     model.hf_quantizer = quantizer
     quantizer.take_over_saving(model)
+    quantizer.origin = of_stock(model, quantizer.schemes.format)
     freeze(model, SavesAsRead)
     return model
 

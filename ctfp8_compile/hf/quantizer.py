@@ -42,9 +42,9 @@ from .compat import (
 )
 from .conversions import PlaceRows, arrivals, check_absent, layouts, per_expert_conversions, turning
 from .embeddings import attach_tied, embedding_names, leave_tied, untie
+from .origin import Origin
 from .parallel import check_heads, cut, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
-from .save_plan import Origin
 from .saving import whole_state
 
 _STALE = "not_in_the_index"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,47 +18,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.folder import Folder
-from ..checkpoint.shard import Cuts
-from ..checkpoint.source import Source, Stored, same_bits
+from ..checkpoint.source import Stored, same_bits
 from ..checkpoint.writer import DTYPES, NAMES, Entry
 from ..errors import CheckpointError, UsageError
-from ..model.parametrization import Dequantize, quantized_parameters, stored_weight
+from ..model.parametrization import Dequantize
 from ..model.ranks import is_first
-from .compat import load_offloaded_parameter, revert_weight_conversion
+from .compat import revert_weight_conversion
 from .conversions import Arrivals, convert_sources
-from .parallel import gather, gather_quantized
-
-
-@dataclass
-class Origin:
-    """Where a model came from, as it was when it was loaded.
-
-    Attributes:
-        tensors: of the checkpoint, by our names; `source` has them by their own.
-        declared: the tensors that the model's class declares, on the meta device.
-        arriving: which of `tensors` they were made from.
-        computed: those that no file had and the class made by itself.
-        stock: transformers loaded the model; `prepare` took it over.
-    """
-
-    source: Source
-    folder: Folder
-    tensors: ckpt.Checkpoint
-    declared: Mapping[str, Tensor]
-    arriving: Arrivals
-    computed: dict[str, Tensor] = field(default_factory=dict)
-    stock: bool = False
-
-    def keep_computed(self, model: Any) -> None:
-        """Remembers what the class made by itself: not written again as long as it is that."""
-        state, made = plain_state(model), set(self.arriving.targets())
-        loaded = {_place(model, name, tensor) for name, tensor in state.items() if name in made}
-        self.computed = {
-            name: tensor.detach().clone()
-            for name, tensor in state.items()
-            if name not in made and tensor.device.type != "meta" and _place(model, name, tensor) not in loaded
-        }
+from .held import Held
+from .origin import Origin, place
 
 
 @dataclass(frozen=True)
@@ -81,43 +49,6 @@ class Unit:
         return Unit(tuple(Entry(t.name, t.dtype, t.shape, t.nbytes) for t in found), None, found)
 
 
-def plain_state(model: Any) -> dict[str, Tensor]:
-    """The tensors of a model but the FP8 weights and their scales."""
-    own = tuple(f"{p}.parametrizations.{leaf}.".removeprefix(".") for p, _, leaf in
-                (name.rpartition(".") for name, _, _ in quantized_parameters(model)))  # fmt: skip
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
-
-
-class Gathering:
-    """Values of a model's parameters, whole on the first rank; every rank asks for the same in the same order."""
-
-    def __init__(self, model: Any, quantizer: Any):
-        self.model, self.plans = model, quantizer.plans
-        self.cuts: Mapping[str, tuple[tuple[int, ...], Cuts]] = quantizer.cuts
-        self.plain = plain_state(model)
-        self.fp8 = {name: (owner, how) for name, owner, how in quantized_parameters(model)}
-
-    def value(self, name: str) -> Tensor:
-        if name in self.cuts:
-            return gather(self.plain[name], *self.cuts[name])
-        value = self.plain[name]
-        return load_offloaded_parameter(self.model, name) if value.device.type == "meta" else value
-
-    def quantized(self, name: str) -> tuple[Tensor, Dequantize]:
-        owner, how = self.fp8[name]
-        weight = stored_weight(owner, name.rpartition(".")[2])
-        if name in self.cuts:
-            return gather_quantized(weight, how, self.plans[name])
-        if weight.device.type == "meta":
-            raise UsageError(f"{name} was moved out of memory, and cannot be saved from there. Load the model again.")
-        return weight, how
-
-    def follow(self, names: Iterable[str]) -> None:
-        """What ranks other than the first do while that one writes."""
-        for name in names:
-            self.quantized(name) if name in self.fp8 else self.value(name)
-
-
 class SavePlan:
     """Decides, for one model. `units` on the first rank are what to write; elsewhere there are none.
 
@@ -128,7 +59,7 @@ class SavePlan:
     def __init__(self, model: Any, quantizer: Any):
         self.model, self.quantizer = model, quantizer
         self.origin: Origin | None = quantizer.origin
-        self.held = Gathering(model, quantizer)
+        self.held = Held(model, quantizer)
         self.gone = self.origin.source.gone() if self.origin else None
         self.raw: Mapping[str, Stored] = self.origin.source.tensors if self.origin else {}
         self.units: list[Unit] = []
@@ -237,18 +168,18 @@ class SavePlan:
         for group in self._groups():
             present = [name for name in group.targets if name in left]
             left -= set(present)
-            loaded |= {_place(self.model, name, self.held.plain[name]) for name in present}
+            loaded |= {place(self.model, name, self.held.plain[name]) for name in present}
             if len(present) < len(group.targets):
                 self._removed(group, present)
             elif group.targets:
                 self._loaded(group)
         values = {}
         for name in sorted(left):
-            place = _place(self.model, name, self.held.plain[name])
+            where = place(self.model, name, self.held.plain[name])
             made = self.origin.computed.get(name) if self.origin else None
-            tied = place in loaded
+            tied = where in loaded
             if not tied and (made is None or not same_bits(made, self.held.plain[name])):
-                loaded.add(place)
+                loaded.add(where)
                 values[name] = self.held.value(name)
         if values and is_first():
             for name, tensor in self._reverted(values).items():
@@ -430,10 +361,3 @@ def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _place(model: Any, name: str, tensor: Tensor) -> object:
-    """The same for tied tensors."""
-    if tensor.device.type == "meta":
-        return id(model.get_parameter_or_buffer(name))
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.dtype
