@@ -15,6 +15,7 @@ from .files import FP8_DTYPE, Checkpoint, TensorInfo, check_config_file, checkpo
 from .formats import config_of_folder
 from .packed import PackedWeight, find, seen_as_weights
 from .scheme import Schemes
+from .transforms import describe_transforms, is_matrix
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Contents:
 
     Attributes:
         format: the `quant_method` of its config.
+        transforms: of a rotated checkpoint, each group of transforms, and where it is applied.
         bf16_bytes: what the model takes when decompressed.
     """
 
@@ -48,6 +50,7 @@ class Contents:
     files: int
     format: str
     schemes: str
+    transforms: tuple[str, ...]
     rows: tuple[Row, ...]
     fp8_bytes: int
     scale_bytes: int
@@ -75,7 +78,7 @@ def look(folder: Path) -> Contents:
     fp8 = scales = other = bf16 = 0
     for name, info in seen_as_weights(tensors, packed).items():
         size = nbytes(info)
-        what = _what(name, info, schemes, why_not)
+        what = "the matrix of a transform" if is_matrix(name, tensors) else _what(name, info, schemes, why_not)
         if name in packed:
             weight = packed[name]
             info, size = weight.packed, sum(map(nbytes, weight.parts.values()))
@@ -100,6 +103,7 @@ def look(folder: Path) -> Contents:
         files=len(files),
         format="" if schemes is None else schemes.format.name,
         schemes=instead if schemes is None else "; ".join(described) or "no FP8 weights",
+        transforms=() if schemes is None else describe_transforms(schemes.format.config),
         rows=tuple(rows),
         fp8_bytes=fp8,
         scale_bytes=scales,

@@ -96,13 +96,12 @@ class Schemes:
                 "quantization_config has no config_groups, so no weight is quantized. "
                 "Load the checkpoint with transformers' own from_pretrained."
             )
-        for extra, inside in (("transform_config", "config_groups"), ("sparsity_config", "format")):
-            found = quantization_config.get(extra) or {}
-            if not isinstance(found, Mapping) or found.get(inside) not in (None, {}, "dense"):
-                raise SchemeError(
-                    f"quantization_config has a {extra}, {found!r}, which is not supported; leaving it out would give "
-                    "wrong results. Load the checkpoint with transformers' own from_pretrained."
-                )
+        found = quantization_config.get("sparsity_config") or {}
+        if not isinstance(found, Mapping) or found.get("format") not in (None, {}, "dense"):
+            raise SchemeError(
+                f"quantization_config has a sparsity_config, {found!r}, which is not supported; leaving it out would give "
+                "wrong results. Load the checkpoint with transformers' own from_pretrained."
+            )
         self._group_of_target: dict[str, str] = {
             target: name for name, group in self.config.config_groups.items() for target in group.targets
         }
@@ -159,11 +158,16 @@ def _matches(module_name: str, targets: Iterable[str]) -> list[str]:
     """
     plain = match_targets(module_name, _LINEAR, [t for t in targets if not t.startswith("re:")])
     names = [t for t in plain if t == module_name]
-    expressions = sorted(t for t in targets if t.startswith("re:") and _matches_expression(module_name, t))
+    expressions = sorted(t for t in targets if t.startswith("re:") and matches_expression(module_name, t))
     return [*names, *expressions, *(t for t in plain if t != module_name)]
 
 
-def _matches_expression(module_name: str, target: str) -> bool:
+def matches_expression(module_name: str, target: str) -> bool:
+    """Whether a `re:` target matches a module's name from its start.
+
+    Raises:
+        SchemeError: it takes too long, or is not an expression.
+    """
     try:
         return regex.match(target.removeprefix("re:"), module_name, timeout=_SECONDS) is not None
     except TimeoutError:
@@ -171,6 +175,8 @@ def _matches_expression(module_name: str, target: str) -> bool:
             f"quantization_config: {target!r} takes longer than {_SECONDS:g} s to match {module_name}. "
             "Write it without repeats inside repeats."
         ) from None
+    except regex.error as error:
+        raise SchemeError(f"quantization_config: {target!r} is not a regular expression ({error}).") from None
 
 
 _SECONDS = 2.0

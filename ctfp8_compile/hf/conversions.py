@@ -78,6 +78,27 @@ def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]
     return found
 
 
+def modules(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The model's modules that the checkpoint has, in the model's order: the model's name of each, and the checkpoint's.
+
+    A module without tensors of its own, such as attention, is named by those inside it. Experts that become one tensor have no
+    module.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    found: dict[str, str] = {}
+    for name in tensors:
+        target, _ = rename_source_key(name, renamings, [], model.base_model_prefix, declared)
+        if target not in declared and name in declared:
+            target = name
+        ours, theirs = target.split("."), name.split(".")
+        while ours and theirs and ours[-1] == theirs[-1]:
+            del ours[-1], theirs[-1]
+            if target in declared and ours and theirs:
+                found.setdefault(".".join(ours), ".".join(theirs))
+    return [(name, found[name]) for name, _ in model.named_modules() if name in found]
+
+
 def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> list[WeightConverter]:
     """Conversions for checkpoints with one Linear per expert, where transformers only knows experts merged or as w1/w2/w3.
 

@@ -23,7 +23,9 @@ from ..checkpoint import files as ckpt
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
 from ..checkpoint.shard import Cuts
+from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..errors import CheckpointError, SchemeError, UsageError
+from ..model import rotation
 from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..model.ranks import is_first
@@ -38,7 +40,7 @@ from .compat import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from .conversions import PlaceRows, layouts, per_expert_conversions
+from .conversions import PlaceRows, layouts, modules, per_expert_conversions
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 
@@ -88,6 +90,8 @@ class Quantizer(HfQuantizer):
         self.packed: dict[str, PackedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.cache_scales: dict[str, Tensor] = {}
+        #: Of a rotated checkpoint, the transforms of activations.
+        self.transforms = read_transforms(self.schemes.format.config)
         #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
         self.cuts: dict[str, tuple[tuple[int, ...], Cuts]] = {}
 
@@ -128,6 +132,7 @@ class Quantizer(HfQuantizer):
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self.others = {target: info.read(tensors) for target, info in self.packed.items()}
             self._set_cache_scales_aside(tensors)
+            self._place_transforms(model, tensors, declared)
         self.files = files
         for target, tensor in stored.items():
             path, _, leaf = target.rpartition(".")
@@ -136,7 +141,10 @@ class Quantizer(HfQuantizer):
         # the scales were read above; the loader finds no place for them, which is as it should be
         leaves = {leaf for weight in packed.values() for leaf in weight.parts} - {"weight", "weight_packed"}
         endings = "|".join(map(re.escape, {"weight_scale", "input_scale", *self.schemes.format.suffixes, *leaves}))
-        ours = {rf"(^|[._])({endings})$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
+        ours = {
+            rf"(^|[._])({endings})$",
+            *(rf"^{re.escape(name)}$" for name in (*self.cache_scales, *self.matrix_names)),
+        }
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
@@ -167,6 +175,19 @@ class Quantizer(HfQuantizer):
                 "ctfp8.dynamic_cache keep it in FP8; transformers' own caches stay in the model's dtype.",
                 stacklevel=2,
             )
+
+    def _place_transforms(self, model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> None:
+        """Decides where transforms of activations are applied, and reads their matrices: they are not for the loader."""
+        check_named(tensors, self.transforms)
+        if self.transforms and is_distributed(model):
+            raise UsageError(
+                f"the checkpoint has transforms of activations ({self.transforms[0]}), which a distributed_config would "
+                "cut; that is not supported. Load it on one device."
+            )
+        known = modules(model, tensors, declared) if self.transforms else []
+        self.placed = rotation.place(model, self.transforms, tensors, known)
+        self.matrices = rotation.read(tensors, self.placed)
+        self.matrix_names = [name for name in tensors if is_matrix(name, tensors)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
@@ -206,6 +227,8 @@ class Quantizer(HfQuantizer):
             path, _, leaf = target.rpartition(".")
             value = packed.value(model.get_parameter(target).data, self.others.pop(target))
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        rotation.attach(model, self.placed, self.matrices)
+        self.matrices = {}
         warn_of_cut_blocks(model)
         for module in model.modules():
             # models ask for this flag to work around weights they cannot read; ours read like any other
@@ -223,7 +246,12 @@ class Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: FP8 tensors as the checkpoint had them, the rest as transformers would save it."""
         state = model.state_dict()
-        plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in self.packed}
+        rotated = {f"{name}.{leaf}" for name, _, _ in rotation.rotations(model) for leaf in ("weight", "perm")}
+        plain = {
+            k: v
+            for k, v in state.items()
+            if ".parametrizations." not in f".{k}" and k not in rotated and k not in self.packed
+        }
         plain = remove_tied_weights_from_state_dict(plain, model)
         plain = {k: gather(v, *self.cuts[k]) if k in self.cuts else v for k, v in plain.items()}
         writes = not self.cuts or is_first()
@@ -239,7 +267,7 @@ class Quantizer(HfQuantizer):
             if writes:
                 state |= _checkpoint_tensors(dequantize, weight)
         state |= self._packed_tensors(model)
-        return (state | self.cache_scales if writes else {}), {}
+        return (state | self.cache_scales | rotation.stored_tensors(model) if writes else {}), {}
 
     def _packed_tensors(self, model: Any) -> dict[str, Tensor]:
         """What the file has in other formats than FP8, read from it again: dequantized, they do not give back the same bits.

@@ -84,6 +84,7 @@ def backend(
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), collectives)
     if marked:
         strides.keep(gm.graph)
+        passes.share_rotations(gm.graph)
     if marked and ours.get("ctfp8.horizontal_fusion", True):
         horizontal_fusion.declare(gm.graph)
     if marked and target.device != "cpu":

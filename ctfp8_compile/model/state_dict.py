@@ -13,7 +13,9 @@ from ..checkpoint.inferred import SUFFIXES, infer
 from ..checkpoint.layout import identity
 from ..checkpoint.packed import find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
+from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..errors import CheckpointError
+from . import rotation
 from .freeze import freeze
 from .parametrization import attach
 from .plan import QuantizedParameter, plan, read_scales
@@ -74,6 +76,11 @@ def load_state_dict(
                 )
             plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype)
             used |= {ckpt.scale_name(name), ckpt.input_scale_name(name)}
+    transforms = read_transforms(schemes.format.config)
+    check_named(tensors, transforms)
+    modules = [(name, name) for name, _ in module.named_modules() if name]
+    placed = rotation.place(module, transforms, tensors, modules)
+    used |= {name for name in tensors if is_matrix(name, tensors)}
     if extra := sorted(set(tensors) - used):
         raise CheckpointError(
             f"{extra[0]}: in the state dict, but the module has no such parameter ({len(extra)} in all)."
@@ -81,6 +88,7 @@ def load_state_dict(
     if packed:
         warnings.warn(f"{sentence(packed.values(), own[next(iter(packed))].dtype)}.", stacklevel=2)
     scales = {name: read_scales(tensors, info) for name, info in plans.items()}
+    matrices = rotation.read(tensors, placed)
     for name in own:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -97,5 +105,6 @@ def load_state_dict(
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         if name in plans:
             attach(owner, leaf, plans[name], *scales[name])
+    rotation.attach(module, placed, matrices)
     freeze(module)
     return module

@@ -16,6 +16,7 @@ from .fp8 import (
     quantize_per_token_steps,
 )
 from .operators import DEQUANTIZED
+from .rotation import ROTATE, rotate_steps
 from .scales import BY_ROW, SWIZZLED, TRANSPOSED, UNSWIZZLED, swizzle_steps, unswizzle_steps
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DEQUANTIZED",
     "FP8",
     "FP8_MAX",
+    "ROTATE",
     "SWIZZLED",
     "TRANSPOSED",
     "UNSWIZZLED",
@@ -37,6 +39,7 @@ __all__ = [
     "quantize_per_group_steps",
     "quantize_per_tensor_steps",
     "quantize_per_token_steps",
+    "rotate_steps",
     "swizzle_steps",
     "unswizzle_steps",
 ]
