@@ -43,6 +43,7 @@ from .compat import (
 from .conversions import PlaceRows, layouts, modules, per_expert_conversions
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
+from .rotated_attention import rotate_attention
 
 #: Values of other formats take the weight's name, and so its way through all of the model's conversions.
 _PACKED_ARE_WEIGHTS = WeightRenaming(r"\.weight_packed$", ".weight")
@@ -185,6 +186,18 @@ class Quantizer(HfQuantizer):
                 "cut; that is not supported. Load it on one device."
             )
         known = modules(model, tensors, declared) if self.transforms else []
+        apart = {source for _, source in known}
+        layouts_found = [*(p.layout for p in self.plans.values()), *(p.layout for p in self.packed.values())]
+        of_merged = {source for layout in layouts_found for source in layout.sources}
+        for name in sorted(of_merged | {name for name in tensors if ".experts." in name}):
+            module = name.removesuffix(".weight")
+            for transform in self.transforms:
+                if name.endswith(".weight") and module not in apart and transform.covers(module, ("Linear", "Module")):
+                    raise SchemeError(
+                        f"{tensors[name]}: transform {transform} is for this expert, which the model keeps in one tensor "
+                        "with others; that is not supported. Serve this checkpoint with vLLM, or quantize the model again with "
+                        "the experts in the transform's ignore list."
+                    )
         self.placed = rotation.place(model, self.transforms, tensors, known)
         self.matrices = rotation.read(tensors, self.placed)
         self.matrix_names = [name for name in tensors if is_matrix(name, tensors)]
@@ -228,6 +241,7 @@ class Quantizer(HfQuantizer):
             value = packed.value(model.get_parameter(target).data, self.others.pop(target))
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         rotation.attach(model, self.placed, self.matrices)
+        rotate_attention(model, self.placed)
         self.matrices = {}
         warn_of_cut_blocks(model)
         for module in model.modules():

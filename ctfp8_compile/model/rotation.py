@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.files import Checkpoint
-from ..checkpoint.transforms import AROUND, Matrices, Matrix, Transform, read_matrix
+from ..checkpoint.transforms import AROUND, ATTENTION, Matrices, Matrix, Transform, read_matrix
 from ..errors import CheckpointError, SchemeError
 from ..ops import ROTATE
 
@@ -22,8 +22,8 @@ class Rotation(nn.Module):
     It is a module of each: of one in several places torch.export loses the path, and so the names of the weights there.
 
     Buffers:
-        weight: `[B, B]`, in the file's dtype.
-        perm: int64 `[B]`, the order of its rows and columns; None where they stay.
+        weight: `[B, B]`, in the file's dtype; permuted where there is a permutation, which the graph then need not do.
+        perm: int64 `[B]`, the order of the stored matrix's rows and columns; None where they stay.
     """
 
     weight: Tensor
@@ -38,10 +38,15 @@ class Rotation(nn.Module):
 
     def forward(self, x: Tensor, transform: Transform) -> Tensor:
         """`x` `[..., K]` times the transform's matrix, block by block."""
-        weight, perm = self._buffers["weight"], self._buffers["perm"]
-        assert weight is not None
-        matrix = weight if perm is None else weight[perm][:, perm]
-        return ROTATE(x, matrix, self.stored.scale, transform.transposed, transform.precision, transform.name)
+        weight = self._buffers["weight"]
+        return ROTATE(x, weight, self.stored.scale, transform.transposed, transform.precision, transform.name)
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The matrix, and its permutation, as the file has them."""
+        if self.perm is None:
+            return {self.stored.name: self.weight}
+        back = self.perm.argsort()
+        return {self.stored.name: self.weight[back][:, back], self.stored.perm: self.perm}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotation:
         for name, tensor in self._buffers.items():
@@ -133,21 +138,26 @@ def place(
         if len(found) == before:
             raise SchemeError(
                 f"transform_config: transform {transform} is for {', '.join(transform.targets)}, and the model has no such "
-                f"module that it can be applied to ({_MERGED}). Serve this checkpoint with vLLM."
+                "module. Correct its targets, or serve this checkpoint with vLLM."
             )
     matrices = Matrices(tensors, [(transform, source, size) for transform, _, source, size in found])
     return [Placed(t, name, source, size, matrices.of(t, source, size)) for t, name, source, size in found]
 
 
-_MERGED = "experts that the model keeps in one tensor are none"
-
-
 def _size(transform: Transform, source: str, module: nn.Module) -> int:
     if transform.location in AROUND and isinstance(module, nn.Linear):
         return module.in_features if transform.location == "input" else module.out_features
+    if (
+        transform.location in ATTENTION
+        and transform.block
+        and hasattr(module, "config")
+        and hasattr(module, "layer_idx")
+    ):
+        return int(getattr(module, "head_dim", transform.block))
     raise SchemeError(
-        f"{source}: transform {transform} cannot be applied to a {type(module).__name__} here, only the input and the output of "
-        "Linears are transformed. Serve this checkpoint with vLLM, or quantize the model without that transform."
+        f"{source}: transform {transform} cannot be applied to a {type(module).__name__} here, only to the input and the output "
+        "of Linears, and to queries and keys of transformers' attention by blocks of head_dim. Serve this checkpoint with "
+        "vLLM, or quantize the model without that transform."
     )
 
 
@@ -163,6 +173,8 @@ def read(tensors: Checkpoint, placed: Iterable[Placed]) -> dict[Matrix, tuple[Te
 def attach(model: nn.Module, placed: Iterable[Placed], matrices: dict[Matrix, tuple[Tensor, Tensor | None]]) -> None:
     """Puts transforms on a loaded model; a matrix is once on each device that needs it.
 
+    Of transforms of attention, only their matrices: `hf.rotated_attention` hooks them.
+
     Raises:
         CheckpointError: a module has something of the transform's name already.
     """
@@ -177,13 +189,15 @@ def attach(model: nn.Module, placed: Iterable[Placed], matrices: dict[Matrix, tu
             )
         if (one.matrix, device) not in made:
             weight, perm = matrices[one.matrix]
+            weight = weight if perm is None else weight[perm][:, perm]
             made[one.matrix, device] = weight.to(device), None if perm is None else perm.to(device), Moved()
         module.add_module(one.transform.name, Rotation(one.matrix, *made[one.matrix, device]).eval())
         if one.transform.location == "input":
-            # a group that comes later was applied to the weight later, so to the input before
-            module.register_forward_pre_hook(RotateInput(one.transform), prepend=True)
-        else:
-            module.register_forward_hook(RotateOutput(one.transform))
+            # weights were multiplied by group after group, so that what is nearest to the matmul is the last group's:
+            # x A B (W A⁻ᵀ B⁻ᵀ)ᵀ = x Wᵀ. compressed-tensors' own hooks run in the other order, which is right for one group only
+            module.register_forward_pre_hook(RotateInput(one.transform))
+        elif one.transform.location == "output":
+            module.register_forward_hook(RotateOutput(one.transform), prepend=True)
 
 
 def rotations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rotation]]:
@@ -196,11 +210,9 @@ def rotations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rotation]]:
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every matrix, and every permutation, once, under the name the file had it."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for _, _, rotation in rotations(model):
-        out[rotation.stored.name] = rotation.weight
-        if rotation.perm is not None:
-            out[rotation.stored.perm] = rotation.perm
+        out |= rotation.stored_tensors()
     return out
 
 
@@ -218,7 +230,7 @@ def _fold_module(module: nn.Linear) -> None:
     weight = module.weight.double()
     bias = None if module.bias is None else module.bias.double()
     # what is nearest to the matmul is folded first
-    for key, hook in reversed(module._forward_pre_hooks.items()):
+    for key, hook in reversed(list(module._forward_pre_hooks.items())):
         if isinstance(hook, RotateInput):
             weight = _rotate(module, hook.transform, weight, not hook.transform.transposed)
             del module._forward_pre_hooks[key]
@@ -237,5 +249,4 @@ def _fold_module(module: nn.Linear) -> None:
 def _rotate(module: nn.Linear, transform: Transform, value: Tensor, transposed: bool) -> Tensor:
     rotation = module._modules[transform.name]
     assert isinstance(rotation, Rotation)
-    matrix = rotation.weight if rotation.perm is None else rotation.weight[rotation.perm][:, rotation.perm]
-    return ROTATE(value, matrix.double(), rotation.stored.scale, transposed, torch.float64, transform.name)
+    return ROTATE(value, rotation.weight.double(), rotation.stored.scale, transposed, torch.float64, transform.name)
