@@ -59,6 +59,10 @@ def test_eager_is_what_compressed_tensors_computes(case):
     name, made = case
     if name == "R3":
         pytest.skip("compressed-tensors 0.20 does not find the cache of transformers 5.24, and leaves keys as they are")
+    if name.startswith("two"):
+        pytest.skip(
+            "compressed-tensors 0.20 runs two groups' hooks in an order that does not undo what is in the weights"
+        )
     model = ctfp8.from_pretrained(made.folder)
     seen = {}
     for which, one in (("ours", model), ("theirs", made.hooked)):
@@ -104,6 +108,7 @@ def test_lowered_matmuls_are_found_and_fused_behind_transforms(case):
         "inverse input": 4,
         "u and v": 22,
         "two on one input": 4,
+        "two on one output": 4,
         "R3": 4,
     }
     assert names.count("aten.mm.default") == rotated_inputs[name]
@@ -186,7 +191,7 @@ BAD = {
     "a size that does not divide": (lambda s, c, g: g.update(head_dim=48), "head_dim=48 .*divide"),
     "no size": (lambda s, c, g: g.update(head_dim=-1), "head_dim: -1 is not a size"),
     "integers": (
-        lambda s, c, g: s.update({"a.R_input.weight": torch.ones(64, 64, dtype=torch.int8)}),
+        lambda s, c, g: s.update({"a.R_input.weight": torch.ones(64, 64, dtype=torch.int64)}),
         "floating-point",
     ),
     "an unknown type": (lambda s, c, g: g.update(type="butterfly"), "'butterfly'; known are hadamard"),

@@ -48,6 +48,12 @@ CASES: dict[str, dict[str, TransformScheme]] = {
         "a": TransformScheme(type="hadamard", head_dim=16, apply=_around("input", ["re:.*o_proj$"])),
         "b": TransformScheme(type="random-hadamard", apply=_around("input", ["re:.*o_proj$"])),
     },
+    "two on one output": {
+        "a": TransformScheme(
+            type="hadamard", head_dim=16, apply=_around("output", ["re:.*k_proj$"], inverse_first=True)
+        ),
+        "b": TransformScheme(type="random-hadamard", apply=_around("output", ["re:.*k_proj$"], inverse_first=True)),
+    },
     "R3": {"R3": TransformScheme(type="hadamard", head_dim=32, apply=_attention())},
 }
 
