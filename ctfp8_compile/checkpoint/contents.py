@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SchemeError
-from .files import FP8_DTYPE, Checkpoint, TensorInfo, check_config_file, checkpoint_files, nbytes
-from .formats import config_of_folder
+from .files import FP8_DTYPE, Checkpoint, TensorInfo, nbytes
+from .folder import check_config_file, of_folder
+from .formats import PLAIN, config_of_folder
+from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
+from .resolve import resolve
 from .scheme import Schemes
 from .transforms import describe_transforms, is_matrix
 
@@ -44,6 +47,7 @@ class Contents:
         format: the `quant_method` of its config.
         transforms: of a rotated checkpoint, each group of transforms, and where it is applied.
         bf16_bytes: what the model takes when decompressed.
+        notes: what its files and its config differ in; loading it warns of that.
     """
 
     model: str
@@ -56,6 +60,7 @@ class Contents:
     scale_bytes: int
     other_bytes: int
     bf16_bytes: int
+    notes: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -68,17 +73,21 @@ def look(folder: Path) -> Contents:
     Raises:
         CheckpointError: a file is missing or damaged, an index is wrong.
     """
-    files = checkpoint_files(folder)
+    notes = Notes()
+    files = of_folder(folder, notes)
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
     schemes, instead = _schemes(folder, config)
-    tensors = Checkpoint(files, {} if schemes is None else schemes.format.suffixes)
+    tensors = files.open(PLAIN if schemes is None else schemes.format)
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0
-    for name, info in seen_as_weights(tensors, packed).items():
+    tensors = seen_as_weights(tensors, packed)
+    for name, info in tensors.items():
         size = nbytes(info)
-        what = "the matrix of a transform" if is_matrix(name, tensors) else _what(name, info, schemes, why_not)
+        what = (
+            "the matrix of a transform" if is_matrix(name, tensors) else _what(name, tensors, schemes, why_not, notes)
+        )
         if name in packed:
             weight = packed[name]
             info, size = weight.packed, sum(map(nbytes, weight.parts.values()))
@@ -100,7 +109,7 @@ def look(folder: Path) -> Contents:
     described = Counter(row.what for row in rows if row.fp8)
     return Contents(
         model=", ".join(config.get("architectures") or [config.get("model_type", "unknown model")]),
-        files=len(files),
+        files=len(files.files),
         format="" if schemes is None else schemes.format.name,
         schemes=instead if schemes is None else "; ".join(described) or "no FP8 weights",
         transforms=() if schemes is None else describe_transforms(schemes.format.config),
@@ -109,6 +118,7 @@ def look(folder: Path) -> Contents:
         scale_bytes=scales,
         other_bytes=other,
         bf16_bytes=bf16,
+        notes=str(notes),
     )
 
 
@@ -118,7 +128,7 @@ def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]
         parts = (part.get("quantization_config") for part in config.values() if isinstance(part, dict))  # `text_config`
         quantization = config_of_folder(folder) or next(filter(None, parts), None)
         if quantization is None:
-            return None, "not quantized: config.json has no quantization_config"
+            return None, "config.json has no quantization_config"
         return Schemes(quantization), ""
     except SchemeError as error:
         return None, f"another format: {error}"
@@ -132,14 +142,15 @@ def _packed(tensors: Checkpoint, schemes: Schemes | None) -> tuple[dict[str, Pac
         return {}, str(error)
 
 
-def _what(name: str, info: TensorInfo, schemes: Schemes | None, why_not: str) -> str:
+def _what(name: str, tensors: Checkpoint, schemes: Schemes | None, why_not: str, notes: Notes) -> str:
+    info: TensorInfo = tensors[name]
     module, _, leaf = name.rpartition(".")
     if schemes is None:
         return "not a matrix" if len(info.shape) < 2 else f"{info.dtype} matrices"
     if info.dtype == FP8_DTYPE:
         try:
-            return str(schemes.scheme(module) or "no group of the config covers it")
-        except SchemeError as error:
+            return str(resolve(tensors, schemes, name, notes).scheme)
+        except (CheckpointError, SchemeError) as error:
             return str(error)
     if leaf == "weight_packed" or info.dtype in ("I8", "U8"):
         return f"another format: {why_not}"

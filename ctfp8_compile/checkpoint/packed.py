@@ -56,6 +56,11 @@ class PackedWeight:
     def packed_dtype(self) -> torch.dtype:
         return INTEGER_DTYPES[self.packed.dtype]
 
+    @property
+    def leaf(self) -> str:
+        """The last part of the packed tensor's name, in compressed-tensors' words."""
+        return next(leaf for leaf, part in self.parts.items() if part == self.packed)
+
     def decompress(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight's values, from the tensors of `parts`.
 
@@ -90,7 +95,7 @@ def find(tensors: Checkpoint, schemes: Schemes, read_shapes: bool = True) -> dic
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight_packed" or (leaf == "weight" and info.dtype in INTEGER_DTYPES and len(info.shape) == 2):
-            found[f"{module}.weight"] = _packed(tensors, schemes, module, info, read_shapes)
+            found[f"{module}.weight"] = _packed(tensors, schemes, module, leaf, read_shapes)
     return found
 
 
@@ -128,14 +133,9 @@ class PackedParameter:
     weights: Mapping[str, PackedWeight]
 
     @staticmethod
-    def of(target: str, layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
-        """Raises SchemeError if the values of merged weights cannot lie in one tensor."""
+    def of(layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
+        """The values of merged weights lie in one tensor: `model.mixed` is for those that cannot."""
         weights = {source: packed[source] for source in layout.sources}
-        kinds = {(weight.packed.dtype, weight.packed.shape[-1]): weight for weight in weights.values()}
-        if len(kinds) > 1:
-            raise SchemeError(
-                f"{target}: {' and '.join(str(w.packed) for w in kinds.values())} are merged, but differ in format."
-            )
         return PackedParameter(layout, dtype, weights)
 
     @property
@@ -152,14 +152,20 @@ class PackedParameter:
 
     def read(self, tensors: Checkpoint) -> dict[str, dict[str, Tensor]]:
         """By weight, all its tensors but the packed values."""
-        return {name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items() if part != weight.packed}
+        return {name: {leaf: tensors.value(part) for leaf, part in weight.parts.items() if part != weight.packed}
                 for name, weight in self.weights.items()}  # fmt: skip
+
+    def again(self, tensors: Checkpoint) -> tuple[Tensor, dict[str, Tensor]]:
+        """The parameter's value, and by their names in the file all tensors that it is made of, read anew."""
+        parts = {
+            name: {leaf: tensors.value(part) for leaf, part in w.parts.items()} for name, w in self.weights.items()
+        }
+        stored = {part.name: tensors.read_stored(part) for w in self.weights.values() for part in w.parts.values()}
+        return self.value(self.packed(parts), parts), stored
 
     def packed(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """What is carried to the parameter: the packed values of all weights, as the model's rows."""
-        return self.packed_layout.weight(
-            {n: parts[n][w.packed.name.rpartition(".")[2]] for n, w in self.weights.items()}
-        )
+        return self.packed_layout.weight({n: parts[n][w.leaf] for n, w in self.weights.items()})
 
     def value(self, packed: Tensor, others: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """The parameter as the model declares it, on the device of its packed values."""
@@ -168,7 +174,7 @@ class PackedParameter:
         rows = out.view(-1, layout.shape[-1])
         for name, weight in self.weights.items():
             parts = {leaf: tensor.to(packed.device) for leaf, tensor in others[name].items()}
-            parts[weight.packed.name.rpartition(".")[2]] = self.packed_layout.split_weight(packed, name)
+            parts[weight.leaf] = self.packed_layout.split_weight(packed, name)
             value = weight.decompress(parts, self.dtype)
             for p in layout.placements:
                 if p.source == name:
@@ -176,10 +182,13 @@ class PackedParameter:
         return out.transpose(-1, -2).contiguous() if layout.transposed else out
 
 
-def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorInfo, read_shapes: bool) -> PackedWeight:
-    group = schemes.group(module)
-    scheme = None if group is None else schemes.config.config_groups[group]
-    if group is None or scheme is None or scheme.weights is None or is_fp8(scheme.weights):
+def _packed(tensors: Checkpoint, schemes: Schemes, module: str, leaf: str, read_shapes: bool) -> PackedWeight:
+    packed = tensors[f"{module}.{leaf}"]
+    groups = schemes.config.config_groups
+    others = (name for name in schemes.covering(module) if (args := groups[name].weights) and not is_fp8(args))
+    group = next(others, None)
+    scheme = None if group is None else groups[group]
+    if group is None or scheme is None:
         raise SchemeError(
             f"{packed}: quantized in another format than FP8, but {schemes.describe(module)} of quantization_config covers it. "
             "Correct its targets or ignore list."
@@ -191,7 +200,6 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorIn
         raise SchemeError(
             f"{packed}: group {group!r} says format={scheme.format!r}, which compressed-tensors cannot decompress."
         ) from error
-    leaf = packed.name.rpartition(".")[2]
     missing = [name for name in names if name.startswith("weight") and f"{module}.{name}" not in tensors]
     if leaf not in names or missing:
         what = f"which needs {module}.{missing[0]}" if missing else f"which has no {leaf}"
@@ -199,7 +207,8 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorIn
             f"{packed}: group {group!r} says {format_}, {what}. The file does not fit its config; quantize it again."
         )
     parts = {name: tensors[f"{module}.{name}"] for name in (*names, *_ACTIVATIONS) if f"{module}.{name}" in tensors}
-    shape = _shape(tensors, packed, parts.get("weight_shape") if read_shapes else None, scheme)
+    shape = packed.shape if leaf == "weight" else ()
+    shape = shape or _shape(tensors, packed, parts.get("weight_shape") if read_shapes else None, scheme)
     _check_scales(packed, parts, shape, scheme)
     info = TensorInfo(f"{module}.weight", packed.file, PACKED, shape)
     return PackedWeight(info, packed, parts, group, format_, scheme)
@@ -214,8 +223,6 @@ def _shape(
             f"{packed}: not a matrix of packed values. The file does not fit its config; quantize it again."
         )
     rows, cols = packed.shape
-    if packed.name.endswith(".weight"):
-        return rows, cols
     held, bits = 8 * INTEGER_DTYPES[packed.dtype].itemsize, int(scheme.weights.num_bits)
     if stored is None:
         return rows, cols * held // bits

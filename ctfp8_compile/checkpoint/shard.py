@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, SchemeError
 from .files import decode_scale
-from .layout import Layout, Placement
+from .layout import Layout, Placement, Turned
 from .scheme import Scheme
 
 
@@ -168,6 +168,11 @@ def shard(layout: Layout, cuts: Cuts) -> Shard:
     """
     indices = held(layout.shape, cuts)
     name = layout.placements[0].source
+    if isinstance(layout, Turned):
+        raise SchemeError(
+            f"{name}: experts in one tensor of inputs × outputs are not cut into parts for several processes. Load the model in "
+            "one process, or take a checkpoint with one tensor per expert, as llm-compressor writes it."
+        )
     if not all(len(i) for i in indices):
         cut = next(cut for cut in cuts if not len(indices[cut.dim]))
         raise SchemeError(

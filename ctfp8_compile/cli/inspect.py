@@ -46,4 +46,6 @@ def _print(found: Contents) -> None:
         if found.fp8_bytes
         else ""
     )
+    if found.notes:
+        console.print(escape(f"Read as its files say: {found.notes}."), soft_wrap=True)
     console.print(f"{fp8}{size(found.other_bytes)}; in bf16 {size(found.bf16_bytes)}")

@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..ops import FP8
 from ..ops import cpu as cpu_kernels
 from ..registry import register
+from .adapters import match_ends_of_names
 from .parametrization import CAST, detach, quantized_parameters, stored_weight
 from .rotation import fold_
 from .storage import DetachFromMmap
@@ -33,6 +34,10 @@ class _KeepsFP8:
 
     # transformers overrides these two with a message of its own, so `_apply` alone would not be asked
     half = float = _refuse_cast
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        match_ends_of_names()  # whoever adds adapters asks for the modules first
+        return super().named_modules(*args, **kwargs)  # type: ignore[misc]
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         if requires_grad:

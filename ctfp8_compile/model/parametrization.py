@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn.utils import parametrize
 from ..checkpoint import files as ckpt
 from ..errors import CheckpointError, UsageError
 from ..ops import FP8
+from .adapters import removable
 from .dequantized import WRITE, Dequantized
 from .plan import QuantizedParameter
 
@@ -123,24 +123,12 @@ class Several(parametrize.ParametrizationList):
     """The parametrization of one FP8 parameter with others on top of it, such as PEFT's of an adapter, for one forward pass."""
 
     def append(self, module: nn.Module) -> Any:
-        return super().append(_removable(module))
+        return super().append(removable(module))
 
     def __delitem__(self, index: Any) -> None:
         super().__delitem__(index)
         if len(self) == 1:
             self.__class__ = Single  # type: ignore[assignment]
-
-
-def _removable(module: nn.Module) -> nn.Module:
-    """PEFT 0.21 adapts a parameter by one of two classes, and after the forward pass looks for the first alone to remove it.
-
-    The second would stay, and each forward pass add the adapter once more.
-    """
-    layer = sys.modules.get("peft.tuners.lora.layer")
-    removed, left = (getattr(layer, name, None) for name in ("_LoraParameterProxy", "_LoraFactorsProxy"))
-    if removed is not None and left is not None and type(module) is left and not issubclass(left, removed):
-        module.__class__ = type(left.__name__, (left, removed), {})
-    return module
 
 
 @functools.cache

@@ -162,7 +162,9 @@ def test_the_trainer_refuses_quantized_models_as_the_readme_says(model, tmp_path
 
 
 @pytest.mark.parametrize("name", ["qwen3moe/FP8_DYNAMIC", "qwen3moe/FP8_BLOCK", "mixtral/FP8"])
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's use of transformers
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # PEFT's use of transformers
 def test_adapters_of_experts_train_and_are_saved_like_those_of_plain_weights(name, tmp_path):
     """PEFT's `target_parameters`: a parametrization on top of ours, for each forward pass."""
     ids = IDS[:1, :12]
