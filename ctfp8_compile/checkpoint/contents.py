@@ -17,8 +17,11 @@ from .formats import PLAIN, config_of_folder
 from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
 from .resolve import resolve
-from .scheme import Schemes
+from .scheme import Schemes, heads_of
 from .transforms import describe_transforms, is_matrix
+
+#: What models call tables of embeddings.
+_EMBEDDING = re.compile(r"(^|\.)([\w.]*embed\w*|wte|wpe|shared)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ def look(folder: Path) -> Contents:
     config = json.loads((folder / "config.json").read_text())
     schemes, instead = _schemes(folder, config)
     tensors = files.open(PLAIN if schemes is None else schemes.format)
+    if schemes is not None:  # there is no model to ask which modules are embeddings
+        schemes.embeddings |= {name.rpartition(".")[0] for name in tensors if _EMBEDDING.search(name)}
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0
@@ -129,7 +134,9 @@ def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]
         quantization = config_of_folder(folder) or next(filter(None, parts), None)
         if quantization is None:
             return None, "config.json has no quantization_config"
-        return Schemes(quantization), ""
+        schemes = Schemes(quantization)
+        schemes.heads = heads_of(config)
+        return schemes, ""
     except SchemeError as error:
         return None, f"another format: {error}"
 

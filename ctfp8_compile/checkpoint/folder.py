@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Folder:
         found: transformers finds these files by itself.
         stale: tensors of the files that the index does not name.
         missing: what the index names, and no file has.
+        absent: what the index says is in a file that is not there, and that file; the model may not need it.
     """
 
     files: tuple[Path, ...]
@@ -36,6 +37,7 @@ class Folder:
     found: bool = True
     stale: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def open(self, format: Format = PLAIN) -> Checkpoint:
         """The tensors of the checkpoint.
@@ -53,7 +55,7 @@ def of_folder(folder: str | Path, notes: Notes | None = None) -> Folder:
         notes: where index and files differ is noted here.
 
     Raises:
-        CheckpointError: no weights, an unreadable index, a shard that is missing or lies outside the folder.
+        CheckpointError: no weights, an unreadable index, a shard that lies outside the folder, none that is there.
     """
     folder = Path(folder)
     if (folder / INDEX_FILE).is_file():
@@ -81,13 +83,14 @@ def of_files(files: Iterable[str | Path], notes: Notes | None = None, needed: Co
 
 def _indexed(folder: Path, notes: Notes, needed: Container[str] = ()) -> Folder:
     index, weight_map = _read_index(folder)
-    files = tuple(folder / name for name in sorted(set(weight_map.values())))
+    files = tuple(folder / name for name in sorted(set(weight_map.values())) if (folder / name).is_file())
     holders: dict[str, list[Path]] = {}
     for file in files:
         for name in names_in(file):
             holders.setdefault(name, []).append(file)
     where: dict[str, Path] = {}
     missing = []
+    absent: dict[str, str] = {}
     for name, shard in weight_map.items():
         found = holders.get(name, [])
         if folder / shard in found:
@@ -100,10 +103,14 @@ def _indexed(folder: Path, notes: Notes, needed: Container[str] = ()) -> Folder:
             raise CheckpointError(
                 f"{INDEX_FILE} says that {name} is in {shard}, but it is in {others}. Correct the index."
             )
-        else:
+        elif folder / shard in files:
             missing.append(name)
+        else:
+            absent[name] = shard
     stale, added = _unnamed(holders, where, needed)
     where |= added
+    for name, shard in absent.items():
+        notes.add(f"in {shard}, says {INDEX_FILE}, which is missing", name)
     if missing:
         notes.add(f"named in {INDEX_FILE}, and in none of its files", *missing)
     if stale:
@@ -116,8 +123,8 @@ def _indexed(folder: Path, notes: Notes, needed: Container[str] = ()) -> Folder:
     both = (folder / SINGLE_FILE).is_file() and folder / SINGLE_FILE not in files
     if both:
         notes.add(f"not one of the files that {INDEX_FILE} names; not read", SINGLE_FILE)
-    usual = isinstance(index.get("metadata"), dict) and not both
-    return Folder(_in_order(files, where, copies), where, usual, tuple(stale), tuple(missing))
+    usual = isinstance(index.get("metadata"), dict) and not both and {f.name for f in files} == set(weight_map.values())
+    return Folder(_in_order(files, where, copies), where, usual, tuple(stale), tuple(missing), absent)
 
 
 def _unnamed(
@@ -171,8 +178,8 @@ def _read_index(folder: Path) -> tuple[Mapping[str, object], Mapping[str, str]]:
     for shard in sorted(set(weight_map.values())):
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise CheckpointError(f"{INDEX_FILE}: the shard path {shard!r} leaves the checkpoint's folder; refused.")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{INDEX_FILE} names the shard {shard}, which is missing. Download it again.")
+    if not any((folder / shard).is_file() for shard in weight_map.values()):
+        raise CheckpointError(f"{INDEX_FILE}: none of the files it names is there. Download them again.")
     return index, weight_map
 
 

@@ -28,13 +28,29 @@ class Grid:
     block: tuple[int, int]
     runs: tuple[int, int] = (1, 1)
 
+    def __str__(self) -> str:
+        """In words: `128x128 that begin anew in each of 4 parts`."""
+        size = "x".join(str(n or "all") for n in self.block)
+        return size if self.whole else f"{size} that begin anew in each of {math.prod(self.runs)} parts"
+
     def shape(self, rows: int, cols: int) -> tuple[int, int]:
         """How many blocks a weight has."""
         return self._count(0, rows), self._count(1, cols)
 
     def fits(self, rows: int, cols: int, found: Sequence[int]) -> bool:
-        """Whether a scale of this shape holds one value for each block, in their order, whatever dimensions of 1 it has."""
-        return squeezed(found) == squeezed(self.shape(rows, cols))
+        """Whether a scale of this shape holds one value for each block, in their order.
+
+        A list has one for each row or column of blocks. A matrix is as the blocks lie; that of single rows may lie on its side.
+        """
+        shape, found = self.shape(rows, cols), as_matrix(found)
+        if len(found) != 2 or 1 not in found or math.prod(found) == 1 or self.block in ((1, 0), (0, 1)):
+            return squeezed(found) == squeezed(shape)
+        return tuple(found) == shape
+
+    def borders(self, rows: int, cols: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The first row and the first column of each block: grids with the same ones mean the same."""
+        high, wide = self._starts(0, rows).tolist(), self._starts(1, cols).tolist()
+        return tuple(high), tuple(wide)
 
     @property
     def whole(self) -> bool:
@@ -95,6 +111,11 @@ class Grid:
         """Where each block begins."""
         run, block = self._run(dim, size)
         return torch.cat([torch.arange(first, first + run, block) for first in range(0, size, run)])
+
+
+def as_matrix(found: Sequence[int]) -> Sequence[int]:
+    """The shape of a grid of scales, of which ModelOpt writes `[rows, 1, columns, 1]`."""
+    return (found[0], found[2]) if len(found) == 4 and found[1] == found[3] == 1 else found
 
 
 def squeezed(shape: Sequence[int]) -> tuple[int, ...]:

@@ -118,4 +118,4 @@ _PARAMETERS = frozenset(
     [f"{of}_{what}" for of in ("weight", "input", "output") for what in ("scale", "zero_point", "global_scale")]
     + ["weight_g_idx", "weight_shape"]
 )
-_CACHE_SCALE = re.compile(r"\.([kvq]_scale|kv_scale|[kvq]_zero_point|[kv]_proj\.output_scale)$")
+_CACHE_SCALE = re.compile(r"\.([kvq]_scale|kv_scale|[kvq]_zero_point|kv_zero_point|[kv]_proj\.output_scale|[kv]_bias)$")

@@ -1,4 +1,5 @@
-"""Weights of a mixed file that are not FP8 (INT8, packed INT4, NVFP4): compressed-tensors' own code decompresses them.
+"""Weights of a mixed file that are not FP8 (INT8, packed INT4, NVFP4), or FP8 with zero points: compressed-tensors' own code
+decompresses them.
 
 A file may quantize some layers to FP8 and others to another format. No kernel here reads the others; so that the whole model
 runs, they are made plain weights once, while loading. Their values are carried to the parameter as they are, like FP8 values,
@@ -54,7 +55,7 @@ class PackedWeight:
 
     @property
     def packed_dtype(self) -> torch.dtype:
-        return INTEGER_DTYPES[self.packed.dtype]
+        return torch.float8_e4m3fn if self.packed.dtype == FP8_DTYPE else INTEGER_DTYPES[self.packed.dtype]
 
     @property
     def leaf(self) -> str:
@@ -94,9 +95,31 @@ def find(tensors: Checkpoint, schemes: Schemes, read_shapes: bool = True) -> dic
     found = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed" or (leaf == "weight" and info.dtype in INTEGER_DTYPES and len(info.shape) == 2):
+        integers = leaf == "weight" and info.dtype in INTEGER_DTYPES and len(info.shape) == 2
+        if leaf == "weight_packed" or integers or (leaf == "weight" and is_shifted(tensors, schemes, module)):
             found[f"{module}.weight"] = _packed(tensors, schemes, module, leaf, read_shapes)
     return found
+
+
+def is_shifted(tensors: Checkpoint, schemes: Schemes, module: str) -> bool:
+    """Whether the FP8 weight of a module is asymmetric: its zero points are not all zero, and its group says that it has some.
+
+    Raises:
+        SchemeError: it is a stack of matrices.
+    """
+    weight, zero = tensors.get(f"{module}.weight"), tensors.get(f"{module}.weight_zero_point")
+    if weight is None or zero is None or weight.dtype != FP8_DTYPE:
+        return False
+    groups = (schemes.config.config_groups[name].weights for name in schemes.covering(module))
+    if not any(args is not None and is_fp8(args) and not args.symmetric for args in groups):
+        return False
+    if not tensors.read_stored(zero).float().any():
+        return False
+    if len(weight.shape) != 2:
+        raise SchemeError(
+            f"{weight}: asymmetric, and a stack of matrices, which is not read. Store one for each expert."
+        )
+    return True
 
 
 def seen_as_weights(tensors: Checkpoint, packed: Mapping[str, PackedWeight]) -> Checkpoint:
@@ -109,13 +132,18 @@ def sentence(packed: Iterable[PackedWeight], dtype: torch.dtype) -> str:
     """What decompressing costs: `6 weights are not FP8 (4-bit int, pack-quantized): …`."""
     weights = list(packed)
     kinds = sorted({weight.kind for weight in weights})
+    what = "are FP8 with zero points" if all(map(_is_fp8, weights)) else f"are not FP8 ({'; '.join(kinds)})"
     values = sum(math.prod(weight.info.shape) for weight in weights) * dtype.itemsize
     stored = sum(nbytes(part) for weight in weights for part in weight.parts.values())
     return (
-        f"{len(weights)} weights, such as {weights[0].info.name}, are not FP8 ({'; '.join(kinds)})"
+        f"{len(weights)} weights, such as {weights[0].info.name}, {what}"
         f": decompressed to {str(dtype).removeprefix('torch.')} by compressed-tensors, they take {values:,} bytes of memory "
         f"where the file has {stored:,}"
     )
+
+
+def _is_fp8(weight: PackedWeight) -> bool:
+    return weight.packed.dtype == FP8_DTYPE
 
 
 @dataclass(frozen=True)
@@ -185,8 +213,9 @@ class PackedParameter:
 def _packed(tensors: Checkpoint, schemes: Schemes, module: str, leaf: str, read_shapes: bool) -> PackedWeight:
     packed = tensors[f"{module}.{leaf}"]
     groups = schemes.config.config_groups
-    others = (name for name in schemes.covering(module) if (args := groups[name].weights) and not is_fp8(args))
-    group = next(others, None)
+    shifted = packed.dtype == FP8_DTYPE
+    fitting = (name for name in schemes.covering(module) if (args := groups[name].weights) and is_fp8(args) == shifted)
+    group = next((name for name in fitting if not shifted or not groups[name].weights.symmetric), None)
     scheme = None if group is None else groups[group]
     if group is None or scheme is None:
         raise SchemeError(
@@ -218,7 +247,7 @@ def _shape(
     tensors: Checkpoint, packed: TensorInfo, stored: TensorInfo | None, scheme: QuantizationScheme
 ) -> tuple[int, ...]:
     """Of the weight: stored in the file, or what the packed values hold."""
-    if packed.dtype not in INTEGER_DTYPES or len(packed.shape) != 2:
+    if packed.dtype not in (*INTEGER_DTYPES, FP8_DTYPE) or len(packed.shape) != 2:
         raise CheckpointError(
             f"{packed}: not a matrix of packed values. The file does not fit its config; quantize it again."
         )

@@ -8,7 +8,7 @@ says so. A shape that fits several schemes, or none, is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, SchemeError
@@ -20,7 +20,7 @@ from .files import (
     input_scale_name,
     scale_name,
 )
-from .grid import Grid
+from .grid import Grid, as_matrix, squeezed
 from .notes import Notes
 from .scheme import Scheme, Schemes, UnlikeError, strategy_of
 
@@ -81,7 +81,7 @@ def resolve(tensors: Checkpoint, schemes: Schemes, name: str, notes: Notes) -> R
         activation = said.activation
     elif groups:
         activation = schemes.activation_of_group(groups[0])
-    grid = _by_shape(weight, scale, schemes.blocks(), said)
+    grid = _by_shape(weight, scale, schemes.blocks(), said, schemes.heads)
     if said is not None and said.activation == "group" and grid.block[1] != 128:
         activation = "none"
     scheme = Scheme("", grid.common(*weight.shape[-2:]), activation, exponents)
@@ -100,7 +100,7 @@ def by_shape(weight: TensorInfo, scale: TensorInfo) -> Scheme:
     Raises:
         CheckpointError: it says none, or several.
     """
-    block = _by_shape(weight, scale, [], None).block
+    block = _by_shape(weight, scale, [], None, ()).block
     return Scheme(strategy_of(block), block, "none", scale.dtype in EXPONENT_DTYPES)
 
 
@@ -179,7 +179,7 @@ def _fits(grid: Grid, weight: TensorInfo, found: Sequence[int]) -> bool:
 
 def _runs(rows: int, cols: int, found: Sequence[int], block: tuple[int, int]) -> list[tuple[int, int]]:
     """Into how many equal runs the rows, or the columns, can be cut so that as many blocks come of it."""
-    found = [n for i, n in enumerate(found) if n != 1 or len(found) < 3 or i % 2 == 0]  # as ModelOpt writes them
+    found = as_matrix(found)
     if len(found) != 2:
         return []
     many = [(n, 1) for n in _divisors(rows)] + [(1, n) for n in _divisors(cols)]
@@ -190,7 +190,13 @@ def _divisors(size: int) -> list[int]:
     return [n for n in range(2, size // _SMALLEST_RUN + 1) if size % n == 0]
 
 
-def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int, int]], said: Scheme | None) -> Grid:
+def _by_shape(
+    weight: TensorInfo,
+    scale: TensorInfo,
+    blocks: Sequence[tuple[int, int]],
+    said: Scheme | None,
+    heads: Container[int],
+) -> Grid:
     """The only grid of FP8 weights that gives a scale of this shape.
 
     Raises:
@@ -200,37 +206,40 @@ def _by_shape(weight: TensorInfo, scale: TensorInfo, blocks: Sequence[tuple[int,
     found = _of_matrices(weight, scale)
     if math.prod(found) == 1:
         return Grid((0, 0))
-    wide = squeezed_last(found)
-    groups = [cols // wide] if wide and cols % wide == 0 and cols // wide >= _SMALLEST_GROUP and wide > 1 else []
-    named = [block for block in blocks if _fits(Grid(block), weight, found)]
-    usual = [(1, 0), *((n, n) for n in _SQUARES), *((1, n) for n in (32, 64, 128, *groups))]
-    if len(weight.shape) > 2:
-        usual.append((0, 1))  # rows are inputs, columns outputs
-    fitting = named or [block for block in usual if _fits(Grid(block), weight, found)]
-    fitting = [block for block in fitting if Grid(block).shape(rows, cols) == tuple(found)] or fitting
-    distinct = {_meaning(block, rows, cols): block for block in reversed(fitting)}
-    if len(distinct) == 1:
-        return Grid(next(iter(distinct.values())))
-    if distinct:
-        what = " or ".join(f"{b[0] or rows}x{b[1] or cols}" for b in distinct.values())
-        raise CheckpointError(
-            f"{scale}: fits {weight} in blocks of {what}, and quantization_config does not say which. Add a group for it "
-            "(config_groups: targets, weights.strategy, weights.block_structure)."
-        )
-    cut = [Grid(b, r) for b in dict.fromkeys(blocks) if min(b) > 1 for r in _runs(rows, cols, found, b)]
-    if len(cut) == 1 and scale.dtype != "U8":  # which may be the bytes of anything
-        return cut[0]
-    raise _unreadable(weight, scale, said, cut)
+    fitting = [Grid(block) for block in blocks if _fits(Grid(block), weight, found)]
+    if not fitting:
+        fitting = _unnamed(weight, found)
+        if scale.dtype != "U8":  # which may be the bytes of anything
+            fitting += [Grid(b, r) for b in dict.fromkeys(blocks) if min(b) > 1 for r in _runs(rows, cols, found, b)]
+    distinct = {grid.borders(rows, cols): grid for grid in reversed(fitting)}
+    by_head = [grid for grid in distinct.values() if math.prod(grid.runs) in heads and not grid.whole]
+    if len(distinct) == 1 or len(by_head) == 1:
+        return by_head[0] if by_head else next(iter(distinct.values()))
+    if not distinct:
+        raise _unreadable(weight, scale, said)
+    what = " or ".join(map(str, distinct.values()))
+    raise CheckpointError(
+        f"{scale}: fits {weight} in blocks of {what}, and quantization_config does not say which. Store one scale for each row "
+        f"instead, as [{rows}, {scale.shape[-1]}], or add a group that says it (strategy, block_structure)."
+    )
 
 
-def _unreadable(weight: TensorInfo, scale: TensorInfo, said: Scheme | None, cut: Sequence[Grid]) -> CheckpointError:
+def _unnamed(weight: TensorInfo, found: Sequence[int]) -> list[Grid]:
+    """The grids that files have whose config does not say, of those that give a scale of this shape."""
     rows, cols = weight.shape[-2:]
-    if cut:
-        many = " or ".join(f"{math.prod(grid.runs)}" for grid in cut)
-        return CheckpointError(
-            f"{scale}: more scales than {weight} has blocks. They could be those of {many} parts of it, each in blocks of its "
-            f"own, and the file does not say how many. Store one scale for each row instead, as [{rows}, {scale.shape[-1]}]."
-        )
+    some = squeezed(found)
+    wide = some[-1] if len(some) > 1 else 0
+    groups = [cols // wide] if wide > 1 and cols % wide == 0 and cols // wide >= _SMALLEST_GROUP else []
+    usual = [Grid(b) for b in ((1, 0), *((n, n) for n in _SQUARES), *((1, n) for n in (32, 64, 128, *groups)))]
+    if len(weight.shape) > 2:
+        usual.append(Grid((0, 1)))  # rows are inputs, columns outputs
+    fitting = [grid for grid in usual if _fits(grid, weight, found)]
+    fitting = fitting or [grid for grid in usual if grid.fits(rows, cols, found)]
+    return [grid for grid in fitting if grid.shape(rows, cols) == tuple(as_matrix(found))] or fitting
+
+
+def _unreadable(weight: TensorInfo, scale: TensorInfo, said: Scheme | None) -> CheckpointError:
+    rows, cols = weight.shape[-2:]
     want = "" if said is None else f" with {said}; expected shape {list(Grid(said.block).shape(rows, cols))}"
     if said is not None and said.strategy in ("tensor", "channel"):
         want = f" with {said}; expected shape {[1] if said.strategy == 'tensor' else [rows, 1]}"
@@ -238,15 +247,3 @@ def _unreadable(weight: TensorInfo, scale: TensorInfo, said: Scheme | None, cut:
         f"{scale}: does not fit {weight.name} {list(weight.shape)}{want}; its shape does not say how it is quantized either. Add "
         "a group of quantization_config that does (strategy, block_structure; weight_block_size), or quantize it again."
     )
-
-
-def _meaning(block: tuple[int, int], rows: int, cols: int) -> tuple[int, int]:
-    """Blocks that reach beyond a weight are the same as one that has it all."""
-    high, wide = block
-    return (high if 0 < high < rows else 0, wide if 0 < wide < cols else 0)
-
-
-def squeezed_last(found: Sequence[int]) -> int:
-    """Columns of a grid of scales, in any of its shapes."""
-    some = [n for n in found if n != 1]
-    return some[-1] if len(some) > 1 else 0

@@ -62,7 +62,8 @@ class Scheme:
         return ((math.ceil(rows / self.block[0]), math.ceil(cols / self.block[1])),)
 
     def __str__(self) -> str:
-        size = f" {self.block[0]}x{self.block[1]}" if self.strategy in ("block", "group") else ""
+        high, wide = (size or "all" for size in self.block)
+        size = f" {high}x{wide}" if self.strategy in ("block", "group") else ""
         return f"{self.strategy}{size}{' power-of-two' * self.exponents} weights, {self.activation} activations"
 
 
@@ -74,6 +75,8 @@ class Schemes:
 
     Attributes:
         format: how the checkpoint spells its config and its tensors' names.
+        heads: numbers of heads of the model's attention, in which weights may have been quantized one by one.
+        embeddings: names of modules that are embeddings; all others are taken for Linears.
 
     Raises:
         SchemeError: a method we do not know, or a config its own classes refuse.
@@ -107,8 +110,10 @@ class Schemes:
         self._group_of_target: dict[str, str] = {
             target: name for name, group in self.config.config_groups.items() for target in group.targets
         }
+        self.heads: frozenset[int] = frozenset()
         self._schemes: dict[str, Scheme] = {}
-        self._covering: dict[str, list[str]] = {}
+        self.embeddings: set[str] = set()
+        self._covering: dict[tuple[str, bool], list[str]] = {}
         for name in (*self._group_of_target, *(self.config.ignore or ())):
             try:
                 regex.compile(name.removeprefix("re:") if name.startswith("re:") else "")
@@ -124,18 +129,22 @@ class Schemes:
         return None if self.ignores(module_name) else next(iter(self.covering(module_name)), None)
 
     def covering(self, module_name: str) -> list[str]:
-        """Names of all groups that cover a Linear of this name, whatever the ignore list says: those that name it first, then
+        """Names of all groups that cover a module of this name, whatever the ignore list says: those that name it first, then
         those that name it fused or unfused, then those that name its class."""
-        if module_name not in self._covering:
+        kind, key = self._kind(module_name), (module_name, module_name in self.embeddings)
+        if key not in self._covering:
             targets = self._group_of_target
-            named = [t for name in (module_name, *aliases(module_name)) for t in _named(name, targets)]
-            found = [self._group_of_target[t] for t in (*named, *_matches(module_name, targets))]
-            self._covering[module_name] = list(dict.fromkeys(found))
-        return self._covering[module_name]
+            named = [t for name in (module_name, *aliases(module_name)) for t in _named(name, targets, kind)]
+            found = [self._group_of_target[t] for t in (*named, *_matches(module_name, targets, kind))]
+            self._covering[key] = list(dict.fromkeys(found))
+        return self._covering[key]
 
     def ignores(self, module_name: str) -> bool:
         """Whether the config's ignore list names a Linear of this name in the checkpoint."""
-        return bool(_matches(module_name, self.config.ignore or ()))
+        return bool(_matches(module_name, self.config.ignore or (), self._kind(module_name)))
+
+    def _kind(self, module_name: str) -> torch.nn.Module:
+        return _EMBEDDING if module_name in self.embeddings else _LINEAR
 
     def describe(self, module_name: str) -> str:
         """The group that covers a module, in words: `group 'group_1' (4-bit int weights)`."""
@@ -201,19 +210,19 @@ class UnlikeError(SchemeError):
     """A group is not one of FP8 weights that a file could hold."""
 
 
-def _named(module_name: str, targets: Iterable[str]) -> list[str]:
+def _named(module_name: str, targets: Iterable[str], kind: torch.nn.Module) -> list[str]:
     """The targets that are a module's name or match it, without those that are its class."""
-    return [t for t in _matches(module_name, targets) if t == module_name or "*" in t or t.startswith("re:")]
+    return [t for t in _matches(module_name, targets, kind) if t == module_name or "*" in t or t.startswith("re:")]
 
 
-def _matches(module_name: str, targets: Iterable[str]) -> list[str]:
-    """The targets that match a Linear of this name, in compressed-tensors' order: names, expressions, classes.
+def _matches(module_name: str, targets: Iterable[str], kind: torch.nn.Module) -> list[str]:
+    """The targets that match a module of this name and kind, in compressed-tensors' order: names, expressions, classes.
 
     Expressions come from a file, and may be ones that take longer than the universe; so they are matched here, in bounded time.
     """
     words = [t for t in targets if not t.startswith("re:")]
-    plain = match_targets(module_name, _LINEAR, words)
-    plain += [t for t in words if t.lower() == "linear" and t not in plain]
+    plain = match_targets(module_name, kind, words)
+    plain += [t for t in words if t.lower() == "linear" and kind is _LINEAR and t not in plain]
     names = [t for t in words if t == module_name or ("*" in t and fnmatch.fnmatchcase(module_name, t))]
     expressions = sorted(t for t in targets if t.startswith("re:") and matches_expression(module_name, t))
     return [*names, *expressions, *(t for t in plain if t not in names)]
@@ -237,15 +246,13 @@ def matches_expression(module_name: str, target: str) -> bool:
 
 
 _SECONDS = 2.0
-_LINEAR = torch.nn.Linear(1, 1, device="meta")
+_LINEAR, _EMBEDDING = torch.nn.Linear(1, 1, device="meta"), torch.nn.Embedding(1, 1, device="meta")
 
 
 def _reduce(scheme: QuantizationScheme, bound: float | None) -> Scheme:
     weights = scheme.weights
     block = _block(weights)
     assert weights is not None
-    if not weights.symmetric:
-        raise SchemeError("asymmetric FP8 weights (zero points) are not supported")
     if scheme.output_activations is not None:
         raise SchemeError("quantized outputs (output_activations) are not supported")
     activation = _activation(scheme.input_activations, bound)
@@ -291,6 +298,13 @@ def _activation(args: QuantizationArgs | None, bound: float | None) -> str:
     raise SchemeError(
         f"activation strategy {strategy!r} with dynamic={dynamic}, group_size={args.group_size} is unknown"
     )
+
+
+def heads_of(config: Mapping[str, Any]) -> frozenset[int]:
+    """The numbers of heads that a `config.json`, or a part of it, names."""
+    found = {n for k, n in config.items() if str(k).endswith("_heads") and isinstance(n, int)}
+    parts = (heads_of(part) for part in config.values() if isinstance(part, Mapping))
+    return frozenset(found).union(*parts) - {0, 1}
 
 
 def is_fp8(args: QuantizationArgs) -> bool:

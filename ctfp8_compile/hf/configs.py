@@ -16,8 +16,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file
-from ..checkpoint.formats import SIDE_FILE, legacy_config, read_side_file
-from ..checkpoint.inferred import SPELLED, infer
+from ..checkpoint.formats import SIDE_FILE, SPELLED_ANYHOW, legacy_config, read_side_file
+from ..checkpoint.inferred import infer
 from ..checkpoint.scheme import Schemes
 from ..errors import SchemeError
 from .compat import cached_file
@@ -78,14 +78,21 @@ def private_config(
         ]:  # use_cache=False, num_labels=3
             setattr(config, name, kwargs.pop(name))
     config = copy.deepcopy(config)
-    if given is not None:
-        config.quantization_config = given
-    elif getattr(config, "quantization_config", None) is None and (legacy := legacy_config(vars(config))) is not None:
+    if getattr(config, "quantization_config", None) is None and (legacy := legacy_config(vars(config))) is not None:
         config.quantization_config = legacy
     found = {name: held for name, part in _parts(config).items() if (held := _held(part)) is not None}
     side_file = cached_file(path_or_id, SIDE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
     if not found and side_file:
         found = {"": read_side_file(Path(side_file))}
+    if found and given is not None:
+        raise SchemeError(
+            f"{path_or_id}: its config.json has a quantization_config, so do not pass one. Correct it there."
+        )
+    if not found and given is not None:
+        given = given if isinstance(given, Mapping) else given.to_dict()
+        Schemes(given)
+        config.quantization_config = Config.of(given, strict)
+        return config, Holders({"": given})
     if not found and (inferred := _inferred(files)) is not None:
         config.quantization_config = Config.of(inferred, strict)
         return config, Holders(inferred=True)
@@ -124,7 +131,7 @@ def _inferred(files: Folder | None) -> Mapping[str, Any] | None:
     """The config of a folder that has none, from the shapes of its scales; None where no FP8 weight has a scale."""
     if files is None:
         return None
-    tensors = files.open(SPELLED)
+    tensors = files.open(SPELLED_ANYHOW)
     beside = (ckpt.scale_name(name) in tensors for name, info in tensors.items() if info.dtype == ckpt.FP8_DTYPE)
     return infer(tensors) if any(beside) else None
 

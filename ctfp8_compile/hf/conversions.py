@@ -113,6 +113,28 @@ def merged(arrived: Arrivals) -> list[str]:
     return [name for sources in arrived.values() for name, pattern in sources if pattern is not None]
 
 
+def check_absent(model: Any, absent: Mapping[str, str], declared: Mapping[str, Tensor]) -> None:
+    """Refuses a checkpoint of which files are missing that the model needs.
+
+    Args:
+        absent: by name, tensors that an index says are in a file that is not there, and that file.
+
+    Raises:
+        CheckpointError: one of them is a parameter of the model, or a part of one.
+    """
+    conversions = get_model_conversion_mapping(model) if absent else []
+    conversions += per_expert_conversions(model, conversions)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    for name, shard in absent.items():
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
+        if target in declared or name in declared:
+            raise CheckpointError(
+                f"{ckpt.INDEX_FILE} names the shard {shard}, which is missing, and the model needs {name} of it. Download it "
+                "again."
+            )
+
+
 def turning(layouts: Mapping[str, Layout], mixed: Mapping[str, Any]) -> list[WeightConverter]:
     """Conversions for parameters that are one tensor of the file, transposed: transformers knows none for them."""
     tails = dict.fromkeys(

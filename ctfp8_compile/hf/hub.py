@@ -15,6 +15,7 @@ from ..checkpoint.formats import write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
+from ..checkpoint.packed import is_shifted
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, UsageError
 from ..inductor import recipe
@@ -56,6 +57,7 @@ def from_pretrained(
             `dtype`; files that their quantization_config or their index do not fit, which are read as they are.
         compile: also do what `ctfp8.compile(model)` does, with a dict of its arguments if one is given.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
+            `quantization_config`, of a file that has none, says how it is quantized; without one the shapes of scales do.
             `dtype` is what FP8 weights dequantize to and what the other weights are loaded in. With
             `distributed_config=DistributedConfig(tp_size=N)`, on N processes started by torchrun, each has a part.
 
@@ -164,12 +166,18 @@ def prepare(model: Any) -> Any:
             )
     weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
+    quantizer.schemes.embeddings |= {name for name, module in fp8.items() if isinstance(module, nn.Embedding)}
     _refuse_decompressed(model, quantizer.schemes, fp8)
     found = []
     notes = Notes()
     for name, module in fp8.items():
         own = {f"{name}.{k}": v for k, v in module.state_dict().items()}
         tensors = ckpt.InMemory(own)
+        if is_shifted(tensors, quantizer.schemes, name):
+            raise UsageError(
+                f"{name}.weight has zero points, and only loading dequantizes such a weight. Load the checkpoint with "
+                "ctfp8.from_pretrained."
+            )
         info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype, notes)
         leftovers(tensors, used_names(info.scales, map(ckpt.input_scale_name, info.input_scales)), notes)
         found.append((module, info, *read_scales(tensors, info)))

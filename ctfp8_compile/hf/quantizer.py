@@ -24,17 +24,19 @@ from ..checkpoint.folder import of_files
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
-from ..checkpoint.scheme import Schemes
+from ..checkpoint.scheme import Schemes, heads_of
 from ..checkpoint.shard import Cuts
 from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..model import rotation
 from ..model.mixed import MixedParameter, is_mixed, mix
 from ..model.mixed import sentence as mixed_sentence
-from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
+from ..model.parametrization import Dequantize, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..model.ranks import is_first
 from ..ops import FP8
+from .cache_scales import CacheScales, cache_sentence, read_cache_scales
+from .cache_shapes import cache_shapes
 from .compat import (
     HfQuantizer,
     QuantizationConfigMixin,
@@ -45,7 +47,18 @@ from .compat import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from .conversions import Arrivals, PlaceRows, arrivals, layouts, merged, modules, per_expert_conversions, turning
+from .conversions import (
+    Arrivals,
+    PlaceRows,
+    arrivals,
+    check_absent,
+    layouts,
+    merged,
+    modules,
+    per_expert_conversions,
+    turning,
+)
+from .embeddings import attach_tied, embedding_names, leave_tied, untie
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 from .rotated_attention import rotate_attention
@@ -113,6 +126,8 @@ class Quantizer(HfQuantizer):
         self.cache_scales: dict[str, Tensor] = {}
         #: Of a rotated checkpoint, the transforms of activations.
         self.transforms = read_transforms(self.schemes.format.config)
+        #: What they say.
+        self.cache = CacheScales()
         #: Of the file, by its names, what no weight uses: saved as it was.
         self.unused: dict[str, Tensor] = {}
         #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
@@ -139,8 +154,10 @@ class Quantizer(HfQuantizer):
             check_heads(model)
             mark_local(model)
         notes = Notes()
+        self.schemes.heads = heads_of(model.config.to_dict())
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
+        check_absent(model, folder.absent, declared)
         tensors = folder.open(self.schemes.format)
         self.stale = folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
@@ -153,7 +170,9 @@ class Quantizer(HfQuantizer):
             arrived = arrivals(model, tensors, declared)
             targets = {tensors[n].name: target for target, sources in arrived.items() for n, _ in sources}
             self.source = Source(folder.files, all_of_it, targets)
-            for target, layout in layouts(model, tensors, declared, arrived).items():
+            found = layouts(model, tensors, declared, arrived)
+            self.schemes.embeddings |= embedding_names(model, found)
+            for target, layout in found.items():
                 dtype = declared[target].dtype
                 if is_mixed(layout, tensors, packed):
                     self.mixed[target] = mix(tensors, self.schemes, layout, dtype, packed, notes)
@@ -167,7 +186,7 @@ class Quantizer(HfQuantizer):
                 self._accept_packed(model, packed)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self.others = {target: info.read(tensors) for target, info in self.packed.items()}
-            self._set_leftovers_aside(tensors, notes)
+            self._set_leftovers_aside(model, tensors, notes)
             self._place_transforms(model, tensors, arrived)
             if self.mixed:
                 self._accept_mixed(model)
@@ -176,6 +195,7 @@ class Quantizer(HfQuantizer):
             path, _, leaf = target.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
+        untie(model, self.plans, tensors)
         # the scales were read above; the loader finds no place for them, which is as it should be
         leaves = {part.name.rpartition(".")[2] for weight in packed.values() for part in weight.parts.values()}
         leaves |= {info.name.rpartition(".")[2] for name, info in tensors.items() if name.endswith("_scale")}
@@ -194,7 +214,8 @@ class Quantizer(HfQuantizer):
     def _accept_packed(self, model: Any, packed: Mapping[str, PackedWeight]) -> None:
         """Says what weights in other formats than FP8 cost, or refuses them."""
         what = sentence(packed.values(), model.dtype)
-        if self.strict or not (self.plans or self.mixed):
+        shifted = any(weight.packed.dtype == ckpt.FP8_DTYPE for weight in packed.values())
+        if self.strict or not (self.plans or self.mixed or shifted):
             if self.strict:
                 raise SchemeError(f"{what}; strict=True refuses that. Leave it out to have them dequantized.")
             raise SchemeError(
@@ -214,22 +235,21 @@ class Quantizer(HfQuantizer):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
 
-    def _set_leftovers_aside(self, tensors: ckpt.Checkpoint, notes: Notes) -> None:
+    def _set_leftovers_aside(self, model: Any, tensors: ckpt.Checkpoint, notes: Notes) -> None:
         """Scales of a quantized KV cache are for `fp8_cache`; they, and what is superfluous, are written back when saving."""
         weights = {name for info in self.plans.values() for name in info.scales}
         weights |= {name for info in self.mixed.values() for name in info.grids}
         inputs = [ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales]
         found = leftovers(tensors, used_names(weights, inputs), notes)
-        names = found.cache
-        self.cache_scales = tensors.read(names)
+        self.cache_scales = tensors.read(found.cache)
         self.unused = {tensors[name].name: tensors.read_stored(tensors[name]) for name in found.unused}
-        if names or self.schemes.config.kv_cache_scheme is not None:
-            scales = f" ({len(names)} scales in the file, such as {names[0]})" if names else ""
-            warnings.warn(
-                f"the checkpoint was calibrated for a quantized KV cache{scales}; ctfp8.static_cache and "
-                "ctfp8.dynamic_cache keep it in FP8; transformers' own caches stay in the model's dtype.",
-                stacklevel=2,
-            )
+        layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+        heads = [None if shape is None else shape.heads for shape in cache_shapes(model, layers)] if found.cache else []
+        self.cache = read_cache_scales(
+            tensors, found.cache, self.schemes.config, lambda i: heads[i] if i < len(heads) else None
+        )
+        if sentence := cache_sentence(self.cache, found.cache):
+            warnings.warn(sentence, stacklevel=2)
 
     def _place_transforms(self, model: Any, tensors: ckpt.Checkpoint, arrived: Arrivals) -> None:
         """Decides where transforms of activations are applied, and reads their matrices: they are not for the loader."""
@@ -287,7 +307,8 @@ class Quantizer(HfQuantizer):
             path, _, leaf = target.rpartition(".")
             scales = self.scales.pop(target)
             local = cut(info, *scales, self.cuts[target][1]) if target in self.cuts else (info, *scales)
-            attach(model.get_submodule(path), leaf, *local)
+            attach_tied(model, target, *local, self.schemes)
+        leave_tied(model, self.plans)
         for target, packed in self.packed.items():
             path, _, leaf = target.rpartition(".")
             value = packed.value(model.get_parameter(target).data, self.others.pop(target))

@@ -19,6 +19,7 @@ from ..registry import register
 from .adapters import match_ends_of_names
 from .parametrization import CAST, detach, quantized_parameters, stored_weight
 from .rotation import fold_
+from .said_dtype import say_dtypes, unsay_dtypes
 from .storage import DetachFromMmap
 
 
@@ -90,6 +91,7 @@ def freeze(model: nn.Module) -> None:
         cpu_kernels.load(build=False)
     if not isinstance(model, _KeepsFP8):
         model.__class__ = _keeps_fp8(type(model))  # type: ignore[arg-type]  # a module's class hashes like any
+        say_dtypes(model)
         for module in _around_fp8(model):
             module._apply = types.MethodType(_apply_whole, module)  # type: ignore[method-assign]
         model.register_forward_pre_hook(DetachFromMmap(model))
@@ -126,6 +128,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     if isinstance(model, _KeepsFP8):
         for module in _around_fp8(model):
             vars(module).pop("_apply", None)
+        unsay_dtypes(model)
         model.__class__ = type(model).__mro__[2]
     for path, module, dequantize in list(quantized_parameters(model)):
         name = path.rpartition(".")[2]

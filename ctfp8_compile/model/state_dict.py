@@ -55,6 +55,7 @@ def load_state_dict(
     else:
         schemes = Schemes(quantization_config)
         tensors = ckpt.InMemory(state_dict, schemes.format)
+    schemes.embeddings |= {name for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
     packed = find(tensors, schemes)
     tensors = seen_as_weights(tensors, packed)
     own = module.state_dict()

@@ -1,5 +1,6 @@
 """The `ctfp8::` operators (`operators`), the arithmetic they are made of (`fp8`), and their CPU kernels (`cpu`)."""
 
+from .embedding import Table, embedding, embedding_steps
 from .fp8 import (
     AMAX_MIN,
     FP8,
@@ -30,9 +31,12 @@ __all__ = [
     "TRANSPOSED",
     "UNSWIZZLED",
     "Do",
+    "Table",
     "apply",
     "cached_steps",
     "dequantize_reference",
+    "embedding",
+    "embedding_steps",
     "expand_scale",
     "exponent_steps",
     "quantize_mx_steps",

@@ -24,6 +24,7 @@ from .combine_linears import combine_linears
 from .cse import share_quantization
 from .decision import Decision, match, select
 from .decompose import decompose
+from .embedding import EmbeddingRule
 from .experts import GatheredExpertsRule, GroupedExpertsRule
 from .linear import BatchedMatmulRule, LinearRule, MatmulRule
 from .lower import lower_scaled
@@ -39,6 +40,7 @@ RULES: list[Rule] = [
     BatchedMatmulRule(),
     GroupedExpertsRule(),
     GatheredExpertsRule(),
+    EmbeddingRule(),
 ]
 
 #: What follows a rewrite, each with the reason for its place.

@@ -74,6 +74,7 @@ def _preview(decision: Decision) -> Decision:
 
     found = decision.match.mapped(copy)
     end = graph.output(())
+    end.meta["val"] = value(decision.match.node)
     out = _build(graph, replace(decision, match=replace(found, node=end)))
     first = next(iter(graph.nodes)).prev
     return replace(decision, after=_names(_nodes_after(first, out)))

@@ -84,6 +84,10 @@ def _not_anywhere(folder, state):
     edit(folder, lambda i: i["weight_map"].update({"model.layers.9.mlp.up_proj.weight_scale_inv": SHARDS[0]}))
 
 
+def _a_file_that_is_not_needed(folder, state):
+    edit(folder, lambda i: i["weight_map"].update({"mtp.0.up_proj.weight": "mtp.safetensors"}))
+
+
 def _in_the_other_file(folder, state):
     edit(folder, lambda i: i["weight_map"].update({UP: SHARDS[1], "lm_head.weight": SHARDS[0]}))
 
@@ -106,7 +110,7 @@ def _a_file_that_is_none(folder, state):
 
 
 EDITS = [
-    _stale, _both_ways_of_one_file, _overlay_that_sorts_first, _strays, _not_anywhere, _in_the_other_file, _scales_not_named, _parameters_not_named,
+    _stale, _both_ways_of_one_file, _overlay_that_sorts_first, _strays, _not_anywhere, _a_file_that_is_not_needed, _in_the_other_file, _scales_not_named, _parameters_not_named,
     _another_model, _a_file_that_is_none,
 ]  # fmt: skip
 
@@ -149,7 +153,7 @@ def test_an_index_without_metadata(metadata, load, tmp_path):
     [
         (lambda f, s: edit(f, lambda i: i.update(weight_map=[])), "not a safetensors index"),
         (lambda f, s: edit(f, lambda i: i["weight_map"].update(x="../x.safetensors")), "leaves the checkpoint's folder"),
-        (lambda f, s: edit(f, lambda i: i["weight_map"].update(x="absent.safetensors")), "absent.safetensors, which is missing"),
+        (lambda f, s: edit(f, lambda i: i["weight_map"].update({UP: "absent.safetensors"})) or _drop(f, UP), "absent.safetensors, which is missing, and the model needs .*up_proj.weight"),
         (lambda f, s: _norm_in_two(f, s), "model.norm.weight is in .* and .*does not name it. Add it to the index"),
         (lambda f, s: (_stale(f, s), add(f, SHARDS[0], {"lm_head.weight": s["lm_head.weight"]})), "and the other way round"),
         (lambda f, s: (_stale(f, s), _three(f, s)), "but it is in .* and .*Correct the index"),
@@ -160,6 +164,12 @@ def test_what_an_index_cannot_say(change, sentence, tmp_path):
     change(folder, load_file(DATA / "llama/FP8_DYNAMIC/model.safetensors"))
     with pytest.raises(ctfp8.CheckpointError, match=sentence):
         ctfp8.from_pretrained(folder)
+
+
+def _drop(folder, name):
+    state = load_file(folder / SHARDS[0])
+    del state[name]
+    save_file(state, folder / SHARDS[0], {"format": "pt"})
 
 
 def _norm_in_two(folder, state):

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile.checkpoint.files import encode_scale
+from ctfp8_compile.checkpoint.files import InMemory, encode_scale
 from ctfp8_compile.checkpoint.grid import Grid
+from ctfp8_compile.checkpoint.notes import Notes
+from ctfp8_compile.checkpoint.resolve import resolve
+from ctfp8_compile.checkpoint.scheme import Schemes, heads_of
 from ctfp8_compile.model.parametrization import quantized_parameters
 from ctfp8_compile.ops import FP8
 
@@ -154,6 +157,7 @@ def test_a_weight_of_one_block_and_a_head_of_one_scale(method, shape):
     ("rows", "cols", "runs"),
     [
         (128, 128, (4, 1)), (320, 256, (5, 1)), (480, 128, (5, 1)), (300, 256, (6, 1)), (160, 96 * 5, (1, 5)), (256, 256, (8, 1)),
+        (64, 128, (2, 1)), (160, 48, (4, 1)), (128, 128, (8, 1)), (128, 64, (8, 1)),
     ],
 )  # fmt: skip
 def test_blocks_that_begin_anew_in_each_part(rows, cols, runs):
@@ -165,17 +169,33 @@ def test_blocks_that_begin_anew_in_each_part(rows, cols, runs):
     assert "begin anew every" in warned[0]
 
 
+@pytest.mark.parametrize(("rows", "cols", "heads"), [(576, 256, 3), (576, 256, 6), (224, 40, 4), (24576, 128, 128)])
+def test_numbers_of_heads_tell_apart_what_shapes_do_not(rows, cols, heads):
+    fp8, scale, _ = stored(rows, cols, (128, 128), (heads, 1))
+    schemes = Schemes({"quant_method": "fp8", "weight_block_size": [128, 128]})
+    tensors = InMemory({"q.weight": fp8, "q.weight_scale": scale})
+    with pytest.raises(ctfp8.CheckpointError, match="does not say which"):
+        resolve(tensors, schemes, "q.weight", Notes())
+    schemes.heads = heads_of(
+        {"text_config": {"num_attention_heads": heads, "num_key_value_heads": 1}, "id2label": {0: "a"}}
+    )
+    assert resolve(tensors, schemes, "q.weight", Notes()).grid == Grid((128, 128), (heads, 1))
+
+
 def test_parts_of_which_there_could_be_several_numbers_are_refused_and_the_cure_works():
     fp8, scale, truth = stored(576, 256, (128, 128), (3, 1))
     config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    with pytest.raises(ctfp8.CheckpointError, match=r"of 2 or 3 or 6 parts of it.*Store one scale for each row"):
+    with pytest.raises(
+        ctfp8.CheckpointError,
+        match=r"each of 6 parts or .* of 3 parts or .* of 2 parts, .*Store one scale for each row",
+    ):
         loaded({"proj.weight": fp8, "proj.weight_scale_inv": scale}, config, 576, 256)
     rows = torch.cat([torch.arange(2 * i, 2 * i + 2).repeat_interleave(128)[:192] for i in range(3)])
     module, _ = loaded({"proj.weight": fp8, "proj.weight_scale_inv": scale[rows]}, config, 576, 256)
     assert torch.equal(module.proj.weight.double(), truth)
 
 
-@pytest.mark.parametrize("shape", [(64, 1), (128, 3), (3,), (7, 7), (2, 128, 1)])
+@pytest.mark.parametrize("shape", [(64, 1), (128, 3), (3,), (7, 7), (2, 128, 1), (1, 7)])
 @pytest.mark.parametrize("kind", ["channel", "block", "tensor"])
 def test_a_shape_that_fits_no_scheme_is_refused_with_a_cure(kind, shape):
     state = {"proj.weight": torch.zeros(128, 128).to(FP8), "proj.weight_scale": torch.ones(shape)}
@@ -367,35 +387,3 @@ def test_a_plain_weight_beside_a_scale_is_what_it_is(dtype, scale):
     state["0.weight"], state["0.weight_scale"] = other[0].to(dtype), torch.full((64, 1), 1e-3)
     with pytest.raises(ctfp8.CheckpointError, match="0.weight .*its numbers are FP8 values, which 0.weight_scale"):
         ctfp8.load_state_dict(module(), state, config_of("channel"))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"quant_method": "FP8", "fmt": None, "activation_scheme": None, "weight_block_size": [128.0, 128.0], "scale_fmt": None},
-        {"quant_method": "fp8", "fmt": "E4M3", "activation_scheme": "Dynamic", "weight_block_size": (128, 128), "ignored_layers": None},
-        {"quant_method": "fp8", "modules_to_not_convert": ["*.mlp.gate", "*lm_head*"], "weight_block_size": [128, 128]},
-        {"quant_method": "modelopt", "quant_algo": "fp8_pb_wo", "exclude_modules": None, "kv_cache_quant_algo": None},
-    ],
-)  # fmt: skip
-def test_configs_in_other_words(config):
-    fp8, scale, truth = stored(160, 256, (128, 128))
-    module, warned = loaded({"proj.weight": fp8, "proj.weight_scale_inv": scale}, config, 160, 256)
-    assert torch.equal(module.proj.weight.double(), truth)
-    assert not warned
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"ignore": None}, {"kv_cache_scheme": None, "format": None}, {"quant_method": "Compressed-Tensors"},
-        {"config_groups": {"g": {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": {
-            "num_bits": 8.0, "type": "FLOAT", "strategy": "Block", "block_structure": [128.0, 128.0], "symmetric": None, "dynamic": None,
-            "group_size": None}}}},
-    ],
-)  # fmt: skip
-def test_compressed_tensors_configs_in_other_words(change):
-    fp8, scale, truth = stored(160, 256, (128, 128))
-    module, warned = loaded({"proj.weight": fp8, "proj.weight_scale": scale}, config_of("block") | change, 160, 256)
-    assert torch.equal(module.proj.weight.double(), truth)
-    assert not warned

@@ -48,7 +48,7 @@ def made(tmp_path, name, change):
     (folder / "config.json").write_text(json.dumps(config))
     plain = {}
     for key, tensor in state.items():
-        if tensor.dtype == FP8:
+        if tensor.dtype in (FP8, torch.int8):
             plain[_first(key)] = _value(state, key)
         elif not key.endswith(("_scale", "_zero_point")):
             plain[_first(key)] = tensor.float()
@@ -92,6 +92,19 @@ def _again(state, names, strategy):
         state[name], state[name + "_scale"] = quantize(_value(state, name), strategy)
 
 
+def _int8(state, config):
+    for name in (names := _names(state, "gate_proj", "experts.2.down_proj")):
+        value = _value(state, name)
+        scale = value.abs().amax(1, keepdim=True) / 127
+        state[name], state[name + "_scale"] = (value / scale).round().to(torch.int8), scale
+        state.pop(name.replace("weight", "input_scale"), None)
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    targets = [name.removesuffix(".weight") for name in names]
+    config["config_groups"]["int8"] = {"targets": targets, "weights": weights, "format": "int-quantized"}
+    config["config_groups"]["group_0"]["format"] = "float-quantized"
+    config["format"] = "mixed-precision"
+
+
 def _per_tensor(state, config):
     _again(state, _names(state, "experts.1.gate_proj", "experts.3.down_proj"), "tensor")
 
@@ -108,7 +121,7 @@ def _per_channel(state, config):
 @pytest.mark.parametrize(
     ("change", "plain"),
     [
-        (_some_experts, 2), (_gates, 1), (_one_matrix, 1), (_dequantized_with_scale, 2), (_per_tensor, 0), (_in_blocks, 0),
+        (_some_experts, 2), (_gates, 1), (_one_matrix, 1), (_dequantized_with_scale, 2), (_int8, 2), (_per_tensor, 0), (_in_blocks, 0),
         (_per_channel, 0),
     ],
 )  # fmt: skip

@@ -39,6 +39,10 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
 _IN_ANY_FORMAT: Suffixes = {"_scale_inv": "_scale"}
 
 
+#: Of a file without a config whose scales are spelled in any of these ways.
+SPELLED_ANYHOW = replace(PLAIN, suffixes=_IN_ANY_FORMAT)
+
+
 def read_format(quantization_config: Mapping[str, Any]) -> Format:
     """Translates the dict under `quantization_config` in a checkpoint's `config.json`.
 
@@ -103,6 +107,7 @@ def write_side_file(folder: Path, content: str, alone: bool) -> None:
 __all__ = [
     "PLAIN",
     "SIDE_FILE",
+    "SPELLED_ANYHOW",
     "Format",
     "Suffixes",
     "canonical_names",
