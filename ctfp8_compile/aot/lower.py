@@ -65,9 +65,10 @@ def explain(
     """
     target = target_of(model, target)
     program = trace(model, args, kwargs, dynamic_shapes)
+    rotated = passes.transforms(program.graph)
     _declare(program, target)  # joined, weights may be for another kernel
     decisions = passes.decide(program.graph, target)
-    report = passes.report(target, passes.preview(decisions), passes.attention(program.graph, target))
+    report = passes.report(target, passes.preview(decisions), passes.attention(program.graph, target), rotated)
     report = with_parts(report, model, decisions, target)
     return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
 
@@ -112,6 +113,7 @@ def rewrite(program: ExportedProgram, target: Target) -> Report:
 
 
 def _declare(program: ExportedProgram, target: Target) -> None:
+    passes.share_rotations(program.graph)
     if target.device != "cpu":
         horizontal_fusion.declare(program.graph)
         prepack.declare(program.graph, target)

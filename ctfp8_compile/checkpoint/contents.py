@@ -12,12 +12,14 @@ from typing import Any
 
 from ..errors import CheckpointError, SchemeError
 from .files import FP8_DTYPE, Checkpoint, TensorInfo, nbytes
-from .folder import check_config_file, of_folder
-from .formats import PLAIN, config_of_folder
+from .folder import Folder, check_config_file, of_folder
+from .formats import PLAIN, SPELLED_ANYHOW, config_of_folder
+from .inferred import inferred
 from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
 from .resolve import resolve
 from .scheme import Schemes, heads_of
+from .transforms import describe_transforms, is_matrix
 
 #: What models call tables of embeddings.
 _EMBEDDING = re.compile(r"(^|\.)([\w.]*embed\w*|wte|wpe|shared)\.weight$")
@@ -47,6 +49,7 @@ class Contents:
 
     Attributes:
         format: the `quant_method` of its config.
+        transforms: of a rotated checkpoint, each group of transforms, and where it is applied.
         bf16_bytes: what the model takes when decompressed.
         notes: what its files and its config differ in; loading it warns of that.
     """
@@ -55,6 +58,7 @@ class Contents:
     files: int
     format: str
     schemes: str
+    transforms: tuple[str, ...]
     rows: tuple[Row, ...]
     fp8_bytes: int
     scale_bytes: int
@@ -77,7 +81,7 @@ def look(folder: Path) -> Contents:
     files = of_folder(folder, notes)
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
-    schemes, instead = _schemes(folder, config)
+    schemes, instead = _schemes(folder, config, files)
     tensors = files.open(PLAIN if schemes is None else schemes.format)
     if schemes is not None:  # there is no model to ask which modules are embeddings
         schemes.embeddings |= {name.rpartition(".")[0] for name in tensors if _EMBEDDING.search(name)}
@@ -87,7 +91,9 @@ def look(folder: Path) -> Contents:
     tensors = seen_as_weights(tensors, packed)
     for name, info in tensors.items():
         size = nbytes(info)
-        what = _what(name, tensors, schemes, why_not, notes)
+        what = (
+            "the matrix of a transform" if is_matrix(name, tensors) else _what(name, tensors, schemes, why_not, notes)
+        )
         if name in packed:
             weight = packed[name]
             info, size = weight.packed, sum(map(nbytes, weight.parts.values()))
@@ -112,6 +118,7 @@ def look(folder: Path) -> Contents:
         files=len(files.files),
         format="" if schemes is None else schemes.format.name,
         schemes=instead if schemes is None else "; ".join(described) or "no FP8 weights",
+        transforms=() if schemes is None else describe_transforms(schemes.format.config),
         rows=tuple(rows),
         fp8_bytes=fp8,
         scale_bytes=scales,
@@ -121,13 +128,15 @@ def look(folder: Path) -> Contents:
     )
 
 
-def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]:
+def _schemes(folder: Path, config: dict[str, Any], files: Folder) -> tuple[Schemes | None, str]:
     """The checkpoint's schemes; or None, and what it is instead."""
     try:
         parts = (part.get("quantization_config") for part in config.values() if isinstance(part, dict))  # `text_config`
         quantization = config_of_folder(folder) or next(filter(None, parts), None)
         if quantization is None:
-            return None, "config.json has no quantization_config"
+            quantization = inferred(files.open(SPELLED_ANYHOW))
+        if quantization is None:
+            return None, "not quantized: config.json has no quantization_config, and no FP8 weight has a scale"
         schemes = Schemes(quantization)
         schemes.heads = heads_of(config)
         return schemes, ""

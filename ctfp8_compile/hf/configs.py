@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file
 from ..checkpoint.formats import LEGACY, SIDE_FILE, SPELLED_ANYHOW, legacy_config, read_side_file, write_side_file
-from ..checkpoint.inferred import infer
+from ..checkpoint.inferred import inferred
 from ..checkpoint.scheme import Schemes
 from ..errors import SchemeError
 from .compat import cached_file
@@ -41,13 +41,11 @@ class Holders:
         read: the whole config, as it was read.
         parts: names of sub-configs, "" for the config itself: what they hold.
         side_file: ModelOpt's file, as it was, and whether `config.json` has no other; None where there is none.
-        inferred: nobody holds one: it was made from the shapes of scales.
     """
 
     read: PretrainedConfig
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     side_file: tuple[str, bool] | None = None
-    inferred: bool = False
 
     def put_back(self, config: Any) -> None:
         """Gives the parts what they held. The top keeps the quantizer's config where it held one, or nothing else does."""
@@ -135,10 +133,11 @@ def private_config(
         given = given if isinstance(given, Mapping) else given.to_dict()
         Schemes(given)
         config.quantization_config = Config.of(given, strict)
-        return config, Holders({"": given})
-    if not found and (inferred := _inferred(files)) is not None:
-        config.quantization_config = Config.of(inferred, strict)
-        return config, Holders(read, inferred=True)
+        return config, Holders(read, {"": given})
+    said = None if found or files is None else inferred(files.open(SPELLED_ANYHOW))
+    if said is not None:
+        config.quantization_config = Config.of(said, strict)
+        return config, Holders(read)
     if not found:
         raise SchemeError(
             f"{path_or_id}: its config.json has no quantization_config, there is no {SIDE_FILE}, and no FP8 weight in its "
@@ -204,15 +203,6 @@ def _tensors(path_or_id: str | Path, files: Folder | None, kwargs: Mapping[str, 
         return ckpt.Checkpoint([file])
     names = json.loads(Path(found).read_text())["weight_map"].values() if (found := find(index)) else ()
     return ckpt.Checkpoint(file for name in sorted(set(names)) if (file := find(name)))
-
-
-def _inferred(files: Folder | None) -> Mapping[str, Any] | None:
-    """The config of a folder that has none, from the shapes of its scales; None where no FP8 weight has a scale."""
-    if files is None:
-        return None
-    tensors = files.open(SPELLED_ANYHOW)
-    beside = (ckpt.scale_name(name) in tensors for name, info in tensors.items() if info.dtype == ckpt.FP8_DTYPE)
-    return infer(tensors) if any(beside) else None
 
 
 def _is_missing(dtype: Any) -> bool:

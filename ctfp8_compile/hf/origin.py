@@ -16,6 +16,7 @@ from ..checkpoint.formats import Format
 from ..checkpoint.source import Source
 from ..errors import CheckpointError
 from ..model.parametrization import quantized_parameters
+from ..model.rotation import rotations
 from .compat import cached_file
 from .conversions import Arrivals, arrivals
 
@@ -86,10 +87,11 @@ def _stock_folder(model: Any) -> Folder | None:
 
 
 def plain_state(model: Any) -> dict[str, Tensor]:
-    """The tensors of a model but the FP8 weights and their scales."""
-    own = tuple(f"{p}.parametrizations.{leaf}.".removeprefix(".") for p, _, leaf in
-                (name.rpartition(".") for name, _, _ in quantized_parameters(model)))  # fmt: skip
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(own)}
+    """The tensors of a model but the FP8 weights and their scales, and the matrices of transforms."""
+    own = [f"{path}.parametrizations.{leaf}.".removeprefix(".")
+           for path, _, leaf in (name.rpartition(".") for name, _, _ in quantized_parameters(model))]  # fmt: skip
+    own += [f"{name}." for name, _, _ in rotations(model)]
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(own))}
 
 
 def place(model: Any, name: str, tensor: Tensor) -> object:

@@ -23,6 +23,7 @@ from ..checkpoint.writer import DTYPES, NAMES, Entry
 from ..errors import CheckpointError, UsageError
 from ..model.parametrization import Dequantize
 from ..model.ranks import is_first
+from ..model.rotation import stored_tensors
 from .compat import revert_weight_conversion
 from .conversions import Arrivals, convert_sources
 from .held import Held
@@ -278,7 +279,7 @@ class SavePlan:
             for tensor in rest:
                 self._add(Unit.of_files([tensor]))
             rest = []
-        kept = {**self.quantizer.unused, **self.quantizer.cache_scales}
+        kept = {**self.quantizer.unused, **self.quantizer.cache_scales, **stored_tensors(self.model)}
         for name, tensor in kept.items():
             if name not in self.done and (self.gone or self.origin is None):
                 self._add(Unit((Entry.like(name, tensor),), partial(dict, ((name, tensor),))))

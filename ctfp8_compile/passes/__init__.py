@@ -7,6 +7,7 @@ from .decompose import decompose
 from .pipeline import PASSES, RULES, apply, decide, fingerprint, register, report, run
 from .rewrite import preview, rewrite
 from .rule import Match, Rule, View
+from .transforms import share_rotations, transforms
 
 __all__ = [
     "PASSES",
@@ -30,4 +31,6 @@ __all__ = [
     "rewrite",
     "run",
     "select",
+    "share_rotations",
+    "transforms",
 ]

@@ -31,6 +31,7 @@ from .lower import lower_scaled
 from .rewrite import Kernels, rewrite
 from .rule import Rule
 from .skinny_linear import stream_skinny_linears
+from .transforms import transforms
 
 #: Linears come before experts: both may start at `bmm`, and the linear's test (a broadcast weight) is the cheaper one.
 RULES: list[Rule] = [
@@ -66,6 +67,7 @@ def apply(
         collectives: one of `collectives.WAYS`, tried before lowering, while a quantization is one node.
     """
     decisions, kernels = rewrite(graph, decisions)
+    rotated = transforms(graph)
     attention = fuse_attention(graph, target)  # before the passes: they make plain ATen of an FP8 cache that is left
     for step, _ in PASSES[:-1]:
         step(graph, kernels)
@@ -74,7 +76,7 @@ def apply(
     if lower:
         PASSES[-1][0](graph, kernels)
         stream_skinny_linears(graph, target)
-    return report(target, decisions, attention)
+    return report(target, decisions, attention, rotated)
 
 
 def run(
@@ -90,17 +92,21 @@ def run(
         graph: an ATen graph with fake values in `node.meta["val"]`, from Inductor's post-grad hook or `torch.export`.
     """
     if not any(is_marker(node) for node in graph.nodes):
+        rotated = transforms(graph)
         attention = fuse_attention(graph, target)
         decompose(graph)
         if lower:
             stream_skinny_linears(graph, target)
-        return report(target, (), attention)
+        return report(target, (), attention, rotated)
     return apply(graph, target, decide(graph, target, rules), lower, collectives)
 
 
-def report(target: Target, decisions: Sequence[Decision], attention: Sequence[Entry] = ()) -> Report:
-    """The report of a list of decisions, and of what became of attention."""
-    return replace(Report.of(str(target), [decision.entry() for decision in decisions]), attention=tuple(attention))
+def report(
+    target: Target, decisions: Sequence[Decision], attention: Sequence[Entry] = (), transforms: Sequence[Entry] = ()
+) -> Report:
+    """The report of a list of decisions, of what became of attention, and of transforms of activations."""
+    weights = Report.of(str(target), [decision.entry() for decision in decisions])
+    return replace(weights, attention=tuple(attention), transforms=tuple(transforms))
 
 
 def register(rule: Rule) -> Rule:

@@ -149,7 +149,7 @@ def test_several_processes_refuse(mixed, monkeypatch):
 def test_a_file_without_fp8_weights_is_not_ours(tmp_path):
     mixed = mix(DATA / "llama/FP8_DYNAMIC", tmp_path / "in", {"W4A16": r"re:.*_proj$"})
     with pytest.raises(
-        ctfp8.SchemeError, match="there is no FP8 weight beside them. Load the checkpoint with transformers"
+        ctfp8.SchemeError, match="there is no FP8 weight beside them.* Load the checkpoint with transformers or vLLM"
     ):
         ctfp8.from_pretrained(mixed.folder)
 
