@@ -39,6 +39,11 @@ class SavesAsRead(KeepsFP8):
             _save(self, quantizer, stock, Path(arguments.pop("save_directory")), arguments)
         return None
 
+    def barrier_after_gathered_checkpoint_save(self, distributed_config: Any) -> None:
+        """transformers' `save_pretrained` waits here for all ranks; ours calls it on the first alone, and waits by itself."""
+        if not self.hf_quantizer.writes:
+            super().barrier_after_gathered_checkpoint_save(distributed_config)  # type: ignore[misc]
+
 
 @torch.no_grad()
 def _save(model: Any, quantizer: Any, stock: Callable[..., Any], folder: Path, arguments: dict[str, Any]) -> None:
