@@ -113,7 +113,7 @@ class Quantizer(HfQuantizer):
         self.own_conversions: list[Any] = []
         #: What the model was loaded from; None: nobody knows.
         self.origin: Origin | None = None
-        #: Whether `saving` writes what transformers would.
+        #: Whether only what is beside the tensors is being written, see `saving`.
         self.writes = False
         #: The config that was read, and which parts of it held ours: `configs.Holders`.
         self.holders: Any = None
@@ -126,6 +126,8 @@ class Quantizer(HfQuantizer):
         self.cache_scales: dict[str, Tensor] = {}
         #: Of a rotated checkpoint, the transforms of activations.
         self.transforms = read_transforms(self.schemes.format.config)
+        #: Where in the model they are.
+        self.placed: list[rotation.Placed] = []
         #: What they say.
         self.cache = CacheScales()
         #: Of the file, by its names, what no weight uses: saved as it was.

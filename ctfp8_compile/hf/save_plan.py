@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.source import Stored, same_bits
+from ..checkpoint.transforms import fault
 from ..checkpoint.writer import DTYPES, NAMES, Entry
 from ..errors import CheckpointError, UsageError
 from ..model.parametrization import Dequantize
@@ -73,6 +74,7 @@ class SavePlan:
         self._quantized()
         self._read_again()
         self._plain()
+        self._rotations()
         self._rest()
         order = {name: i for i, name in enumerate(self.raw)}
         self.units.sort(key=lambda unit: order.get(unit.entries[0].name, len(order)))
@@ -264,6 +266,27 @@ class SavePlan:
 
     # --- neither -------------------------------------------------------------------------------------------------
 
+    def _rotations(self) -> None:
+        """Matrices of transforms: the model's, which a user may have changed since they were read."""
+        held = stored_tensors(self.model)
+        modules = dict(self.model.named_modules())
+        for one in self.quantizer.placed:
+            name = one.matrix.name
+            if name not in held and one.module in modules:
+                raise UsageError(
+                    f"{one.module}: its transform {one.transform} was taken out, which is not what the config says. Load the "
+                    "checkpoint with dequantize=True, which multiplies transforms into the weights, or load it again."
+                )
+            if name in held and (said := fault(held[name].cpu(), one.transform, one.matrix)) is not None:
+                raise UsageError(
+                    f"{name} was changed, and would not be loaded again: {said}. Load the checkpoint again."
+                )
+        for name, tensor in held.items():
+            if not self.gone and name in self.raw and self.raw[name].is_value(tensor):
+                self._add(Unit.of_files([self.raw[name]]))
+            else:
+                self._hold(name, tensor, partial(_itself, tensor))
+
     def _rest(self) -> None:
         """Tensors that the class does not build, and scales of the cache and of activations that no kernel uses."""
         for name, how in self.quantizer.plans.items():
@@ -279,7 +302,7 @@ class SavePlan:
             for tensor in rest:
                 self._add(Unit.of_files([tensor]))
             rest = []
-        kept = {**self.quantizer.unused, **self.quantizer.cache_scales, **stored_tensors(self.model)}
+        kept = {**self.quantizer.unused, **self.quantizer.cache_scales}
         for name, tensor in kept.items():
             if name not in self.done and (self.gone or self.origin is None):
                 self._add(Unit((Entry.like(name, tensor),), partial(dict, ((name, tensor),))))
