@@ -22,7 +22,7 @@ from ..checkpoint.folder import Folder, check_config_file
 from ..checkpoint.formats import LEGACY, SIDE_FILE, SPELLED_ANYHOW, legacy_config, read_side_file, write_side_file
 from ..checkpoint.inferred import inferred
 from ..checkpoint.scheme import Schemes
-from ..errors import SchemeError
+from ..errors import SchemeError, UsageError
 from .compat import cached_file
 from .quantizer import METHOD, Config
 
@@ -163,7 +163,13 @@ def settle_dtype(
     path_or_id: str | Path, config: PretrainedConfig, files: Folder | None, kwargs: Mapping[str, Any]
 ) -> None:
     """Where neither config nor user say a dtype, that of the tensors that are not quantized: transformers would take the first's,
-    which may be a scale's."""
+    which may be a scale's.
+
+    Raises:
+        UsageError: the user says one that nothing is computed in, such as float8_e4m3fn.
+    """
+    for name in ("dtype", "torch_dtype"):
+        _check_dtype(name, kwargs.get(name))
     if any(kwargs.get(name) not in (None, "auto") for name in ("dtype", "torch_dtype")):
         return
     if not _is_missing(getattr(config, "dtype", None)):
@@ -173,6 +179,19 @@ def settle_dtype(
     if dtype is not None:
         for part in _parts(config).values():
             part.dtype = dtype
+
+
+def _check_dtype(name: str, given: Any) -> None:
+    """Of an argument: a dtype, its name, or what transformers takes by the names of sub-configs."""
+    for one in given.values() if isinstance(given, Mapping) else (given,):
+        said = str(one).removeprefix("torch.")
+        dtype = getattr(torch, said, None)
+        if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point and dtype.itemsize > 1):
+            raise UsageError(
+                f"{name}={said}: nothing is computed in it. FP8 weights stay as they are in the file whatever {name} is; it says "
+                "what the others are loaded in, and what FP8 weights are dequantized to. Leave it out, or give bfloat16, "
+                "float16 or float32."
+            )
 
 
 def unquantized_dtype(tensors: Mapping[str, ckpt.TensorInfo]) -> torch.dtype | None:
