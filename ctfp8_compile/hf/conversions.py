@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,16 @@ class Arrivals:
             yield from self.targets_of(first)
 
 
-def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> Arrivals:
-    """Where the tensors of a checkpoint go."""
+def arrivals(
+    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], more: Iterable[WeightRenaming] = ()
+) -> Arrivals:
+    """Where the tensors of a checkpoint go.
+
+    Args:
+        more: renamings beside transformers' own.
+    """
     renamings, converters = _conversions(model)
+    renamings = [*renamings, *more]
     found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)

@@ -40,6 +40,7 @@ from .compat import (
     QuantizationConfigMixin,
     WeightConverter,
     WeightRenaming,
+    get_model_conversion_mapping,
     register_quantization_config,
     register_quantizer,
 )
@@ -60,6 +61,7 @@ from .parallel import check_heads, cut, is_distributed, localize, warn_of_cut_bl
 from .parallel_styles import mark_local, rewrite_plan
 from .rotated_attention import rotate_attention
 from .saving import whole_state
+from .text_part import part_renamings
 
 _STALE = "not_in_the_index"
 
@@ -111,6 +113,8 @@ class Quantizer(HfQuantizer):
         weights = {".weight_packed": ".weight", **self.schemes.format.weights}
         self.renamings = [WeightRenaming(rf"{re.escape(theirs)}$", ours) for theirs, ours in weights.items()]
         self.own_conversions: list[Any] = []
+        #: What a text model needs to find its tensors in a larger model's file.
+        self.part: list[WeightRenaming] = []
         #: What the model was loaded from; None: nobody knows.
         self.origin: Origin | None = None
         #: Whether only what is beside the tensors is being written, see `saving`.
@@ -169,7 +173,8 @@ class Quantizer(HfQuantizer):
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
             tensors = seen_as_weights(tensors, packed)
-            arrived = arrivals(model, tensors, declared)
+            self.part = part_renamings(tensors, declared, model.base_model_prefix, get_model_conversion_mapping(model))
+            arrived = arrivals(model, tensors, declared, self.part)
             self.origin = Origin(source, folder, tensors.headers(), declared, arrived)
             found = layouts(model, tensors, declared, arrived)
             self.schemes.embeddings |= embedding_names(model, found)
@@ -272,7 +277,7 @@ class Quantizer(HfQuantizer):
         self.matrix_names = [name for name in tensors if is_matrix(name, tensors)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
+        conversions = [*weight_conversions, *self.part, *per_expert_conversions(model, weight_conversions)]
         placed = {target: info.layout for target, info in self.plans.items()}
         placed |= {target: info.packed_layout for target, info in self.packed.items()}
         own = turning(placed, self.mixed)
