@@ -188,7 +188,7 @@ def _check_dtype(name: str, given: Any) -> None:
         dtype = getattr(torch, said, None)
         if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point and dtype.itemsize > 1):
             raise UsageError(
-                f"{name}={said}: nothing is computed in it. FP8 weights stay as they are in the file whatever {name} is; it says "
+                f"{name}={said}: nothing is computed in it. FP8 weights stay as they are in the file whatever dtype is; it says "
                 "what the others are loaded in, and what FP8 weights are dequantized to. Leave it out, or give bfloat16, "
                 "float16 or float32."
             )
