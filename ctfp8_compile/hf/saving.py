@@ -41,7 +41,7 @@ class SavesAsRead(KeepsFP8):
 
     def barrier_after_gathered_checkpoint_save(self, distributed_config: Any) -> None:
         """transformers' `save_pretrained` waits here for all ranks; ours calls it on the first alone, and waits by itself."""
-        if not self.hf_quantizer.writes:
+        if not self.hf_quantizer.writes:  # type: ignore[attr-defined]
             super().barrier_after_gathered_checkpoint_save(distributed_config)  # type: ignore[misc]
 
 
