@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 
 #: Name here: where torch has it, and the releases it was seen in.
 PRIVATE = {
+    "compiler_functions": ("torch._dynamo.backends.registry._COMPILER_FNS", "2.11 2.13 2.14"),  # by name
+    "register_backend": ("torch._dynamo.register_backend", "2.11 2.13 2.14"),
     "compile_fx": ("torch._inductor.compile_fx.compile_fx", "2.11 2.13 2.14"),
     "CompileWrapper": ("torch._TorchCompileInductorWrapper", "2.11 2.13 2.14"),  # checks and expands mode and options
+    "InvalidCxxCompiler": ("torch._inductor.exc.InvalidCxxCompiler", "2.11 2.13 2.14"),
+    "CppCompileError": ("torch._inductor.exc.CppCompileError", "2.11 2.13 2.14"),
     "CustomGraphPass": ("torch._inductor.custom_graph_pass.CustomGraphPass", "2.11 2.13 2.14"),
     "inductor_config": ("torch._inductor.config", "2.11 2.13 2.14"),
     "ir": ("torch._inductor.ir", "2.11 2.13 2.14"),  # InputBuffer, ConstantBuffer
@@ -58,6 +62,8 @@ PRIVATE = {
     "enable_python_dispatcher": ("torch._dispatch.python.enable_python_dispatcher", "2.11 2.13 2.14"),
     "dispatch_functionalize": ("torch._subclasses.functional_tensor.dispatch_functionalize", "2.11 2.13 2.14"),
     "DisableTorchFunctionSubclass": ("torch._C.DisableTorchFunctionSubclass", "2.11 2.13 2.14"),
+    "in_transform": ("torch._C._are_functorch_transforms_active", "2.11 2.13 2.14"),  # torch.func's
+    "is_functorch_wrapped_tensor": ("torch._C._functorch.is_functorch_wrapped_tensor", "2.11 2.13 2.14"),
     "HigherOrderOperator": ("torch._ops.HigherOrderOperator", "2.11 2.13 2.14"),
     "invoke_subgraph": ("torch._higher_order_ops.invoke_subgraph.invoke_subgraph", "2.11 2.13 2.14"),
     "OpOverloadPacket": ("torch._ops.OpOverloadPacket", "2.11 2.13 2.14"),

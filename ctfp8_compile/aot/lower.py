@@ -14,8 +14,7 @@ from torch.export import ExportedProgram
 
 from ..compat import export_arguments, following
 from ..errors import UsageError
-from ..passes import Context, attention, decide, parse, preview, report_of, standard
-from ..passes import report as report_on
+from ..passes import Context, Pipeline, attention, parse, report_of, standard
 from ..report import Report
 from ..target import Target
 from .parts import with_parts
@@ -44,7 +43,7 @@ def lower(
         UsageError: the call returns objects that only transformers can rebuild, such as a cache.
     """
     program = trace(model, args, kwargs, dynamic_shapes)
-    rewrite(program, target_of(model, target))
+    rewrite(program, Context(target_of(model, target), program=program), standard())
     return program
 
 
@@ -73,18 +72,18 @@ def explain(
         UsageError: a pass that is not there, or in an order that does not work.
     """
     target = target_of(model, target)
-    steps = standard() if passes is None else parse(passes)
     program = trace(model, args, kwargs, dynamic_shapes)
     context = Context(target, graphs=graphs)
-    steps.run("traced", program.graph, context)  # fused, weights may be for another kernel
+    rewrite(program, context, parse(_EXPLAINED if passes is None else passes))
     if passes is None:
-        context.decisions = decide(program.graph, target)
-        report = report_on(target, preview(context.decisions), attention(program.graph, target))
-    else:
-        steps.run("post_grad", program.graph, context)
-        report = report_of(context)
-    report = with_parts(report, model, context.decisions, target)
+        context.attention = attention(program.graph, target)
+    report = with_parts(report_of(context), model, context.decisions, target)
+    report = replace(report, passes=report.passes if passes is not None else ())
     return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
+
+
+#: What tells a model's decisions: fused, weights may be for another kernel.
+_EXPLAINED = "share-rotations,horizontal-fusion,prepack,match"
 
 
 ONLY_THERE = (
@@ -116,15 +115,12 @@ def trace(
         return program.run_decompositions({})
 
 
-def rewrite(program: ExportedProgram, target: Target) -> Report:
-    """Rewrites a program in place for a target; parameters that one matmul reads become one."""
-    context = Context(target, program=program)
-    steps = standard()
-    steps.run("traced", program.graph, context)
+def rewrite(program: ExportedProgram, context: Context, pipeline: Pipeline) -> None:
+    """Rewrites a program in place; what the passes leave to be told is in the context."""
+    pipeline.run("traced", program.graph, context)
     with following(program):
-        steps.run("post_grad", program.graph, context)
+        pipeline.run("post_grad", program.graph, context)
     program.graph_module.recompile()
-    return report_of(context)
 
 
 def target_of(model: nn.Module, target: str | Target | None) -> Target:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import Ctfp8Error, InputError
+from ..errors import Ctfp8Error, InputError, UsageError
 from ..model.ranks import ended, is_of_ranks
+from ..ops import FP8
 from ..report import Report
 from .call import Input, dtype_name, evaluate, solve, symbols_in
 from .manifest import Manifest
@@ -45,6 +46,22 @@ class Artifact(nn.Module):
             out = self._run(*args, **kwargs)
         named = isinstance(out, dict) and all(isinstance(key, str) for key in out)
         return Output(out) if named else out
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Artifact:
+        """What `.half()`, `.to(…)` and the like call: the dtypes and the device of a graph are a part of it."""
+        for dtype in (torch.float32, FP8):
+            changed = fn(torch.empty(0, dtype=dtype, device=self.device))
+            if changed.dtype != dtype:
+                raise UsageError(
+                    "the dtypes of an artifact's weights and scales are part of its graph, and a cast would lose their bits. "
+                    "Cast its inputs and outputs, or export the model again as from_pretrained(..., dtype=...) loads it."
+                )
+            if changed.device.type != self.device.type:
+                raise UsageError(
+                    f"this artifact was loaded for {self.device}, and its kernels chosen for it. Load it for another device: "
+                    f"ctfp8.load(path, device={str(changed.device)!r})."
+                )
+        return super()._apply(fn, recurse)
 
     def _try(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:

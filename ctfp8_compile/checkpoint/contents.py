@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SchemeError
-from .files import FP8_DTYPE, Checkpoint, TensorInfo, check_config_file, checkpoint_files, nbytes
-from .formats import config_of_folder
+from .files import FP8_DTYPE, Checkpoint, TensorInfo, nbytes
+from .folder import Folder, check_config_file, of_folder
+from .formats import PLAIN, SPELLED_ANYHOW, config_of_folder
+from .inferred import inferred
+from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
-from .scheme import Schemes
+from .resolve import resolve
+from .scheme import Schemes, heads_of
+from .transforms import describe_transforms, is_matrix
+
+#: What models call tables of embeddings.
+_EMBEDDING = re.compile(r"(^|\.)([\w.]*embed\w*|wte|wpe|shared)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -41,18 +49,22 @@ class Contents:
 
     Attributes:
         format: the `quant_method` of its config.
+        transforms: of a rotated checkpoint, each group of transforms, and where it is applied.
         bf16_bytes: what the model takes when decompressed.
+        notes: what its files and its config differ in; loading it warns of that.
     """
 
     model: str
     files: int
     format: str
     schemes: str
+    transforms: tuple[str, ...]
     rows: tuple[Row, ...]
     fp8_bytes: int
     scale_bytes: int
     other_bytes: int
     bf16_bytes: int
+    notes: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -65,17 +77,23 @@ def look(folder: Path) -> Contents:
     Raises:
         CheckpointError: a file is missing or damaged, an index is wrong.
     """
-    files = checkpoint_files(folder)
+    notes = Notes()
+    files = of_folder(folder, notes)
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
-    schemes, instead = _schemes(folder, config)
-    tensors = Checkpoint(files, {} if schemes is None else schemes.format.suffixes)
+    schemes, instead = _schemes(folder, config, files)
+    tensors = files.open(PLAIN if schemes is None else schemes.format)
+    if schemes is not None:  # there is no model to ask which modules are embeddings
+        schemes.embeddings |= {name.rpartition(".")[0] for name in tensors if _EMBEDDING.search(name)}
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
     fp8 = scales = other = bf16 = 0
-    for name, info in seen_as_weights(tensors, packed).items():
+    tensors = seen_as_weights(tensors, packed)
+    for name, info in tensors.items():
         size = nbytes(info)
-        what = _what(name, info, schemes, why_not)
+        what = (
+            "the matrix of a transform" if is_matrix(name, tensors) else _what(name, tensors, schemes, why_not, notes)
+        )
         if name in packed:
             weight = packed[name]
             info, size = weight.packed, sum(map(nbytes, weight.parts.values()))
@@ -97,25 +115,31 @@ def look(folder: Path) -> Contents:
     described = Counter(row.what for row in rows if row.fp8)
     return Contents(
         model=", ".join(config.get("architectures") or [config.get("model_type", "unknown model")]),
-        files=len(files),
+        files=len(files.files),
         format="" if schemes is None else schemes.format.name,
         schemes=instead if schemes is None else "; ".join(described) or "no FP8 weights",
+        transforms=() if schemes is None else describe_transforms(schemes.format.config),
         rows=tuple(rows),
         fp8_bytes=fp8,
         scale_bytes=scales,
         other_bytes=other,
         bf16_bytes=bf16,
+        notes=str(notes),
     )
 
 
-def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]:
+def _schemes(folder: Path, config: dict[str, Any], files: Folder) -> tuple[Schemes | None, str]:
     """The checkpoint's schemes; or None, and what it is instead."""
     try:
         parts = (part.get("quantization_config") for part in config.values() if isinstance(part, dict))  # `text_config`
         quantization = config_of_folder(folder) or next(filter(None, parts), None)
         if quantization is None:
-            return None, "not quantized: config.json has no quantization_config"
-        return Schemes(quantization), ""
+            quantization = inferred(files.open(SPELLED_ANYHOW))
+        if quantization is None:
+            return None, "not quantized: config.json has no quantization_config, and no FP8 weight has a scale"
+        schemes = Schemes(quantization)
+        schemes.heads = heads_of(config)
+        return schemes, ""
     except SchemeError as error:
         return None, f"another format: {error}"
 
@@ -128,14 +152,15 @@ def _packed(tensors: Checkpoint, schemes: Schemes | None) -> tuple[dict[str, Pac
         return {}, str(error)
 
 
-def _what(name: str, info: TensorInfo, schemes: Schemes | None, why_not: str) -> str:
+def _what(name: str, tensors: Checkpoint, schemes: Schemes | None, why_not: str, notes: Notes) -> str:
+    info: TensorInfo = tensors[name]
     module, _, leaf = name.rpartition(".")
     if schemes is None:
         return "not a matrix" if len(info.shape) < 2 else f"{info.dtype} matrices"
     if info.dtype == FP8_DTYPE:
         try:
-            return str(schemes.scheme(module) or "no group of the config covers it")
-        except SchemeError as error:
+            return str(resolve(tensors, schemes, name, notes).scheme)
+        except (CheckpointError, SchemeError) as error:
             return str(error)
     if leaf == "weight_packed" or info.dtype in ("I8", "U8"):
         return f"another format: {why_not}"

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import SchemeError
+from ..errors import CheckpointError, SchemeError
 from . import formats
-from .files import EXPONENT_DTYPES, FP8_DTYPE, Checkpoint, TensorInfo, input_scale_name, scale_name
+from .files import FP8_DTYPE, Checkpoint, TensorInfo, input_scale_name, scale_name
+from .resolve import by_shape
 
 #: How such files spell scales: as compressed-tensors, as `fp8` checkpoints, or the other way round.
-SUFFIXES: formats.Suffixes = {
-    ".scale_weight": ".weight_scale",
-    ".scale_input": ".input_scale",
-    "_scale_inv": "_scale",
-    ".activation_scale": ".input_scale",
-}
+SPELLED = formats.Format(
+    "",
+    {},
+    {
+        ".scale_weight": ".weight_scale",
+        ".scale_input": ".input_scale",
+        "_scale_inv": "_scale",
+        ".activation_scale": ".input_scale",
+    },
+)
+
+
+def inferred(tensors: Checkpoint) -> Mapping[str, Any] | None:
+    """What `infer` says of files that came without a config; None where no FP8 weight has a scale."""
+    beside = (scale_name(name) in tensors for name, info in tensors.items() if info.dtype == FP8_DTYPE)
+    return infer(tensors) if any(beside) else None
 
 
 def infer(tensors: Checkpoint) -> Mapping[str, Any]:
@@ -61,18 +71,15 @@ def infer(tensors: Checkpoint) -> Mapping[str, Any]:
 
 def _words(weight: TensorInfo, scale: TensorInfo) -> dict[str, Any]:
     """Strategy and size, in compressed-tensors' words."""
-    lead, (rows, cols) = weight.shape[:-2], weight.shape[-2:]
-    found = scale.shape[len(lead) :] if scale.shape[: len(lead)] == lead else scale.shape
-    if math.prod(scale.shape) == 1 or math.prod(found) == 1:
-        return {"strategy": "tensor"}
-    if found in ((rows,), (rows, 1)):
-        return {"strategy": "channel"}
-    if scale.dtype in EXPONENT_DTYPES and found == (rows, math.ceil(cols / 32)):
-        return {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-    if found == (math.ceil(rows / 128), math.ceil(cols / 128)):
-        return {"strategy": "block", "block_structure": (128, 128)}
-    if len(found) == 2 and found[0] == rows and found[1] > 1 and cols % found[1] == 0:
-        return {"strategy": "group", "group_size": cols // found[1]}
-    raise SchemeError(
-        f"{scale}: its shape does not say how {weight} is quantized. Pass the quantization_config it was made with."
-    )
+    try:
+        scheme = by_shape(weight, scale)
+    except CheckpointError as error:
+        raise SchemeError(
+            f"{scale}: its shape does not say how {weight} is quantized. Pass the quantization_config it was made with."
+        ) from error
+    words: dict[str, Any] = {"strategy": scheme.strategy}
+    if scheme.strategy == "group":
+        words["group_size"] = scheme.block[1]
+    elif scheme.strategy == "block":
+        words["block_structure"] = scheme.block
+    return words | ({"scale_dtype": "torch.uint8"} if scheme.exponents else {})

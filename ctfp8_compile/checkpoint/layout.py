@@ -134,6 +134,26 @@ class Layout:
         return torch.cat(parts).view(len(parts), -1, width)
 
 
+@dataclass(frozen=True)
+class Turned(Layout):
+    """Of one checkpoint tensor `[E, K, N]` (columns are outputs), as gpt-oss and Llama 4 declare their experts.
+
+    Its matrices are transposed while they are loaded, so that they are stored, and multiplied, as all others.
+    """
+
+    def weight(self, sources: Mapping[str, Tensor]) -> Tensor:
+        return super().weight({name: tensor.mT for name, tensor in sources.items()}).contiguous()
+
+    def split_weight(self, weight: Tensor, source: str) -> Tensor:
+        return super().split_weight(weight, source).mT.contiguous()
+
+
+def turned(source: str, shape: Sequence[int]) -> Turned:
+    """The layout of a parameter that is one checkpoint tensor `[E, K, N]`."""
+    plain = identity(source, (*shape[:-2], shape[-1], shape[-2]))
+    return Turned(plain.shape, True, plain.placements)
+
+
 def identity(source: str, shape: Sequence[int]) -> Layout:
     """The layout of a parameter that is one checkpoint tensor unchanged."""
     rows = shape[-2]

@@ -1,4 +1,5 @@
-"""Weights of a mixed file that are not FP8 (INT8, packed INT4, NVFP4): compressed-tensors' own code decompresses them.
+"""Weights of a mixed file that are not FP8 (INT8, packed INT4, NVFP4), or FP8 with zero points: compressed-tensors' own code
+decompresses them.
 
 A file may quantize some layers to FP8 and others to another format. No kernel here reads the others; so that the whole model
 runs, they are made plain weights once, while loading. Their values are carried to the parameter as they are, like FP8 values,
@@ -54,7 +55,12 @@ class PackedWeight:
 
     @property
     def packed_dtype(self) -> torch.dtype:
-        return INTEGER_DTYPES[self.packed.dtype]
+        return torch.float8_e4m3fn if self.packed.dtype == FP8_DTYPE else INTEGER_DTYPES[self.packed.dtype]
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the packed tensor's name, in compressed-tensors' words."""
+        return next(leaf for leaf, part in self.parts.items() if part == self.packed)
 
     def decompress(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight's values, from the tensors of `parts`.
@@ -89,9 +95,31 @@ def find(tensors: Checkpoint, schemes: Schemes, read_shapes: bool = True) -> dic
     found = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed" or (leaf == "weight" and info.dtype in INTEGER_DTYPES and len(info.shape) == 2):
-            found[f"{module}.weight"] = _packed(tensors, schemes, module, info, read_shapes)
+        integers = leaf == "weight" and info.dtype in INTEGER_DTYPES and len(info.shape) == 2
+        if leaf == "weight_packed" or integers or (leaf == "weight" and is_shifted(tensors, schemes, module)):
+            found[f"{module}.weight"] = _packed(tensors, schemes, module, leaf, read_shapes)
     return found
+
+
+def is_shifted(tensors: Checkpoint, schemes: Schemes, module: str) -> bool:
+    """Whether the FP8 weight of a module is asymmetric: its zero points are not all zero, and its group says that it has some.
+
+    Raises:
+        SchemeError: it is a stack of matrices.
+    """
+    weight, zero = tensors.get(f"{module}.weight"), tensors.get(f"{module}.weight_zero_point")
+    if weight is None or zero is None or weight.dtype != FP8_DTYPE:
+        return False
+    groups = (schemes.config.config_groups[name].weights for name in schemes.covering(module))
+    if not any(args is not None and is_fp8(args) and not args.symmetric for args in groups):
+        return False
+    if not tensors.read_stored(zero).float().any():
+        return False
+    if len(weight.shape) != 2:
+        raise SchemeError(
+            f"{weight}: asymmetric, and a stack of matrices, which is not read. Store one for each expert."
+        )
+    return True
 
 
 def seen_as_weights(tensors: Checkpoint, packed: Mapping[str, PackedWeight]) -> Checkpoint:
@@ -104,13 +132,18 @@ def sentence(packed: Iterable[PackedWeight], dtype: torch.dtype) -> str:
     """What decompressing costs: `6 weights are not FP8 (4-bit int, pack-quantized): …`."""
     weights = list(packed)
     kinds = sorted({weight.kind for weight in weights})
+    what = "are FP8 with zero points" if all(map(_is_fp8, weights)) else f"are not FP8 ({'; '.join(kinds)})"
     values = sum(math.prod(weight.info.shape) for weight in weights) * dtype.itemsize
     stored = sum(nbytes(part) for weight in weights for part in weight.parts.values())
     return (
-        f"{len(weights)} weights, such as {weights[0].info.name}, are not FP8 ({'; '.join(kinds)})"
+        f"{len(weights)} weights, such as {weights[0].info.name}, {what}"
         f": decompressed to {str(dtype).removeprefix('torch.')} by compressed-tensors, they take {values:,} bytes of memory "
         f"where the file has {stored:,}"
     )
+
+
+def _is_fp8(weight: PackedWeight) -> bool:
+    return weight.packed.dtype == FP8_DTYPE
 
 
 @dataclass(frozen=True)
@@ -128,14 +161,9 @@ class PackedParameter:
     weights: Mapping[str, PackedWeight]
 
     @staticmethod
-    def of(target: str, layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
-        """Raises SchemeError if the values of merged weights cannot lie in one tensor."""
+    def of(layout: Layout, dtype: torch.dtype, packed: Mapping[str, PackedWeight]) -> PackedParameter:
+        """The values of merged weights lie in one tensor: `model.mixed` is for those that cannot."""
         weights = {source: packed[source] for source in layout.sources}
-        kinds = {(weight.packed.dtype, weight.packed.shape[-1]): weight for weight in weights.values()}
-        if len(kinds) > 1:
-            raise SchemeError(
-                f"{target}: {' and '.join(str(w.packed) for w in kinds.values())} are merged, but differ in format."
-            )
         return PackedParameter(layout, dtype, weights)
 
     @property
@@ -152,14 +180,20 @@ class PackedParameter:
 
     def read(self, tensors: Checkpoint) -> dict[str, dict[str, Tensor]]:
         """By weight, all its tensors but the packed values."""
-        return {name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items() if part != weight.packed}
+        return {name: {leaf: tensors.value(part) for leaf, part in weight.parts.items() if part != weight.packed}
                 for name, weight in self.weights.items()}  # fmt: skip
+
+    def again(self, tensors: Checkpoint) -> tuple[Tensor, dict[str, Tensor]]:
+        """The parameter's value, and by their names in the file all tensors that it is made of, read anew."""
+        parts = {
+            name: {leaf: tensors.value(part) for leaf, part in w.parts.items()} for name, w in self.weights.items()
+        }
+        stored = {part.name: tensors.read_stored(part) for w in self.weights.values() for part in w.parts.values()}
+        return self.value(self.packed(parts), parts), stored
 
     def packed(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """What is carried to the parameter: the packed values of all weights, as the model's rows."""
-        return self.packed_layout.weight(
-            {n: parts[n][w.packed.name.rpartition(".")[2]] for n, w in self.weights.items()}
-        )
+        return self.packed_layout.weight({n: parts[n][w.leaf] for n, w in self.weights.items()})
 
     def value(self, packed: Tensor, others: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """The parameter as the model declares it, on the device of its packed values."""
@@ -168,7 +202,7 @@ class PackedParameter:
         rows = out.view(-1, layout.shape[-1])
         for name, weight in self.weights.items():
             parts = {leaf: tensor.to(packed.device) for leaf, tensor in others[name].items()}
-            parts[weight.packed.name.rpartition(".")[2]] = self.packed_layout.split_weight(packed, name)
+            parts[weight.leaf] = self.packed_layout.split_weight(packed, name)
             value = weight.decompress(parts, self.dtype)
             for p in layout.placements:
                 if p.source == name:
@@ -176,10 +210,14 @@ class PackedParameter:
         return out.transpose(-1, -2).contiguous() if layout.transposed else out
 
 
-def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorInfo, read_shapes: bool) -> PackedWeight:
-    group = schemes.group(module)
-    scheme = None if group is None else schemes.config.config_groups[group]
-    if group is None or scheme is None or scheme.weights is None or is_fp8(scheme.weights):
+def _packed(tensors: Checkpoint, schemes: Schemes, module: str, leaf: str, read_shapes: bool) -> PackedWeight:
+    packed = tensors[f"{module}.{leaf}"]
+    groups = schemes.config.config_groups
+    shifted = packed.dtype == FP8_DTYPE
+    fitting = (name for name in schemes.covering(module) if (args := groups[name].weights) and is_fp8(args) == shifted)
+    group = next((name for name in fitting if not shifted or not groups[name].weights.symmetric), None)
+    scheme = None if group is None else groups[group]
+    if group is None or scheme is None:
         raise SchemeError(
             f"{packed}: quantized in another format than FP8, but {schemes.describe(module)} of quantization_config covers it. "
             "Correct its targets or ignore list."
@@ -191,7 +229,6 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorIn
         raise SchemeError(
             f"{packed}: group {group!r} says format={scheme.format!r}, which compressed-tensors cannot decompress."
         ) from error
-    leaf = packed.name.rpartition(".")[2]
     missing = [name for name in names if name.startswith("weight") and f"{module}.{name}" not in tensors]
     if leaf not in names or missing:
         what = f"which needs {module}.{missing[0]}" if missing else f"which has no {leaf}"
@@ -199,7 +236,8 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, packed: TensorIn
             f"{packed}: group {group!r} says {format_}, {what}. The file does not fit its config; quantize it again."
         )
     parts = {name: tensors[f"{module}.{name}"] for name in (*names, *_ACTIVATIONS) if f"{module}.{name}" in tensors}
-    shape = _shape(tensors, packed, parts.get("weight_shape") if read_shapes else None, scheme)
+    shape = packed.shape if leaf == "weight" else ()
+    shape = shape or _shape(tensors, packed, parts.get("weight_shape") if read_shapes else None, scheme)
     _check_scales(packed, parts, shape, scheme)
     info = TensorInfo(f"{module}.weight", packed.file, PACKED, shape)
     return PackedWeight(info, packed, parts, group, format_, scheme)
@@ -209,13 +247,11 @@ def _shape(
     tensors: Checkpoint, packed: TensorInfo, stored: TensorInfo | None, scheme: QuantizationScheme
 ) -> tuple[int, ...]:
     """Of the weight: stored in the file, or what the packed values hold."""
-    if packed.dtype not in INTEGER_DTYPES or len(packed.shape) != 2:
+    if packed.dtype not in (*INTEGER_DTYPES, FP8_DTYPE) or len(packed.shape) != 2:
         raise CheckpointError(
             f"{packed}: not a matrix of packed values. The file does not fit its config; quantize it again."
         )
     rows, cols = packed.shape
-    if packed.name.endswith(".weight"):
-        return rows, cols
     held, bits = 8 * INTEGER_DTYPES[packed.dtype].itemsize, int(scheme.weights.num_bits)
     if stored is None:
         return rows, cols * held // bits

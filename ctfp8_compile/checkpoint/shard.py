@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, SchemeError
-from .layout import Layout, Placement
+from .files import decode_scale
+from .layout import Layout, Placement, Turned
 from .scheme import Scheme
 
 
@@ -111,12 +112,13 @@ class Shard(Layout):
         return whole if all(scheme.block) and whole != self.block(scheme) else None
 
     def cut_scale(self, scale: Tensor, scheme: Scheme) -> Tensor:
-        """This rank's scales, from those of the whole parameter."""
+        """This rank's scales, from those of the whole parameter; float32 where bytes are of a group that a border cuts."""
         high, wide = self.whole.block(scheme)
         mine, across = self.block(scheme)
         *experts, rows, columns = held(self.whole.shape, self.cuts)
         own = scale[experts[0]] if experts else scale
-        return own[..., rows[::mine] // high, :][..., columns[::across] // wide].contiguous()
+        part = own[..., rows[::mine] // high, :][..., columns[::across] // wide].contiguous()
+        return part if self.cut_block(scheme) is None else decode_scale(part)
 
     def put_scale(self, whole: Tensor, part: Tensor, scheme: Scheme) -> None:
         """Inverse of `cut_scale`: writes this rank's scales into those of the whole parameter."""
@@ -166,6 +168,11 @@ def shard(layout: Layout, cuts: Cuts) -> Shard:
     """
     indices = held(layout.shape, cuts)
     name = layout.placements[0].source
+    if isinstance(layout, Turned):
+        raise SchemeError(
+            f"{name}: experts in one tensor of inputs × outputs are not cut into parts for several processes. Load the model in "
+            "one process, or take a checkpoint with one tensor per expert, as llm-compressor writes it."
+        )
     if not all(len(i) for i in indices):
         cut = next(cut for cut in cuts if not len(indices[cut.dim]))
         raise SchemeError(

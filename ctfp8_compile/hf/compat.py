@@ -29,10 +29,15 @@ PRIVATE = {
     "remove_tied_weights_from_state_dict": (
         "transformers.modeling_utils.remove_tied_weights_from_state_dict", "5.23 5.24"
     ),
+    "ALL_ATTENTION_FUNCTIONS": ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "5.23 5.24"),
+    "ALL_MASK_ATTENTION_FUNCTIONS": ("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "5.23 5.24"),
     "cached_file": ("transformers.utils.hub.cached_file", "5.23 5.24"),
     "DynamicLayer": ("transformers.cache_utils.DynamicLayer", "5.23 5.24"),
     "DynamicSlidingWindowLayer": ("transformers.cache_utils.DynamicSlidingWindowLayer", "5.23 5.24"),
     "StaticSlidingWindowLayer": ("transformers.cache_utils.StaticSlidingWindowLayer", "5.23 5.24"),
+    "DYNAMIC_LAYER_TYPE_MAPPING": ("transformers.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING", "5.23 5.24"),
+    "STATIC_LAYER_TYPE_MAPPING": ("transformers.cache_utils.STATIC_LAYER_TYPE_MAPPING", "5.23 5.24"),
+    "get_layer_types_and_kwargs": ("transformers.cache_utils.get_layer_types_and_kwargs", "5.23 5.24"),
     "StaticLayer": ("transformers.cache_utils.StaticLayer", "5.23 5.24"),
     "ALL_PARALLEL_STYLES": ("transformers.distributed.parallel_utils.ALL_PARALLEL_STYLES", "5.23 5.24"),
     "replace_layer_number_by_wildcard": ("transformers.distributed.parallel_utils.replace_layer_number_by_wildcard", "5.23 5.24"),

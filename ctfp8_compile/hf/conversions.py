@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.layout import Layout, identity, trace
+from ..checkpoint.layout import Layout, Turned, identity, trace, turned
 from ..errors import CheckpointError
+from ..model.mixed import MixedParameter
 from .compat import (
     Concatenate,
     ConversionOps,
@@ -32,24 +33,40 @@ from .compat import (
 )
 from .parallel import local_layout
 
+Arrivals = Mapping[str, list[tuple[str, str | None]]]
+"""By parameter or buffer of a model, the tensors of a checkpoint that go to it, and the pattern of a conversion that says so."""
 
-def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """For each parameter of the model that the checkpoint holds in FP8, or packed: what its rows come from."""
-    conversions = get_model_conversion_mapping(model)
-    conversions += per_expert_conversions(model, conversions)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    arrivals: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+
+def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> Arrivals:
+    """Where the tensors of a checkpoint go."""
+    renamings, converters = _conversions(model)
+    found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
         if target not in declared and name in declared:
             target, pattern = name, None
         if target in declared:
-            arrivals[target].append((name, pattern))
+            found[target].append((name, pattern))
+    return found
+
+
+def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    conversions = get_model_conversion_mapping(model)
+    conversions += per_expert_conversions(model, conversions)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
+
+
+def layouts(
+    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], arrived: Arrivals
+) -> dict[str, Layout]:
+    """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
+    rows come from."""
+    _, converters = _conversions(model)
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     found: dict[str, Layout] = {}
     traced: dict[Any, dict[str, Layout]] = {}
-    for target, sources in arrivals.items():
+    for target, sources in arrived.items():
         if declared[target].is_floating_point():
             for name, _ in sources:
                 ckpt.check_weight(tensors[name])
@@ -62,20 +79,77 @@ def layouts(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]
                 empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
                 _convert(model, by_pattern[pattern], target, sources, tensors, empty)
             continue
-        if len(set(kinds)) > 1:
-            (usual, _), *_, (odd, _) = Counter(kinds).most_common()
-            raise CheckpointError(
-                f"{tensors[sources[kinds.index(odd)][0]]} is not stored as {tensors[sources[kinds.index(usual)][0]]} is, and "
-                f"both are part of {target}. Quantize all of them alike, or none."
-            )
         if pattern is None:
             info = tensors[sources[0][0]]
             if len(info.shape) < 2 or info.shape != tuple(declared[target].shape):
                 raise CheckpointError(f"{info}: the model declares {target} as {list(declared[target].shape)}.")
-            found[target] = identity(info.name, info.shape)
+            source = sources[0][0]
+            found[target] = (
+                turned(source, info.shape) if _keeps_inputs_first(model, target) else identity(source, info.shape)
+            )
             continue
         found |= _trace_converter(model, by_pattern[pattern], target, sources, tensors, declared, traced)
     return found
+
+
+def modules(model: Any, arrived: Arrivals) -> list[tuple[str, str]]:
+    """The model's modules that the checkpoint has, in the model's order: the model's name of each, and the checkpoint's.
+
+    A module without tensors of its own, such as attention, is named by those inside it. Experts that become one tensor have no
+    module.
+    """
+    found: dict[str, str] = {}
+    for target, name in ((target, name) for target, sources in arrived.items() for name, p in sources if p is None):
+        ours, theirs = target.split("."), name.split(".")
+        while ours and theirs and ours[-1] == theirs[-1]:
+            del ours[-1], theirs[-1]
+            if ours and theirs:
+                found.setdefault(".".join(ours), ".".join(theirs))
+    return [(name, found[name]) for name, _ in model.named_modules() if name in found]
+
+
+def merged(arrived: Arrivals) -> list[str]:
+    """The checkpoint's tensors that become a part of a parameter, such as each expert's."""
+    return [name for sources in arrived.values() for name, pattern in sources if pattern is not None]
+
+
+def check_absent(model: Any, absent: Mapping[str, str], declared: Mapping[str, Tensor]) -> None:
+    """Refuses a checkpoint of which files are missing that the model needs.
+
+    Args:
+        absent: by name, tensors that an index says are in a file that is not there, and that file.
+
+    Raises:
+        CheckpointError: one of them is a parameter of the model, or a part of one.
+    """
+    conversions = get_model_conversion_mapping(model) if absent else []
+    conversions += per_expert_conversions(model, conversions)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    for name, shard in absent.items():
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
+        if target in declared or name in declared:
+            raise CheckpointError(
+                f"{ckpt.INDEX_FILE} names the shard {shard}, which is missing, and the model needs {name} of it. Download it "
+                "again."
+            )
+
+
+def turning(layouts: Mapping[str, Layout], mixed: Mapping[str, Any]) -> list[WeightConverter]:
+    """Conversions for parameters that are one tensor of the file, transposed: transformers knows none for them."""
+    tails = dict.fromkeys(
+        r"\.".join(name.split(".")[-2:]) for name, layout in layouts.items() if isinstance(layout, Turned)
+    )
+    return [WeightConverter(rf"{tail}$", tail.replace("\\", ""), [PlaceRows(layouts, mixed, [])]) for tail in tails]
+
+
+def _keeps_inputs_first(model: Any, target: str) -> bool:
+    """Whether a parameter is of experts that are declared as inputs × outputs, as Llama 4's and gpt-oss's are."""
+    owner = model.get_submodule(target.rpartition(".")[0])
+    gate_up, down = (getattr(owner, name, None) for name in ("gate_up_proj", "down_proj"))
+    if not isinstance(gate_up, Tensor) or not isinstance(down, Tensor) or gate_up.dim() != 3:
+        return False
+    return gate_up.shape[-1] != down.shape[-2]
 
 
 def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> list[WeightConverter]:
@@ -93,7 +167,7 @@ def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> li
         [] if getattr(experts, "is_concatenated", True) else [Interleave(dim=1, inverse=True)]
     )
     # what the first makes, the second reads; Llama 4 and gpt-oss keep both as inputs × outputs
-    transposed = experts.gate_up_proj.shape[-1] != experts.down_proj.shape[-2]
+    transposed = _keeps_inputs_first(experts, "gate_up_proj")
     transpose: list[ConversionOps] = [Transpose(1, 2)] if transposed else []
     merge: list[ConversionOps] = [MergeModulelist(dim=0), Concatenate(dim=1), *interleave]
     gate, up, down = (r"experts.*.gate_proj", r"experts.*.up_proj", r"experts.*.down_proj")
@@ -115,12 +189,14 @@ class PlaceRows(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(self, layouts: Mapping[str, Layout], operations: list[ConversionOps]):
-        self.layouts, self.operations = layouts, operations
+    def __init__(
+        self, layouts: Mapping[str, Layout], mixed: Mapping[str, MixedParameter], operations: list[ConversionOps]
+    ):
+        self.layouts, self.mixed, self.operations = layouts, mixed, operations
         self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaceRows:
-        return PlaceRows(self.layouts, copy.deepcopy(self.operations, memo))
+        return PlaceRows(self.layouts, self.mixed, copy.deepcopy(self.operations, memo))
 
     def convert(
         self,
@@ -131,11 +207,9 @@ class PlaceRows(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
-        if any(name in self.layouts for name in targets.values()):
+        if any(name in self.layouts or name in self.mixed for name in targets.values()):
             return {
-                pattern: self._place(
-                    self.layouts[name], input_dict, source_patterns, kwargs["model"].get_parameter(name)
-                )
+                pattern: self._place(name, input_dict, source_patterns, kwargs["model"].get_parameter(name))
                 for pattern, name in targets.items()
             }
         for operation in self.operations:
@@ -145,10 +219,12 @@ class PlaceRows(ConversionOps):
             )  # fmt: skip
         return input_dict
 
-    @staticmethod
-    def _place(layout: Layout, collected: dict[str, Any], source_patterns: list[str], declared: Tensor) -> Tensor:
+    def _place(self, name: str, collected: dict[str, Any], source_patterns: list[str], declared: Tensor) -> Tensor:
         tensors = [t for pattern in source_patterns if pattern in collected for t in _as_list(collected[pattern])]
-        layout = local_layout(layout, declared)
+        if name in self.mixed:
+            info = self.mixed[name]
+            return info.value(dict(zip(info.layout.sources, tensors, strict=True)))
+        layout = local_layout(self.layouts[name], declared)
         read = [t for t in tensors if t is not None]  # what other ranks have is not
         return layout.weight(dict(zip(layout.sources, read, strict=True)))
 

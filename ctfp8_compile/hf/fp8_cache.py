@@ -4,26 +4,29 @@ A token is packed into bytes before the layer stores it, and what the layer give
 sliding and growing layers, `reset`, `crop` and the reordering of beams are transformers'. A model attends to what was rounded,
 the new tokens too, as it did when scales were calibrated. With latent attention (DeepSeek) the tokens are what transformers
 caches of it: the latent, and the part of a key that has a position, each with a scale of its own.
+
+Layers that keep something else (the states of linear attention, compressed tokens) stay as transformers has them.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import warnings
+from collections import Counter
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache
 
 from ..errors import UsageError
 from ..ops import apply
 from ..ops.fp8 import quantize_cached_steps
+from .cache_scales import Affine, CacheScales
 from .compat import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 from .parallel import key_value_heads
 
 CacheDtype = Literal["auto", "fp8", "bf16"]
-_SCALE = re.compile(r"\.(\d+)\.(?:[\w.]*\.)?(k|v)(?:_proj\.(?:k_|v_|output_)?|_)scale")
 
 
 def dynamic_cache(model: Any, dtype: CacheDtype = "auto") -> DynamicCache:
@@ -33,64 +36,84 @@ def dynamic_cache(model: Any, dtype: CacheDtype = "auto") -> DynamicCache:
     """
     cache = DynamicCache(config=model.config)
     if keeps_fp8(model, dtype):
-        keep_fp8(model, cache.layers)
+        keep_fp8(model, cache.layers, dtype)
     return cache
 
 
 def keeps_fp8(model: Any, dtype: CacheDtype) -> bool:
-    """Whether a cache asked for by this name is FP8: `auto` is where the checkpoint was calibrated for it."""
+    """Whether a cache asked for by this name is FP8: `auto` is where the checkpoint was made for it."""
     if dtype not in get_args(CacheDtype):
         raise UsageError(f"dtype={dtype!r}: a cache is 'fp8', 'bf16' (the model's own dtype) or 'auto'.")
-    return dtype == "fp8" or (dtype == "auto" and bool(_scales(model)))
+    return dtype == "fp8" or (dtype == "auto" and _scales(model).fp8)
 
 
-def keep_fp8(model: Any, layers: list[Any]) -> None:
-    """Replaces layers, which hold nothing yet, by such that keep FP8.
+def keep_fp8(model: Any, layers: list[Any], dtype: CacheDtype) -> None:
+    """Replaces layers, which hold nothing yet, by such that keep FP8; those that keep no keys and values stay as they are.
 
     Raises:
-        UsageError: a layer keeps something else than keys and values, or the file has scales for some layers only.
+        UsageError: FP8 was asked for, and no layer can keep it.
     """
-    other = sorted({type(layer).__name__ for layer in layers if type(layer) not in _KINDS})
-    if other:
+    scales = CacheScales() if _is_latent(model) else _scales(model)
+    others = Counter(type(layer).__name__ for layer in layers if _holds(layer) and _fp8_kind(type(layer)) is None)
+    which = f"{sum(others.values())} of {len(layers)} layers of the cache of {type(model).__name__} ({', '.join(sorted(others))})"
+    if others and sum(others.values()) == sum(map(_holds, layers)) and dtype == "fp8":
         raise UsageError(
-            f"the cache of {type(model).__name__} holds more than keys and values ({', '.join(other)}), which is not kept in "
-            "FP8. Make it with dtype='bf16'."
+            f"{which} keep no keys and values, which is all that is kept in FP8. Make it with dtype='bf16'."
         )
-    scales = _scales(model)
     for i, layer in enumerate(layers):
-        found = [scales.get((i, which)) for which in "kv"]
-        if scales and None in found:
-            raise UsageError(
-                f"the checkpoint has scales of a key-value cache, but not both for layer {i}. Use dtype='bf16'."
-            )
-        kind = _KINDS[type(layer)]
+        if not _holds(layer) or (kind := _fp8_kind(type(layer))) is None:
+            continue
         layers[i] = kind.__new__(kind)
         layers[i].__dict__.update(layer.__dict__)
-        layers[i].scales = tuple(
-            None if s is None else _own(model, s.to(model.device, torch.float32).flatten()) for s in found
+        own = [_own(model, affine) for affine in scales.of(i)]
+        layers[i].scales = tuple(affine.scale for affine in own)
+        layers[i].biases = tuple(affine.bias for affine in own)
+    if others and model not in _told:
+        _told[model] = None
+        warnings.warn(
+            f"{which} keep states, not keys and values: they stay in {model.dtype}; the others are FP8.", stacklevel=3
         )
 
 
-def _own(model: Any, scale: Tensor) -> Tensor:
-    """`[1]` or `[heads]` of the file: those of the heads that this rank has."""
-    if len(scale) == 1:
-        return scale
-    heads = key_value_heads(model, len(scale))
-    return scale[heads.start : heads.stop]
+#: Models whose cache was said to be FP8 in part.
+_told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _scales(model: Any) -> Mapping[tuple[int, str], Tensor]:
-    """The checkpoint's scales, by layer and `k` or `v`; they are of heads, which a latent cache has not."""
-    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None:
-        return {}
-    kept = getattr(getattr(model, "hf_quantizer", None), "cache_scales", {})
-    return {(int(m[1]), m[2]): scale for name, scale in kept.items() if (m := _SCALE.search(name))}
+def _holds(layer: Any) -> bool:
+    """Whether a layer keeps anything: those that share another's keys, or have no attention, do not."""
+    return bool(getattr(layer, "supports_early_init", True)) or not getattr(layer, "is_initialized", False)
+
+
+def _own(model: Any, affine: Affine) -> Affine:
+    """As this rank has them: of its heads, on its device."""
+    scale, bias = affine.scale, affine.bias
+    if scale is not None:
+        if len(scale) > 1:
+            heads = key_value_heads(model, len(scale))
+            scale = scale[heads.start : heads.stop]
+        scale = scale.to(model.device, torch.float32)
+    if bias is not None:
+        if bias.shape[1] > 1:
+            heads = key_value_heads(model, bias.shape[1])
+            bias = bias[:, heads.start : heads.stop]
+        bias = bias.to(model.device, torch.float32)
+    return Affine(scale, bias)
+
+
+def _scales(model: Any) -> CacheScales:
+    return getattr(getattr(model, "hf_quantizer", None), "cache", None) or CacheScales()
+
+
+def _is_latent(model: Any) -> bool:
+    """Whether a model caches latents: a checkpoint's scales are of heads, which they are not."""
+    return getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
 
 
 class _Fp8:
-    """`scales` of keys and values, `[1]` or `[heads]`; where they are None each token has its own."""
+    """`scales` and `biases` of keys and values, as in `Affine`."""
 
     scales: tuple[Tensor | None, Tensor | None]
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def begin(self, keys: Tensor, values: Tensor) -> None:
         """`lazy_initialization` for tokens as the model makes them."""
@@ -99,12 +122,22 @@ class _Fp8:
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         stored = super().update(*self._packed(key_states, value_states), *args, **kwargs)  # type: ignore[misc]
         keys, values = (
-            torch.ops.ctfp8.cached(t, scale, key_states.dtype) for t, scale in zip(stored, self.scales, strict=True)
+            _read(t, scale, bias, key_states.dtype)
+            for t, scale, bias in zip(stored, self.scales, self.biases, strict=True)
         )
         return keys, values
 
     def _packed(self, *states: Tensor) -> list[Tensor]:
-        return [quantize_cached_steps(apply, t, scale) for t, scale in zip(states, self.scales, strict=True)]
+        return [
+            quantize_cached_steps(apply, t if bias is None else t.float() - bias, scale)
+            for t, scale, bias in zip(states, self.scales, self.biases, strict=True)
+        ]
+
+
+def _read(stored: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if bias is None:
+        return torch.ops.ctfp8.cached(stored, scale, dtype)
+    return (torch.ops.ctfp8.cached(stored, scale, torch.float32) + bias).to(dtype)
 
 
 class StaticFp8Layer(_Fp8, StaticLayer):
@@ -123,9 +156,23 @@ class _DynamicSlidingFp8(_Fp8, DynamicSlidingWindowLayer):
     pass
 
 
+_WHOLE: tuple[Any, ...] = (StaticLayer, DynamicLayer)
+_SLIDING: tuple[Any, ...] = (StaticSlidingWindowLayer, DynamicSlidingWindowLayer)
+#: By class, its FP8 one, or None; made as they are met.
 _KINDS: dict[type, Any] = {
     StaticLayer: StaticFp8Layer,
     StaticSlidingWindowLayer: _StaticSlidingFp8,
     DynamicLayer: _DynamicFp8,
     DynamicSlidingWindowLayer: _DynamicSlidingFp8,
 }
+
+
+def _fp8_kind(cls: Any) -> Any:
+    """A class of layers that does the same with FP8; None where that keeps other things than tokens.
+
+    Layers that keep something beside their keys and values (a state of linear attention, an index) keep that as it is.
+    """
+    if cls not in _KINDS:
+        same = getattr(cls, "update", None) in [known.update for known in (*_WHOLE, *_SLIDING)]
+        _KINDS[cls] = type(f"Fp8{cls.__name__}", (_Fp8, cls), {"_layer_type": None}) if same else None
+    return _KINDS[cls]

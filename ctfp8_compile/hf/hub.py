@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.formats import SIDE_FILE, read_side_file, write_side_file
+from ..checkpoint.folder import Folder, of_folder
+from ..checkpoint.formats import write_side_file
 from ..checkpoint.layout import identity
+from ..checkpoint.leftovers import leftovers, used_names
+from ..checkpoint.notes import Notes
+from ..checkpoint.packed import is_shifted
 from ..checkpoint.scheme import Schemes
-from ..errors import CheckpointError, SchemeError, UsageError
+from ..errors import CheckpointError, UsageError
 from ..inductor import recipe
 from ..model.freeze import dequantize_, freeze
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
-from ..model.ranks import together
+from ..model.ranks import is_first, together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
-from .compat import cached_file
+from .configs import private_config, settle_dtype
 from .parallel import is_distributed, take_config
 from .quantizer import Config, Quantizer
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-                  "trust_remote_code", "code_revision")  # fmt: skip
-
-#: Arguments of the loader that configs have as attributes, too.
-_OF_THE_LOADER = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", *_HUB_ARGUMENTS)
+from .rotated_attention import unrotate_attention
 
 
 @paused_gc()
@@ -54,10 +52,12 @@ def from_pretrained(
         dequantize: return a plain model in `dtype` instead (weights bit-exact with compressed-tensors' dequantize).
         in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
-        strict: refuse a file with weights in other formats than FP8 (INT8, packed INT4, NVFP4). By default they are
-            decompressed while loading, as compressed-tensors does it, and a warning says how many bytes that costs.
+        strict: refuse what is otherwise loaded with a warning: weights in other formats than FP8 (INT8, packed INT4, NVFP4),
+            which compressed-tensors' own code decompresses; parameters whose parts are stored in different ways, which become
+            `dtype`; files that their quantization_config or their index do not fit, which are read as they are.
         compile: also do what `ctfp8.compile(model)` does, with a dict of its arguments if one is given.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
+            `quantization_config`, of a file that has none, says how it is quantized; without one the shapes of scales do.
             `dtype` is what FP8 weights dequantize to and what the other weights are loaded in. With
             `distributed_config=DistributedConfig(tp_size=N)`, on N processes started by torchrun, each has a part.
 
@@ -68,15 +68,18 @@ def from_pretrained(
         CheckpointError: a file is damaged or incomplete; names the tensor. Nothing is ever initialised at random.
         SchemeError: the config is of no FP8 format we know, or does not cover an FP8 weight.
     """
-    if "quantization_config" in transformers_kwargs:
-        raise SchemeError("quantization_config is read from the checkpoint; do not pass one.")
     with_info = transformers_kwargs.pop("output_loading_info", False)
     distributed = take_config(transformers_kwargs, dequantize)
     with together(distributed is not None):
         folder = Path(path_or_id)
+        files = None
         if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
-            ckpt.Checkpoint(ckpt.checkpoint_files(folder))
-        config = _private_config(path_or_id, transformers_kwargs, strict)
+            files = of_folder(folder)
+            files.open()
+        config, holders = private_config(path_or_id, transformers_kwargs, strict, files)
+        settle_dtype(config, files, transformers_kwargs)
+        if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
+            config.transformers_weights = files.files[0].name
     if distributed is not None:
         transformers_kwargs["distributed_config"] = distributed
     with together(distributed is not None):
@@ -87,13 +90,19 @@ def from_pretrained(
             )  # fmt: skip
         except SafetensorError as error:
             raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
-        _check_complete(path_or_id, info)
+        _check_complete(path_or_id, info, files)
+    if files is not None and not files.found:
+        del model.config.transformers_weights
+    holders.put_back(model.config)
+    model.hf_quantizer.side_file = holders.side_file
     freeze(model)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
+        unrotate_attention(model)
         dequantize_(model)
         model.hf_quantizer.remove_quantization_config(model)
+        holders.take_away(model.config)
     if compile is not False:
         recipe.compile(model, **({} if compile is True else compile))
     return (model, info) if with_info else model
@@ -103,6 +112,7 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
     """Writes the model as the checkpoint it came from: its config, and names, shapes, dtypes and bits of its tensors.
 
     `model.save_pretrained(folder)` does the same, but for ModelOpt's `hf_quant_config.json`: it becomes part of `config.json`.
+    Tensors that the model's class does not build, such as layers for multi-token prediction, are taken from where it was loaded.
     Of a mixed file, weights in other formats than FP8 are read again from where the model was loaded.
 
     Args:
@@ -116,9 +126,9 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
         if Path(folder).is_file():
             raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
         model.save_pretrained(folder, **transformers_kwargs)
-        quantization = model.config.quantization_config
-        if isinstance(quantization, Config) and "quantization" in quantization.stored:  # read from ModelOpt's own file
-            write_side_file(Path(folder))
+        side_file = getattr(getattr(model, "hf_quantizer", None), "side_file", None)
+        if side_file is not None and (not is_distributed(model) or is_first()):
+            write_side_file(Path(folder), *side_file)
 
 
 def prepare(model: Any) -> Any:
@@ -143,6 +153,11 @@ def prepare(model: Any) -> Any:
             f"transformers loads {format!r} checkpoints into modules of its own, or decompresses them. Load this one with "
             "ctfp8.from_pretrained, which keeps the model's modules and its FP8 weights."
         )
+    if quantizer.transforms:
+        raise UsageError(
+            f"transformers left out the transforms of the checkpoint ({quantizer.transforms[0]}). Load it with "
+            "ctfp8.from_pretrained, which applies them."
+        )
     for name, parameter in model.named_parameters():
         if name.endswith("weight_packed") or (name.endswith(".weight") and not parameter.is_floating_point()):
             raise UsageError(
@@ -151,13 +166,22 @@ def prepare(model: Any) -> Any:
             )
     weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
+    quantizer.schemes.embeddings |= {name for name, module in fp8.items() if isinstance(module, nn.Embedding)}
     _refuse_decompressed(model, quantizer.schemes, fp8)
     found = []
+    notes = Notes()
     for name, module in fp8.items():
         own = {f"{name}.{k}": v for k, v in module.state_dict().items()}
         tensors = ckpt.InMemory(own)
-        info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype)
+        if is_shifted(tensors, quantizer.schemes, name):
+            raise UsageError(
+                f"{name}.weight has zero points, and only loading dequantizes such a weight. Load the checkpoint with "
+                "ctfp8.from_pretrained."
+            )
+        info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype, notes)
+        leftovers(tensors, used_names(info.scales, map(ckpt.input_scale_name, info.input_scales)), notes)
         found.append((module, info, *read_scales(tensors, info)))
+    notes.say()
     for module, info, weight_scale, input_scale in found:
         for leaf in ("weight_scale", "input_scale", "weight_zero_point"):
             module._parameters.pop(leaf, None)
@@ -190,46 +214,15 @@ def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]
             )
 
 
-def _private_config(path_or_id: str | Path, kwargs: dict[str, Any], strict: bool) -> PretrainedConfig:
-    """The checkpoint's config with `quant_method` swapped for our private name; taken out of `kwargs` if given there."""
-    config = kwargs.pop("config", None)
-    hub = {k: kwargs[k] for k in _HUB_ARGUMENTS if k in kwargs}
-    if config is None:
-        if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
-            ckpt.check_config_file(Path(path_or_id))
-        config = AutoConfig.from_pretrained(path_or_id, **hub)
-        for name in [
-            k for k in kwargs if k not in _OF_THE_LOADER and hasattr(config, k)
-        ]:  # use_cache=False, num_labels=3
-            setattr(config, name, kwargs.pop(name))
-    config = copy.deepcopy(config)
-    holders = {id(c): c for c in (config, config.get_text_config(decoder=True))}.values()
-    found = False
-    if all(getattr(holder, "quantization_config", None) is None for holder in holders):
-        side_file = cached_file(path_or_id, SIDE_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-        config.quantization_config = read_side_file(Path(side_file)) if side_file else None
-    for holder in holders:
-        quantization = getattr(holder, "quantization_config", None)
-        if quantization is None:
-            continue
-        if not isinstance(quantization, dict):
-            quantization = quantization.to_dict()
-        Schemes(quantization)  # says what is wrong with it, in our words
-        holder.quantization_config = Config.of(quantization, strict)
-        found = True
-    if not found:
-        raise SchemeError(
-            f"{path_or_id}: its config.json has no quantization_config, and there is no {SIDE_FILE}, so it is not a quantized "
-            "checkpoint. "
-            "Load it with transformers' own from_pretrained."
-        )
-    return config
-
-
-def _check_complete(path_or_id: str | Path, info: Any) -> None:
+def _check_complete(path_or_id: str | Path, info: Any, files: Folder | None) -> None:
     """A weight that the model needs and the file lacks was just initialised at random: never hand that out."""
     missing = sorted(info["missing_keys"] if isinstance(info, dict) else info.missing_keys)
     mismatched = sorted(info["mismatched_keys"] if isinstance(info, dict) else info.mismatched_keys)
+    if files is not None and (stale := sorted(set(missing) & set(files.stale))):
+        raise CheckpointError(
+            f"{path_or_id}: the model needs {stale[0]}, which a file holds, but {ckpt.INDEX_FILE} does not name ({len(stale)} in "
+            "all). Add it to the index's weight_map, or save the checkpoint again."
+        )
     if missing:
         raise CheckpointError(
             f"{path_or_id}: the model needs {missing[0]}, but no tensor of the checkpoint provides it "

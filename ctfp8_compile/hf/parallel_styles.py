@@ -143,12 +143,12 @@ class _Embedding(_Local, EmbeddingParallel):
         if self.shard_dim != 0:
             return super().install_forward(module, mesh)
         start, stop = _run(module.num_embeddings, mesh)
-        lookup = module.forward
         module.padding_idx = None  # of the whole vocabulary, and only for gradients
 
         def forward(ids: Tensor) -> Tensor:
             elsewhere = (ids < start) | (ids >= stop)
-            vectors = lookup((ids - start).masked_fill(elsewhere, 0))
+            own = (ids - start).masked_fill(elsewhere, 0)
+            vectors = type(module).forward(module, own)  # of the class it has by then: one of an FP8 table is another
             return _all_reduce(vectors.masked_fill(elsewhere[..., None], 0), mesh)
 
         module.forward = forward

@@ -7,11 +7,11 @@ read, checked and placed before the first weight is loaded. What becomes of rows
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +20,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import files as ckpt
+from ..checkpoint.folder import of_files
+from ..checkpoint.leftovers import leftovers, used_names
+from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
-from ..checkpoint.scheme import Schemes
+from ..checkpoint.scheme import Schemes, heads_of
 from ..checkpoint.shard import Cuts
+from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..errors import CheckpointError, SchemeError, UsageError
-from ..model.parametrization import Dequantize, attach, quantized_parameters, stored_weight
+from ..model import rotation
+from ..model.mixed import MixedParameter, is_mixed, mix
+from ..model.mixed import sentence as mixed_sentence
+from ..model.parametrization import Dequantize, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
 from ..model.ranks import is_first
 from ..ops import FP8
+from .cache_scales import CacheScales, cache_sentence, read_cache_scales
+from .cache_shapes import cache_shapes
 from .compat import (
     HfQuantizer,
     QuantizationConfigMixin,
@@ -38,12 +47,30 @@ from .compat import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from .conversions import PlaceRows, layouts, per_expert_conversions
+from .conversions import (
+    Arrivals,
+    PlaceRows,
+    arrivals,
+    check_absent,
+    layouts,
+    merged,
+    modules,
+    per_expert_conversions,
+    turning,
+)
+from .embeddings import attach_tied, embedding_names, leave_tied, untie
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
+from .rotated_attention import rotate_attention
+from .saving import Source, as_read, refuse_adapters
 
-#: Values of other formats take the weight's name, and so its way through all of the model's conversions.
-_PACKED_ARE_WEIGHTS = WeightRenaming(r"\.weight_packed$", ".weight")
+_STALE = "not_in_the_index"
+
+
+def _hidden(names: tuple[str, ...]) -> Any:
+    """Keeps the loader from tensors of a file that the index does not name: none of the model's parameters is called so."""
+    return WeightRenaming(f"^(?:{'|'.join(map(re.escape, names))})$", _STALE)
+
 
 METHOD = "ctfp8"  #: the private name under which transformers finds this quantizer while it loads
 
@@ -83,16 +110,34 @@ class Quantizer(HfQuantizer):
         self.strict = quantization_config.strict
         # from here on everybody sees the stock method
         quantization_config.quant_method = self.schemes.format.name
+        #: What is a weight under another name takes the weight's, and so its way through all of the model's conversions.
+        weights = {".weight_packed": ".weight", **self.schemes.format.weights}
+        self.renamings = [WeightRenaming(rf"{re.escape(theirs)}$", ours) for theirs, ours in weights.items()]
+        self.own_conversions: list[Any] = []
+        self.source = Source()
+        #: ModelOpt's file beside `config.json`, and whether that has no config of its own.
+        self.side_file: tuple[str, bool] | None = None
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}
+        #: By name, the parameters whose parts are stored in different ways.
+        self.mixed: dict[str, MixedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.cache_scales: dict[str, Tensor] = {}
+        #: Of a rotated checkpoint, the transforms of activations.
+        self.transforms = read_transforms(self.schemes.format.config)
+        #: What they say.
+        self.cache = CacheScales()
+        #: Of the file, by its names, what no weight uses: saved as it was.
+        self.unused: dict[str, Tensor] = {}
         #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
         self.cuts: dict[str, tuple[tuple[int, ...], Cuts]] = {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if dtype.itemsize == 1 else dtype  # of what is not quantized
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         stored = str(param.get_dtype())
@@ -108,35 +153,58 @@ class Quantizer(HfQuantizer):
         if is_distributed(model):
             check_heads(model)
             mark_local(model)
-        files = tuple(map(Path, checkpoint_files or ()))
-        tensors = ckpt.Checkpoint(files, self.schemes.format.suffixes)
+        notes = Notes()
+        self.schemes.heads = heads_of(model.config.to_dict())
         declared = model.state_dict()
+        folder = of_files(checkpoint_files or (), notes, declared)
+        check_absent(model, folder.absent, declared)
+        tensors = folder.open(self.schemes.format)
+        self.stale = folder.stale
+        if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
+            checkpoint_files[:] = map(str, folder.files)
+        all_of_it = {info.name: info for info in tensors.values()}
         stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
             tensors = seen_as_weights(tensors, packed)
-            for target, layout in layouts(model, tensors, declared).items():
+            arrived = arrivals(model, tensors, declared)
+            targets = {tensors[n].name: target for target, sources in arrived.items() for n, _ in sources}
+            self.source = Source(folder.files, all_of_it, targets)
+            found = layouts(model, tensors, declared, arrived)
+            self.schemes.embeddings |= embedding_names(model, found)
+            for target, layout in found.items():
                 dtype = declared[target].dtype
-                if tensors[layout.sources[0]].dtype == ckpt.PACKED:
-                    info = self.packed[target] = PackedParameter.of(target, layout, dtype, packed)
+                if is_mixed(layout, tensors, packed):
+                    self.mixed[target] = mix(tensors, self.schemes, layout, dtype, packed, notes)
+                elif tensors[layout.sources[0]].dtype == ckpt.PACKED:
+                    info = self.packed[target] = PackedParameter.of(layout, dtype, packed)
                     stored[target] = torch.empty(info.packed_layout.shape, dtype=info.packed_dtype, device="meta")
                 else:
-                    self.plans[target] = plan(tensors, self.schemes, layout, dtype)
+                    self.plans[target] = plan(tensors, self.schemes, layout, dtype, notes)
                     stored[target] = torch.empty(layout.shape, dtype=FP8, device="meta")
             if packed:
                 self._accept_packed(model, packed)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self.others = {target: info.read(tensors) for target, info in self.packed.items()}
-            self._set_cache_scales_aside(tensors)
-        self.files = files
+            self._set_leftovers_aside(model, tensors, notes)
+            self._place_transforms(model, tensors, arrived)
+            if self.mixed:
+                self._accept_mixed(model)
+            notes.say(self.strict)
         for target, tensor in stored.items():
             path, _, leaf = target.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
+        untie(model, self.plans, tensors)
         # the scales were read above; the loader finds no place for them, which is as it should be
-        leaves = {leaf for weight in packed.values() for leaf in weight.parts} - {"weight", "weight_packed"}
-        endings = "|".join(map(re.escape, {"weight_scale", "input_scale", *self.schemes.format.suffixes, *leaves}))
-        ours = {rf"(^|[._])({endings})$", *(rf"^{re.escape(name)}$" for name in self.cache_scales)}
+        leaves = {part.name.rpartition(".")[2] for weight in packed.values() for part in weight.parts.values()}
+        leaves |= {info.name.rpartition(".")[2] for name, info in tensors.items() if name.endswith("_scale")}
+        endings = "|".join(map(re.escape, leaves - {"weight", "weight_packed"}))
+        ours = {
+            _STALE,
+            rf"(^|[.])({endings})$",
+            *(rf"^{re.escape(name)}$" for name in (*self.cache_scales, *self.unused, *self.matrix_names)),
+        }
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
@@ -146,44 +214,82 @@ class Quantizer(HfQuantizer):
     def _accept_packed(self, model: Any, packed: Mapping[str, PackedWeight]) -> None:
         """Says what weights in other formats than FP8 cost, or refuses them."""
         what = sentence(packed.values(), model.dtype)
-        if self.strict or not self.plans:
-            why = "strict=True refuses that" if self.strict else "there is no FP8 weight beside them"
-            raise SchemeError(f"{what}; {why}. Load the checkpoint with transformers.")
+        shifted = any(weight.packed.dtype == ckpt.FP8_DTYPE for weight in packed.values())
+        if self.strict or not (self.plans or self.mixed or shifted):
+            if self.strict:
+                raise SchemeError(f"{what}; strict=True refuses that. Leave it out to have them dequantized.")
+            raise SchemeError(
+                f"{what}; there is no FP8 weight beside them, and so nothing for ctfp8 to do. Load the checkpoint with "
+                "transformers or vLLM."
+            )
         if is_distributed(model):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
 
-    def _set_cache_scales_aside(self, tensors: ckpt.Checkpoint) -> None:
-        """Scales of a quantized KV cache are for `fp8_cache`, and written back by `save_pretrained`."""
-        used = {name for info in self.plans.values() for name in info.scales}
-        used |= {ckpt.scale_name(name) for name in used}
-        used |= {ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales}
-        names = ckpt.check_leftovers(tensors, used)
-        self.cache_scales = tensors.read(names)
-        if names or self.schemes.config.kv_cache_scheme is not None:
-            scales = f" ({len(names)} scales in the file, such as {names[0]})" if names else ""
-            warnings.warn(
-                f"the checkpoint was calibrated for a quantized KV cache{scales}; ctfp8.static_cache and "
-                "ctfp8.dynamic_cache keep it in FP8; transformers' own caches stay in the model's dtype.",
-                stacklevel=2,
+    def _accept_mixed(self, model: Any) -> None:
+        """Says what parameters of unlike parts cost, or refuses them."""
+        what = mixed_sentence(self.mixed)
+        if self.strict:
+            raise SchemeError(f"{what}; strict=True refuses that. Leave it out.")
+        if is_distributed(model):
+            raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
+        warnings.warn(f"{what}.", stacklevel=2)
+
+    def _set_leftovers_aside(self, model: Any, tensors: ckpt.Checkpoint, notes: Notes) -> None:
+        """Scales of a quantized KV cache are for `fp8_cache`; they, and what is superfluous, are written back when saving."""
+        weights = {name for info in self.plans.values() for name in info.scales}
+        weights |= {name for info in self.mixed.values() for name in info.grids}
+        inputs = [ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales]
+        found = leftovers(tensors, used_names(weights, inputs), notes)
+        self.cache_scales = tensors.read(found.cache)
+        self.unused = {tensors[name].name: tensors.read_stored(tensors[name]) for name in found.unused}
+        layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+        heads = [None if shape is None else shape.heads for shape in cache_shapes(model, layers)] if found.cache else []
+        self.cache = read_cache_scales(
+            tensors, found.cache, self.schemes.config, lambda i: heads[i] if i < len(heads) else None
+        )
+        if sentence := cache_sentence(self.cache, found.cache):
+            warnings.warn(sentence, stacklevel=2)
+
+    def _place_transforms(self, model: Any, tensors: ckpt.Checkpoint, arrived: Arrivals) -> None:
+        """Decides where transforms of activations are applied, and reads their matrices: they are not for the loader."""
+        check_named(tensors, self.transforms)
+        if self.transforms and is_distributed(model):
+            raise UsageError(
+                f"the checkpoint has transforms of activations ({self.transforms[0]}), which a distributed_config would "
+                "cut; that is not supported. Load it on one device."
             )
+        for transform, name in itertools.product(self.transforms, merged(arrived)):
+            if name.endswith(".weight") and transform.covers(name.removesuffix(".weight"), ("Linear", "Module")):
+                raise SchemeError(
+                    f"{tensors[name]}: transform {transform} is for this expert, which the model keeps in one tensor "
+                    "with others; that is not supported. Serve this checkpoint with vLLM, or quantize the model again with "
+                    "the experts in the transform's ignore list."
+                )
+        self.placed = rotation.place(model, self.transforms, tensors, modules(model, arrived))
+        self.matrices = rotation.read(tensors, self.placed)
+        self.matrix_names = [name for name in tensors if is_matrix(name, tensors)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
         placed = {target: info.layout for target, info in self.plans.items()}
         placed |= {target: info.packed_layout for target, info in self.packed.items()}
+        own = turning(placed, self.mixed)
+        self.own_conversions = [*self.renamings, *own]
         return [
-            *([_PACKED_ARE_WEIGHTS] if self.packed else []),
+            *self.renamings,
+            *([_hidden(self.stale)] if self.stale else []),
             *(
                 c.copy(
                     c._original_source_patterns,
                     c._original_target_patterns,
-                    operations=[PlaceRows(placed, c.operations)],
+                    operations=[PlaceRows(placed, self.mixed, c.operations)],
                 )
                 if isinstance(c, WeightConverter)
                 else c
                 for c in conversions
             ),
+            *own,
         ]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -201,11 +307,15 @@ class Quantizer(HfQuantizer):
             path, _, leaf = target.rpartition(".")
             scales = self.scales.pop(target)
             local = cut(info, *scales, self.cuts[target][1]) if target in self.cuts else (info, *scales)
-            attach(model.get_submodule(path), leaf, *local)
+            attach_tied(model, target, *local, self.schemes)
+        leave_tied(model, self.plans)
         for target, packed in self.packed.items():
             path, _, leaf = target.rpartition(".")
             value = packed.value(model.get_parameter(target).data, self.others.pop(target))
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        rotation.attach(model, self.placed, self.matrices)
+        rotate_attention(model, self.placed)
+        self.matrices = {}
         warn_of_cut_blocks(model)
         for module in model.modules():
             # models ask for this flag to work around weights they cannot read; ours read like any other
@@ -217,13 +327,26 @@ class Quantizer(HfQuantizer):
     def take_over_saving(self, model: Any) -> None:
         """From now on the state dict we give `save_pretrained` is in the checkpoint's names; transformers reverts nothing."""
         conversions = getattr(model, "_weight_conversions", None)
-        self.conversions = conversions and [c for c in conversions if c is not _PACKED_ARE_WEIGHTS]
+        ours = self.own_conversions
+        self.conversions = conversions and [
+            c for c in conversions if not any(c is r for r in ours) and _STALE not in c.target_patterns
+        ]
         model._weight_conversions = []
+
+    @property
+    def _read_again(self) -> dict[str, PackedParameter | MixedParameter]:
+        """By name, the parameters that saving takes from the file again: their values do not give back its bits."""
+        return {**self.packed, **self.mixed}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: FP8 tensors as the checkpoint had them, the rest as transformers would save it."""
-        state = model.state_dict()
-        plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in self.packed}
+        refuse_adapters(model)
+        own = state = model.state_dict()
+        other = {
+            *self._read_again,
+            *(f"{name}.{leaf}" for name, _, _ in rotation.rotations(model) for leaf in ("weight", "perm")),
+        }
+        plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in other}
         plain = remove_tied_weights_from_state_dict(plain, model)
         plain = {k: gather(v, *self.cuts[k]) if k in self.cuts else v for k, v in plain.items()}
         writes = not self.cuts or is_first()
@@ -238,36 +361,34 @@ class Quantizer(HfQuantizer):
                 weight, dequantize = gather_quantized(weight, dequantize, self.plans[name])
             if writes:
                 state |= _checkpoint_tensors(dequantize, weight)
-        state |= self._packed_tensors(model)
-        return (state | self.cache_scales if writes else {}), {}
+        state |= self._stored_tensors(model) | rotation.stored_tensors(model)
+        if not writes:
+            return {}, {}
+        whole = {name: plain.get(name, value) for name, value in own.items()}
+        return as_read(state | self.cache_scales | self.unused, self.source, self.schemes.format, whole)
 
-    def _packed_tensors(self, model: Any) -> dict[str, Tensor]:
-        """What the file has in other formats than FP8, read from it again: dequantized, they do not give back the same bits.
+    def _stored_tensors(self, model: Any) -> dict[str, Tensor]:
+        """What was dequantized or decompressed while loading, read from the file again.
 
         Raises:
             UsageError: the file is not there any more, or a value is not what it says.
         """
-        if not self.packed:
+        if not self._read_again:
             return {}
         try:
-            tensors = ckpt.Checkpoint(self.files)
+            tensors = of_files(self.source.files).open(self.schemes.format)
             out: dict[str, Tensor] = {}
-            for target, info in self.packed.items():
-                parts = {
-                    name: {leaf: tensors.read_stored(part) for leaf, part in weight.parts.items()}
-                    for name, weight in info.weights.items()
-                }
-                value = info.value(info.packed(parts), parts)
+            for target, info in self._read_again.items():
+                value, stored = info.again(tensors)
                 if not torch.equal(value, model.get_parameter(target).to(value.device)):
                     raise UsageError(
-                        f"{target} was decompressed and has changed since, so that it cannot be saved as it was read. Load the "
+                        f"{target} was dequantized and has changed since, so that it cannot be saved as it was read. Load the "
                         "checkpoint with ctfp8.from_pretrained(..., dequantize=True) to change weights."
                     )
-                for name, weight in info.weights.items():
-                    out |= {part.name: parts[name][leaf].clone() for leaf, part in weight.parts.items()}
+                out |= {name: tensor.clone() for name, tensor in stored.items()}
         except (CheckpointError, SafetensorError) as error:
             raise UsageError(
-                f"{len(self.packed)} weights were decompressed while loading, and are saved as their file has them; it has "
+                f"{len(self._read_again)} weights were dequantized while loading, and are saved as their file has them; it has "
                 f"changed since ({error}). Load the checkpoint again."
             ) from error
         return out
@@ -276,12 +397,11 @@ class Quantizer(HfQuantizer):
 def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
     """Weights and scales of one parameter under the names, shapes and dtypes they had in the checkpoint."""
     info = dequantize.info
-    out = {}
+    out: dict[str, Tensor] = {}
     for source, stored in info.scales.items():
         # a copy of its own: tensors that share memory cannot be saved
-        out[source] = info.layout.split_weight(weight, source).clone()
-        scale = info.layout.split_scale(dequantize.weight_scale, source, info.scheme, stored.shape)
-        out[stored.name] = ckpt.encode_scale(scale, stored.dtype).clone()
+        out[info.names[source]] = info.layout.split_weight(weight, source).clone()
+        stored.write(info.stored_scale(source, dequantize.weight_scale), out)
     for source, stored in info.input_scales.items():
-        out[stored.name] = dequantize.static_scale(source).clone()
+        stored.write(dequantize.static_scale(source), out)
     return out

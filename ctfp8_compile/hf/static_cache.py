@@ -7,11 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import Cache, StaticCache
 
 from ..errors import UsageError
-from .compat import StaticLayer, cache_argument
+from .cache_shapes import cache_shapes
+from .compat import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    StaticLayer,
+    cache_argument,
+    get_layer_types_and_kwargs,
+)
 from .fp8_cache import CacheDtype, StaticFp8Layer, keep_fp8, keeps_fp8
+from .one_text import OneText, watch
 from .parallel import key_value_heads
 
 _STATE = ("keys", "values", "cumulative_length")
@@ -38,64 +46,30 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024, dtype:
         UsageError: the model's cache cannot be FP8.
     """
     config = model.config.get_text_config(decoder=True)
-    cache = _Cache(config=config, max_cache_len=max_length)
-    cache.rows, cache.limit, cache.filled, cache.last_position = batch_size, max_length, 0, -1
+    cache = _cache(config, max_length)
+    cache.rows, cache.limit = batch_size, max_length
+    cache.empty()
     if keeps_fp8(model, dtype):
-        keep_fp8(model, cache.layers)
-    if isinstance(model, nn.Module) and not any(hook is _check_use for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(_check_use, with_kwargs=True)
-    layers = getattr(config, "per_layer_config", [config] * len(cache.layers))
-    for layer, own in zip(cache.layers, layers, strict=True):
-        latent = getattr(own, "qk_head_dim", None) is not None
-        if latent or not getattr(layer, "supports_early_init", True):
-            continue  # what latent and linear attention keep has other shapes; their layers begin at the first pass
-        heads = len(key_value_heads(model, getattr(own, "num_key_value_heads", None) or own.num_attention_heads))
-        width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-        empty = torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
-        getattr(layer, "begin", layer.lazy_initialization)(empty, empty)
+        keep_fp8(model, cache.layers, dtype)
+    watch(model)
+    for layer, shape in zip(cache.layers, cache_shapes(model, len(cache.layers)), strict=True):
+        if shape is not None and getattr(layer, "supports_early_init", True) and not layer.is_initialized:
+            heads = len(key_value_heads(model, shape.heads))
+            keys, values = (
+                torch.zeros(batch_size, heads, 0, width, dtype=model.dtype, device=model.device)
+                for width in (shape.key_width, shape.value_width)
+            )
+            getattr(layer, "begin", layer.lazy_initialization)(keys, values)
     return cache
 
 
-class _Cache(StaticCache):
-    """Knows, without asking its device, how many tokens of a text it holds; compiled code does not look at that."""
-
-    rows: int
-    limit: int
-    filled: int
-    last_position: int
-
-    def reset(self) -> None:
-        super().reset()
-        self.filled, self.last_position = 0, -1
-
-
-def _check_use(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: what would fail inside generated code, or mix two texts, is refused in a sentence."""
-    cache = next((value for value in kwargs.values() if isinstance(value, _Cache)), None)
-    tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None), None)
-    if cache is None or tokens is None or torch.compiler.is_compiling():
-        return
-    rows, new = tokens.shape[:2]
-    if rows != cache.rows:
-        raise UsageError(
-            f"the static cache is for {cache.rows} sequences, and the input has {rows} (with beams, or several answers to a "
-            "prompt, the number of them all). Make one for them: ctfp8.static_cache(model, batch_size=…)."
-        )
-    if new > 1 and (positions := kwargs.get("position_ids")) is not None and positions.dim() == 2:
-        first, last = int(positions[:, 0].max()), int(positions.max())
-        if cache.filled and first <= cache.last_position:
-            raise UsageError(
-                f"the static cache still holds {cache.filled} tokens of another text. Call cache.reset() before the next one."
-            )
-        cache.last_position = last
-    else:
-        cache.last_position += new
-    if cache.filled + new > cache.limit:
-        raise UsageError(
-            f"the static cache has room for {cache.limit} tokens; it holds {cache.filled}, and {new} more were given. Make a "
-            "larger one: ctfp8.static_cache(model, max_length=…)."
-        )
-    cache.filled += new
+def _cache(config: Any, max_length: int) -> OneText:
+    """Layers that transformers has no static kind of are those that grow."""
+    types, arguments = get_layer_types_and_kwargs(config)
+    kinds = [STATIC_LAYER_TYPE_MAPPING.get(name) or DYNAMIC_LAYER_TYPE_MAPPING[name] for name in types]
+    cache = OneText.__new__(OneText)
+    Cache.__init__(cache, [kind(max_cache_len=max_length, **own) for kind, own in zip(kinds, arguments, strict=True)])
+    return cache
 
 
 class StaticCacheDecoder(nn.Module):

@@ -26,6 +26,7 @@ from ..report import Ran, Report
 from ..target import Target
 from .packed import WithPacked
 from .prepacked import WithPrepacked
+from .toolchain import missing
 
 log = logging.getLogger("ctfp8_compile")
 
@@ -139,19 +140,22 @@ def _compile(
     gm: fx.GraphModule, inputs: list[Any], config: dict[str, Any], repeated: Regions
 ) -> tuple[Callable[..., Any], Regions]:
     gm.recompile()
-    if not repeated.names:
-        return compile_fx(gm, inputs, config_patches=config), repeated
     before = len(_reports)
     try:
         return compile_fx(gm, inputs, config_patches=config), repeated
     except RestartAnalysis:  # dynamo traces again
         raise
-    except Exception as error:  # whatever torch does not take of a region: the graph is compiled as without
-        log.warning("repeated layers are compiled one by one; as regions they could not be: %s", error)
+    except Exception as error:
+        if lacks := missing(error):
+            raise UsageError(lacks) from error
+        if not repeated.names:
+            raise
+        # whatever torch does not take of a region: the graph is compiled as without
+        reason = str(error).strip().partition("\n")[0]
+        log.warning("repeated layers are compiled one by one; as regions they could not be: %s", reason)
         del _reports[before:]
         regions.inline(gm, repeated.stacks)
-        said = f"layers compiled one by one: {type(error).__name__} as regions"
-        return compile_fx(gm, inputs, config_patches=config), Regions(said)
+        return _compile(gm, inputs, config, Regions(f"layers compiled one by one: {type(error).__name__} as regions"))
 
 
 def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from ..compat import ir, lowerings, register_lowering
 from ..graph import fake_value
+from ..model.storage import outliving
 from ..passes.horizontal_fusion import PACK
 
 aten = torch.ops.aten
@@ -86,7 +87,7 @@ def _apart(args: Sequence[Any], group: Sequence[tuple[int, int]]) -> bool:
     )
 
 
-@torch.no_grad()
+@outliving
 def move_together(tensors: Sequence[Tensor]) -> None:
     """Moves tensors into one allocation, one behind the other along the first dimension; they become views of it.
 

@@ -1,7 +1,8 @@
 """A compiled graph gets scales as its kernels read them: made at the first call, and again where a scale is another one.
 
-`passes.scales` says which. A graph may be called with other parameters than it was compiled with (another layer), and their
-values may change (`load_state_dict`), so what was made is known by addresses and versions of what it was made of.
+`passes.prepack` says which. A graph may be called with other parameters than it was compiled with (another layer), and their
+values may change (`load_state_dict`), so what was made is known by addresses and versions of what it was made of. Writes through
+`.data` or NumPy count no version: on CPUs, where the scales are a number a weight, values are compared, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..model.storage import outliving
 from ..passes.prepack import Prepacked
 
 _MOST = 4096  # sets of parameters that one graph keeps scales for
@@ -22,11 +24,20 @@ _MOST = 4096  # sets of parameters that one graph keeps scales for
 
 @dataclass(frozen=True)
 class _Made:
-    """What was made of one set of scales: `sources` keep its memory, so that an address is not given to another tensor."""
+    """What was made of one set of scales: `sources` keep its memory, so that an address is not given to another tensor.
+
+    Attributes:
+        copies: of the sources on a CPU, as they were.
+    """
 
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    copies: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are still the scales it was made of."""
+        return self.versions == _versions(tensors) and all(map(torch.equal, tensors, self.copies))
 
 
 class WithPrepacked:
@@ -51,21 +62,22 @@ class WithPrepacked:
         """What is made of these scales."""
         key = tuple(map(_address, tensors))
         made = self.made.get(key)
-        if made is None or made.versions != _versions(tensors):
+        if made is None or not made.holds(tensors):
             with self.lock:
                 if len(self.made) >= _MOST:
                     self.made.clear()
                 made = self.made[key] = self._make(tensors)
         return made.values
 
-    @torch.no_grad()
+    @outliving
     def _make(self, tensors: Sequence[Tensor]) -> _Made:
         versions = _versions(tensors)
         values = dict(zip(self.sources, tensors, strict=True))
         made = tuple(one.of(values) for one in self.prepacked)
         if made[0].device.type != "cpu":
             getattr(torch, made[0].device.type).synchronize()  # other threads have streams of their own
-        return _Made(tuple(t.detach() for t in tensors), versions, made)
+        copies = tuple(t.detach().clone() for t in tensors if t.device.type == "cpu")
+        return _Made(tuple(t.detach() for t in tensors), versions, copies, made)
 
 
 _address = Tensor.data_ptr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..target import Target
-from . import cpu, cuda, xpu
+from . import cpu, cuda, embedding, xpu
 from .kernel import KINDS, YES, Kernel, Operands, Problem, Verdict, choose, no
 
 __all__ = [
@@ -28,9 +28,9 @@ def kernels_of(target: Target) -> tuple[Kernel, ...]:
     """The kernels of a target, best first; each one's eligibility check decides per problem."""
     tables: dict[str, tuple[Kernel, ...]] = {"cpu": cpu.KERNELS, "cuda": cuda.KERNELS, "xpu": xpu.KERNELS}
     kernels = tables[target.device]
-    if target.kernels == "auto":
-        return kernels
-    return tuple(kernel for kernel in kernels if kernel.library == target.kernels)
+    if target.kernels != "auto":
+        kernels = tuple(kernel for kernel in kernels if kernel.library == target.kernels)
+    return (*kernels, embedding.KERNEL)  # of no library: it is ATen everywhere
 
 
 def attention_gate(target: Target, dtype: torch.dtype) -> Verdict:

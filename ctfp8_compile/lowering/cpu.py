@@ -16,7 +16,7 @@ from .. import ops
 from ..graph import call
 from ..target import Target
 from ..ops import cpu as cpu_kernels
-from .kernel import KINDS, SCALINGS, Operands, Problem, ScaleLayout, Verdict, no
+from .kernel import MATMULS, SCALINGS, Operands, Problem, ScaleLayout, Verdict, no
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -36,7 +36,7 @@ class FusedDequantizeMatmul:
     """`x @ dequantize(weight).T` in one pass over the FP8 weight."""
 
     library = "auto"
-    kinds = KINDS
+    kinds = MATMULS
     scalings = SCALINGS
     lowers = ()
     scale_layout: ScaleLayout = ""

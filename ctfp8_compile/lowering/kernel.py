@@ -15,14 +15,15 @@ from torch import fx
 
 from ..target import Target
 
-#: A linear; experts whose rows are sorted by expert; experts of which each row has one of its own.
-Kind = Literal["linear", "grouped_mm", "gathered_mm"]
+#: A linear; experts whose rows are sorted by expert; experts of which each row has one of its own; rows of a table by their ids.
+Kind = Literal["linear", "grouped_mm", "gathered_mm", "embedding"]
 #: Scales of weight and activation: one each; per output feature and token (or for several); 128x128 blocks and groups of 128;
 #: any other groups; bytes that are powers of two, for groups of 32 (MXFP8); activations that are not quantized.
 Scaling = Literal["tensorwise", "rowwise", "blockwise", "groupwise", "mx", "weight-only"]
 #: How a kernel reads weight scales: as they are loaded; one per row; transposed; in the order of Blackwell's tensor cores.
 ScaleLayout = Literal["", "by row", "transposed", "swizzled"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+MATMULS: tuple[Kind, ...] = KINDS[:3]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 
@@ -50,7 +51,7 @@ class Problem:
 
     Attributes:
         kind: `linear` (`x @ weight.T + bias`), `grouped_mm` (rows sorted by expert, `offs` their ends) or
-            `gathered_mm` (`expert_ids` the expert of each row).
+            `gathered_mm` (`expert_ids` the expert of each row); or `embedding` (rows of the weight, `x` their ids).
         x_shape: `[..., K]`; entries may be symbolic.
         weight_shape: `[N, K]` or `[E, N, K]`.
         block: rows and columns that share a weight scale.
@@ -93,7 +94,7 @@ class Operands:
     """The nodes a kernel is built from.
 
     Attributes:
-        x: `[..., K]`, of a linear; `[M, K]` of experts.
+        x: `[..., K]`, of a linear; `[M, K]` of experts; the ids of an embedding.
         weight, weight_scale: `[N, K]` or `[E, N, K]` float8_e4m3fn, and its float32 scales.
         input_scale: static activation scales, `[S]` or `[E, S]` float32; None where activations are not static.
         bias: `[N]`, of a linear; or None.
@@ -166,5 +167,5 @@ def choose(kernels: Sequence[Kernel], problem: Problem, target: Target) -> tuple
             reasons.append(verdict.why_not)
     if not reasons and problem.scaling == "weight-only":
         return None, "the checkpoint does not quantize activations (W8A16)"
-    what = "a linear" if problem.kind == "linear" else "experts"
+    what = {"linear": "a linear", "embedding": "an embedding"}.get(problem.kind, "experts")
     return None, "; ".join(reasons) or f"there is no kernel for {what} with {problem.scaling} scales on {target}"

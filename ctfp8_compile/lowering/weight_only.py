@@ -17,7 +17,7 @@ from torch import fx
 from ..graph import call
 from ..ops.triton import WEIGHT_ONLY, missing
 from ..target import Target
-from .kernel import KINDS, SCALINGS, Operands, Problem, ScaleLayout, Verdict, no
+from .kernel import MATMULS, SCALINGS, Operands, Problem, ScaleLayout, Verdict, no
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,7 +27,7 @@ class WeightOnly:
 
     name = "Triton weight-only"
     library = "triton"
-    kinds = KINDS
+    kinds = MATMULS
     scalings = tuple(scaling for scaling in SCALINGS if scaling != "mx")  # it reads float32 scales
     lowers = ()
     scale_layout: ScaleLayout = ""

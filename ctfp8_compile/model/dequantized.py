@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import DisableTorchFunctionSubclass
+from ..compat import DisableTorchFunctionSubclass, in_transform, is_functorch_wrapped_tensor
 from ..errors import UsageError
 
 WRITE = (
@@ -49,7 +49,8 @@ class Dequantized(Tensor):
         _refuse_writes(func, args, kwargs)
         if not found:  # such as a property of the class
             return super().__torch_function__(func, types, args, kwargs)
-        with _saved_as_fp8(found) if torch.is_grad_enabled() else nullcontext():
+        # transforms of torch.func take no hooks: they save the value
+        with _saved_as_fp8(found) if torch.is_grad_enabled() and not in_transform() else nullcontext():
             result = func(*plain_args, **plain_kwargs)
         return _guard(result, found)
 
@@ -89,8 +90,9 @@ _NOT_WRITES = ("__index__", "__int__", "__invert__", "__iter__")
 def _guard(result: Any, found: list[Dequantized]) -> Any:
     """A view of a value is a part of the same copy: it is no place to write to either."""
     if isinstance(result, Tensor):
+        memory = _memory(result) if type(result) is Tensor else 0
         for source in found:
-            if type(result) is Tensor and _memory(result) == _memory(source):
+            if memory and memory == _memory(source):
                 return Dequantized.of(result, source.again) if hasattr(source, "again") else result
     elif type(result) in (tuple, list):
         return type(result)(_guard(r, found) for r in result)
@@ -98,8 +100,11 @@ def _guard(result: Any, found: list[Dequantized]) -> Any:
 
 
 def _memory(tensor: Tensor) -> int:
+    """Where a tensor lies; 0 for one that has no memory of its own to ask for, such as those that `torch.func` wraps."""
     with DisableTorchFunctionSubclass():
-        return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+        if tensor.layout != torch.strided or is_functorch_wrapped_tensor(tensor):
+            return 0
+        return tensor.untyped_storage().data_ptr()
 
 
 def _saved_as_fp8(found: list[Dequantized]) -> Any:

@@ -17,8 +17,10 @@ from torch.nn.utils import parametrize
 
 from ..checkpoint import files as ckpt
 from ..errors import CheckpointError, UsageError
-from ..ops import FP8
+from ..ops import FP8, embedding
+from .adapters import removable
 from .dequantized import WRITE, Dequantized
+from .embedding import Rows, asks_for_rows, gathering
 from .plan import QuantizedParameter
 
 CAST = (
@@ -113,9 +115,31 @@ class Single(parametrize.ParametrizationList):
         dequantize: Dequantize = getattr(self, "0")
         return dequantize.value(self.original) if is_compiling() else dequantize(self.original)
 
+    def stand_in(self) -> Tensor:
+        """What an embedding's forward gets for its table, where it only asks for rows."""
+        how: Any = self._modules["0"]
+        table: Tensor = self.original
+
+        def rows(ids: Tensor) -> Tensor:
+            return embedding(ids, table, how.weight_scale, how.constants[0], how.info.dtype)
+
+        return Rows.of(table.shape, how.info.dtype, table.device, rows, lambda: how(table))
+
     def append(self, module: nn.Module) -> Any:
-        self.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]  # which runs them all
+        self.__class__ = Several  # type: ignore[assignment]
         return self.append(module)
+
+
+class Several(parametrize.ParametrizationList):
+    """The parametrization of one FP8 parameter with others on top of it, such as PEFT's of an adapter, for one forward pass."""
+
+    def append(self, module: nn.Module) -> Any:
+        return super().append(removable(module))
+
+    def __delitem__(self, index: Any) -> None:
+        super().__delitem__(index)
+        if len(self) == 1:
+            self.__class__ = Single  # type: ignore[assignment]
 
 
 @functools.cache
@@ -128,6 +152,8 @@ def _reader(name: str) -> Callable[[nn.Module], Tensor]:
         # to dynamo what follows, without the calls of modules, each of which it would trace for each weight
         if is_dynamo_compiling() and not is_exporting() and isinstance(chain, Single):
             return _value(chain._parameters["original"], chain._modules["0"])  # type: ignore[arg-type]
+        if isinstance(chain, Single) and asks_for_rows(module):
+            return chain.stand_in()
         return chain()
 
     return read
@@ -226,7 +252,10 @@ def _share_class(module: nn.Module) -> None:
         own: dict[str, Any] = {k: v for k, v in vars(alone).items() if k not in ("__dict__", "__weakref__")}
         own |= {name: property(_reader(name), own[name].fset) for name in names}
         meta = _Shared if type(base) is type else type("_Shared", (_Shared, type(base)), {})
-        _shared[base, names] = meta(alone.__name__, (base,), {**own, "register_parameter": _register_parameter})
+        own["register_parameter"] = _register_parameter
+        if issubclass(base, nn.Embedding):
+            own["forward"] = gathering(base.forward)
+        _shared[base, names] = meta(alone.__name__, (base,), own)
     module.__class__ = _shared[base, names]
 
 

@@ -9,11 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.inferred import SUFFIXES, infer
+from ..checkpoint.inferred import SPELLED, infer
 from ..checkpoint.layout import identity
+from ..checkpoint.leftovers import leftovers, used_names
+from ..checkpoint.notes import Notes
 from ..checkpoint.packed import find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
+from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..errors import CheckpointError
+from . import rotation
 from .freeze import freeze
 from .parametrization import attach
 from .plan import QuantizedParameter, plan, read_scales
@@ -46,16 +50,18 @@ def load_state_dict(
     """
     tensors: ckpt.Checkpoint
     if quantization_config is None:
-        tensors = ckpt.InMemory({k: v for k, v in state_dict.items() if k != _MARKER}, SUFFIXES)
+        tensors = ckpt.InMemory({k: v for k, v in state_dict.items() if k != _MARKER}, SPELLED)
         schemes = Schemes(infer(tensors))
     else:
         schemes = Schemes(quantization_config)
-        tensors = ckpt.InMemory(state_dict, schemes.format.suffixes)
+        tensors = ckpt.InMemory(state_dict, schemes.format)
+    schemes.embeddings |= {name for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
     packed = find(tensors, schemes)
     tensors = seen_as_weights(tensors, packed)
     own = module.state_dict()
     buffers = {name for name, _ in module.named_buffers()}
     plans: dict[str, QuantizedParameter] = {}
+    notes = Notes()
     used: set[str] = set()
     for name, parameter in own.items():
         if name not in tensors:
@@ -72,23 +78,30 @@ def load_state_dict(
                 raise CheckpointError(
                     f"{tensors[name]}: FP8 in the file, but the module has no weight matrix of this name."
                 )
-            plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype)
-            used |= {ckpt.scale_name(name), ckpt.input_scale_name(name)}
-    if extra := sorted(set(tensors) - used):
+            plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype, notes)
+            used |= used_names([name], map(ckpt.input_scale_name, plans[name].input_scales))
+    transforms = read_transforms(schemes.format.config)
+    check_named(tensors, transforms)
+    placed = rotation.place(module, transforms, tensors, [(name, name) for name, _ in module.named_modules() if name])
+    used |= {name for name in tensors if is_matrix(name, tensors)}
+    extra = sorted(set(tensors) - used - set(leftovers(tensors, used, notes).unused))
+    if extra:
         raise CheckpointError(
             f"{extra[0]}: in the state dict, but the module has no such parameter ({len(extra)} in all)."
         )
     if packed:
         warnings.warn(f"{sentence(packed.values(), own[next(iter(packed))].dtype)}.", stacklevel=2)
+    notes.say()
     scales = {name: read_scales(tensors, info) for name, info in plans.items()}
+    matrices = rotation.read(tensors, placed)
     for name in own:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         if name in packed:
-            parts = {leaf: tensors.read_stored(part) for leaf, part in packed[name].parts.items()}
+            parts = {leaf: tensors.value(part) for leaf, part in packed[name].parts.items()}
             value = packed[name].decompress(parts, own[name].dtype)
         else:
-            value = state_dict[name].detach()
+            value = tensors.read_stored(tensors[name]).detach()
         if name not in plans:
             value = value.to(own[name].dtype, copy=name not in packed)
         if name in buffers:
@@ -97,5 +110,6 @@ def load_state_dict(
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         if name in plans:
             attach(owner, leaf, plans[name], *scales[name])
+    rotation.attach(module, placed, matrices)
     freeze(module)
     return module

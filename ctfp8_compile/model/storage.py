@@ -7,8 +7,9 @@ that is only exported, explained or saved runs without, unless it was loaded wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,29 @@ from torch.utils.weak import WeakIdKeyDictionary
 #: memory with an array of theirs, and is to be read, and written, where it lies.
 _ours: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outliving(function: Function) -> Function:
+    """A function whose tensors outlive the call that needs them first, such as weights that move.
+
+    Under `torch.inference_mode()` they would be inference tensors for good, which no later gradient can pass.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
 
 def some_loaded() -> bool:
     """Whether this process holds a model that was loaded here."""
     return len(_ours) > 0
 
 
+@outliving
 def detach_from_mmap(tensors: Iterable[Any]) -> None:
     """Gives every CPU tensor of ours among them whose memory is not its own, such as a mapped file, a copy of it."""
     for tensor in tensors:

@@ -24,8 +24,8 @@ Do = Callable[..., Any]
 """Applies an ATen operator: to tensors (`apply`), or by adding a node to a graph. The arithmetic below is written once."""
 
 
-def apply(op: Any, *args: Any) -> Any:
-    return op(*args)
+def apply(op: Any, *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
 
 
 def expand_scale(weight_scale: Tensor, block: list[int], rows: int, cols: int) -> Tensor:

@@ -158,7 +158,7 @@ def _views(note: Note, views: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Vi
 def _fits(match: Match) -> bool:
     """Whether a weight and its scales have the dtypes and sizes that kernels read."""
     weight, scale = value(match.weight), value(match.weight_scale)
-    rank = 2 if match.kind == "linear" and match.matrix is None else 3
+    rank = 2 if match.kind in ("linear", "embedding") and match.matrix is None else 3
     if weight.dtype != FP8 or weight.dim() != rank:
         return False
     if scale.dtype != torch.float32 and (scale.dtype, match.block) != (torch.uint8, (1, 32)):

@@ -22,7 +22,7 @@ _SHARED = {*QUANTIZE, operator.getitem, aten.reshape.default, aten.amax.default,
 
 
 def share_quantization(graph: fx.Graph) -> int:
-    """Replaces each quantization, and what leads to it, by an earlier one of the same input; returns how many there were."""
+    """Replaces each quantization, and what leads to it, by an earlier one of the same input; returns how many nodes."""
     first: dict[Any, fx.Node] = {}
     done = 0
     for node in list(graph.nodes):
@@ -33,5 +33,5 @@ def share_quantization(graph: fx.Graph) -> int:
         if same is not node:
             node.replace_all_uses_with(same, propagate_meta=False)
             graph.erase_node(node)
-            done += node.target in QUANTIZE
+            done += 1
     return done

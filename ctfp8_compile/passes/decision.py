@@ -97,7 +97,7 @@ def select(decisions: Sequence[Decision], target: Target) -> list[Decision]:
 
 def _select(decision: Decision, found: Match, target: Target, kernels: Sequence[Kernel]) -> Decision:
     x = value(found.x)
-    if x.dtype != found.dtype:
+    if x.dtype != found.dtype and found.kind != "embedding":
         why = f"its input is {_short(x.dtype)} where the weight dequantizes to {_short(found.dtype)}"
         return replace(decision, problem=None, kernel=None, reason=why, declined="")
     shape = decision.shape

@@ -42,9 +42,10 @@ class Context:
         way: how it came here.
         rules: those that find matmuls; None for all that are registered.
         program: whose graph it is, where its parameters may change too.
-        decisions: what becomes of each use of an FP8 weight, once `match` has run, or notes were read.
+        decisions: what becomes of each use of an FP8 weight, once `match` has run, or notes were read; `rewrite` adds what it built.
         kernels: which kernel lowers a node, from `rewrite` on.
         attention: what became of each attention to a cache.
+        transforms: those of activations, of a rotated checkpoint; as traced.
         packed: groups of placeholders that have to be packed in memory when the graph is called.
         prepacked: what a placeholder stands for from now on.
         regions: what became of repeated layers.
@@ -60,6 +61,7 @@ class Context:
     decisions: list[Decision] = field(default_factory=list)
     kernels: Kernels = field(default_factory=dict)
     attention: list[Entry] = field(default_factory=list)
+    transforms: list[Entry] = field(default_factory=list)
     packed: list[list[fx.Node]] = field(default_factory=list)
     prepacked: list[Prepacked] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)

@@ -60,8 +60,8 @@ def rewrite(graph: fx.Graph, decisions: Sequence[Decision]) -> tuple[list[Decisi
 
 
 def preview(decisions: Sequence[Decision]) -> list[Decision]:
-    """The decisions with what would be built for each; nothing is rewritten."""
-    return [d if d.kernel is None else _preview(d) for d in decisions]
+    """The decisions with what would be built for each, where nothing was; nothing is rewritten."""
+    return [d if d.kernel is None or d.after else _preview(d) for d in decisions]
 
 
 def _preview(decision: Decision) -> Decision:
@@ -77,6 +77,7 @@ def _preview(decision: Decision) -> Decision:
 
     found = decision.match.mapped(copy)
     end = graph.output(())
+    end.meta["val"] = value(decision.match.node)
     out = _build(graph, replace(decision, match=replace(found, node=end)))
     first = next(iter(graph.nodes)).prev
     return replace(decision, after=_names(_nodes_after(first, out)))

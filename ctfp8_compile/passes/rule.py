@@ -54,8 +54,8 @@ class Match:
 
     Attributes:
         node: what is to be replaced.
-        kind: which problem it is to a kernel: `linear`, `grouped_mm` or `gathered_mm`.
-        x: its activation; `[..., K]` behind `x_views`.
+        kind: which problem it is to a kernel: `linear`, `grouped_mm`, `gathered_mm` or `embedding`.
+        x: its activation; `[..., K]` behind `x_views`. Of an embedding, the ids.
         weight, weight_scale, input_scale: what its marker dequantizes: `[N, K]` or `[E, N, K]`, with its scales.
         parameter: the model's name of the weight.
         block, activation, dtype: rows and columns that share a scale; the checkpoint's activation scheme; what the weight

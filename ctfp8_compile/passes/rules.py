@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from ..errors import UsageError
+from .embedding import EmbeddingRule
 from .experts import GatheredExpertsRule, GroupedExpertsRule
 from .linear import BatchedMatmulRule, LinearRule, MatmulRule
 from .rule import Rule
@@ -17,6 +18,7 @@ RULES: list[Rule] = [
     BatchedMatmulRule(),
     GroupedExpertsRule(),
     GatheredExpertsRule(),
+    EmbeddingRule(),
 ]
 
 

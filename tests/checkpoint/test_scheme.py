@@ -79,7 +79,6 @@ def test_group_strategy_is_a_block_of_one_row():
     [
         ({"weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}, "not FP8 \\(4-bit int\\)"),
         ({"weights": {"num_bits": 8, "type": "float", "strategy": "token"}}, "token"),
-        ({"weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": False}}, "asymmetric"),
         ({"input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}}, "8-bit int"),
     ],
 )

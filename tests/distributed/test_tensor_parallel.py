@@ -316,6 +316,15 @@ def test_every_scheme_eager_compiled_and_saved(architecture, experts, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("architecture", "expert"), [("llama", 256), ("qwen3_moe", 96)])
+def test_groups_that_a_border_between_ranks_cuts(architecture, expert, tmp_path):
+    """Groups of 32 columns, of which a rank has 48: its scales are of 16, and float32; what is saved is what was read."""
+    forged = forge(architecture, "MXFP8", tmp_path / "in", sizes=Sizes(hidden=128, intermediate=96, expert=expert))
+    _check(on_ranks(2, run, {"cut": forged.folder}, {"tp_size": 2}, True, tmp_path), {"cut": forged.folder}, 2)
+    _same_bits(forged.folder, tmp_path / "cut")
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "experts"), [("llama", False), ("qwen3", False), ("mixtral", True), ("qwen3moe", True)]
 )

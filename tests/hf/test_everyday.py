@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import DATA, IDS, logits, relative_error
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, GenerationConfig, StaticCache
 
@@ -158,3 +159,57 @@ def test_the_trainer_refuses_quantized_models_as_the_readme_says(model, tmp_path
 
     with pytest.raises(ValueError, match="purely quantized models"):
         Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
+
+
+@pytest.mark.parametrize("name", ["qwen3moe/FP8_DYNAMIC", "qwen3moe/FP8_BLOCK", "mixtral/FP8"])
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # PEFT's use of transformers
+def test_adapters_of_experts_train_and_are_saved_like_those_of_plain_weights(name, tmp_path):
+    """PEFT's `target_parameters`: a parametrization on top of ours, for each forward pass."""
+    ids = IDS[:1, :12]
+    plain, fp8 = (
+        ctfp8.from_pretrained(DATA / name, dtype=torch.float32, dequantize=dequantize) for dequantize in (True, False)
+    )
+    targets = [n for n, p in plain.named_parameters() if p.dim() == 3]
+    assert len(targets) == 4
+    found = []
+    for model in (plain, fp8):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+        adapted = get_peft_model(model, config).train()
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 0.1)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(adapted(ids, labels=ids).loss)
+            losses[-1].backward()
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
+            optimizer.step()
+        adapted.eval()
+        found.append(torch.stack([*losses, logits(adapted).double().norm().float()]))
+    assert relative_error(found[1], found[0]) < 1e-5
+    assert found[1][0] > found[1][2]
+    adapted.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == 2 * (2 + len(targets))
+    again = PeftModel.from_pretrained(ctfp8.from_pretrained(DATA / name, dtype=torch.float32), tmp_path).eval()
+    assert torch.equal(logits(again), logits(adapted))
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), logits(ctfp8.from_pretrained(DATA / name, dtype=torch.float32)))
+    assert relative_error(logits(torch.compile(again, backend="ctfp8")), logits(again)) < 1e-5
+
+
+@pytest.mark.parametrize("more", [8, -8])
+def test_embeddings_of_another_size(more, tmp_path):
+    model = ctfp8.from_pretrained(LLAMA)
+    before = logits(model, PROMPT)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + more)
+    after = logits(model, PROMPT)
+    assert after.shape[-1] == size + more
+    assert torch.equal(after[..., : size + min(more, 0)], before[..., : size + min(more, 0)])
+    ctfp8.save_pretrained(model, tmp_path)
+    assert torch.equal(logits(ctfp8.from_pretrained(tmp_path), PROMPT), after)
+    model.tie_weights()
+    assert torch.equal(logits(model, PROMPT), after)

@@ -216,6 +216,33 @@ def test_what_a_growing_cache_begins_with_is_contiguous():
     assert relative_error(got, want) < 1e-2
 
 
+def test_several_threads_may_name_the_backend_first():
+    """torch registers it when it is first asked for, and refuses a second registration."""
+    code = """
+import threading, torch
+import ctfp8_compile as ctfp8
+state = {"weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "weight_scale": torch.ones(16, 1)}
+from conftest import fp8_config
+module = ctfp8.load_state_dict(torch.nn.Linear(16, 16, bias=False), state, fp8_config())
+go, errors = threading.Barrier(8), []
+def compile():
+    go.wait()
+    try:
+        torch.compile(module, backend="ctfp8")
+    except Exception as error:
+        errors.append(error)
+threads = [threading.Thread(target=compile) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not errors, errors
+with torch.no_grad():
+    x = torch.ones(2, 16)
+    assert torch.equal(torch.compile(module, backend="ctfp8")(x), module(x))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(DATA.parent), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
 @pytest.mark.parametrize(
     ("earlier", "today"),
     [

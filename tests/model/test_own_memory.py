@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import fp8_config, quantize, relative_error
+from conftest import DATA, IDS, fp8_config, quantize, relative_error
 from torch import nn
 
 import ctfp8_compile as ctfp8
@@ -30,6 +30,22 @@ def state_of(module):
     state = {name: torch.randn(t.shape).to(t.dtype) for name, t in module.state_dict().items()}
     state["a.weight"], state["a.weight_scale"] = quantize(state["a.weight"].reshape(16, -1), "channel")
     return state
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_first_run_changes_nothing_for_later_gradients(first, compiled, dequantize):
+    model = ctfp8.from_pretrained(DATA / "llama/FP8", dequantize=dequantize)
+    run = torch.compile(model, backend="ctfp8") if compiled and not dequantize else model
+    with first():
+        run(IDS, use_cache=False)
+    assert not any(t.is_inference() for t in (*model.parameters(), *model.buffers()))
+    x = torch.randn(1, 4, model.config.hidden_size, dtype=model.dtype, requires_grad=True)
+    model(inputs_embeds=x).logits.sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert x.grad.abs().max() > 0
 
 
 @pytest.fixture

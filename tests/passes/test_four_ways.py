@@ -39,6 +39,7 @@ USES = {
         (4, 16, 32),
         (torch.randn(10, 32), ROUTE),
     ),
+    "EmbeddingRule": (lambda w, ids: F.embedding(ids, w), (16, 32), (ROUTE.view(2, 5) * 5,)),
     "WeightOnTheLeft": (lambda w, x: w @ x, (16, 32), (torch.randn(2, 32, 5),)),
 }
 

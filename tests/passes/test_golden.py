@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, fp8_config
 from expecttest import TestCase
+from support.tables import quantize
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.graph import format_graph
@@ -152,3 +153,68 @@ return [%71]""",
 %40 = view(%39, [1, 5, 128]) : bf16[1, 5, 128]
 return [%40]""",
         )
+
+
+def _embedded(strategy):
+    """A table of 6 rows, in the graph of a target-independent program."""
+    block = {"tensor": (6, 8), "channel": (1, 8), "block": (4, 3)}[strategy]
+    fp8, scale, _ = quantize(torch.ones(6, 8), block)
+    config = fp8_config(strategy, None, block)
+    config["config_groups"]["group_0"]["targets"] = ["Linear", "Embedding"]  # the root has no name to be known by
+    scale = scale.reshape(1) if strategy == "tensor" else scale
+    table = torch.nn.Embedding(6, 8, dtype=torch.bfloat16)
+    module = ctfp8.load_state_dict(table, {"weight": fp8, "weight_scale": scale}, config)
+    return format_graph(ctfp8.lower(module, (torch.tensor([[1, 2, 3]]),)).graph)
+
+
+class GoldenEmbedding(TestCase):
+    maxDiff = None
+
+    def test_a_scale_per_channel(self):
+        self.assertExpectedInline(_embedded("channel"), """\
+%0 = placeholder : f8e4m3[6, 8]
+%1 = placeholder : f32[6, 1]
+%2 = placeholder : i64[1, 3]
+%3 = embedding(%0, %2) : f8e4m3[1, 3, 8]
+%4 = convert_element_type(%3, float32) : f32[1, 3, 8]
+%5 = embedding(%1, %2) : f32[1, 3, 1]
+%6 = mul(%4, %5) : f32[1, 3, 8]
+%7 = convert_element_type(%6, bfloat16) : bf16[1, 3, 8]
+return [%7]""")
+
+    def test_a_scale_per_tensor(self):
+        self.assertExpectedInline(_embedded("tensor"), """\
+%0 = placeholder : f8e4m3[6, 8]
+%1 = placeholder : f32[1, 1]
+%2 = placeholder : i64[1, 3]
+%3 = embedding(%0, %2) : f8e4m3[1, 3, 8]
+%4 = convert_element_type(%3, float32) : f32[1, 3, 8]
+%5 = select(%1, 0, 0) : f32[1]
+%6 = mul(%4, %5) : f32[1, 3, 8]
+%7 = convert_element_type(%6, bfloat16) : bf16[1, 3, 8]
+return [%7]""")
+
+    def test_blocks_whose_last_is_a_part(self):
+        self.assertExpectedInline(_embedded("block"), """\
+%0 = placeholder : f8e4m3[6, 8]
+%1 = placeholder : f32[2, 3]
+%2 = placeholder : i64[1, 3]
+%3 = embedding(%0, %2) : f8e4m3[1, 3, 8]
+%4 = convert_element_type(%3, float32) : f32[1, 3, 8]
+%5 = div(%2, 4, rounding_mode=floor) : i64[1, 3]
+%6 = embedding(%1, %5) : f32[1, 3, 3]
+%7 = slice(%4, -1, 0, 6) : f32[1, 3, 6]
+%8 = reshape(%7, [1, 3, 2, 3]) : f32[1, 3, 2, 3]
+%9 = slice(%6, -1, 0, 2) : f32[1, 3, 2]
+%10 = unsqueeze(%9, -1) : f32[1, 3, 2, 1]
+%11 = mul(%8, %10) : f32[1, 3, 2, 3]
+%12 = reshape(%11, [1, 3, 6]) : f32[1, 3, 6]
+%13 = slice(%4, -1, 6, 8) : f32[1, 3, 2]
+%14 = reshape(%13, [1, 3, 1, 2]) : f32[1, 3, 1, 2]
+%15 = slice(%6, -1, 2, 3) : f32[1, 3, 1]
+%16 = unsqueeze(%15, -1) : f32[1, 3, 1, 1]
+%17 = mul(%14, %16) : f32[1, 3, 1, 2]
+%18 = reshape(%17, [1, 3, 2]) : f32[1, 3, 2]
+%19 = cat([%12, %18], -1) : f32[1, 3, 8]
+%20 = convert_element_type(%19, bfloat16) : bf16[1, 3, 8]
+return [%20]""")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
@@ -72,6 +73,32 @@ def test_compiled_results_follow_the_scales():
         dequantize.weight_scale = dequantize.weight_scale * 0.5
     assert all(relative_error(a, b) < 0.01 for a, b in zip(run(first), first(X), strict=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda scale: scale.mul_(2),
+        lambda scale: scale.data.mul_(2),
+        lambda scale: scale.detach().fill_(0.5),
+        lambda scale: np.multiply(scale.numpy(), 2, out=scale.numpy()),
+        lambda scale: scale.view(torch.int32).data.bitwise_xor_(1 << 23),
+        lambda scale: scale.set_((scale * 3).untyped_storage(), 0, scale.shape, scale.stride()),
+    ],
+    ids=["in place", ".data", "detached", "NumPy", "bits", "set_"],
+)
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+@pytest.mark.usefixtures("kernel_everywhere")
+def test_no_copy_of_a_scale_outlives_it(write, strategy):
+    """Some of these writes count no version, so that nothing but the values tells."""
+    module = three(strategy, "none")
+    compiled = torch.compile(module, backend="ctfp8", fullgraph=True, options=FUSED)
+    with torch.no_grad():
+        before = compiled(X)
+        write(scales_of(module)["k.weight"])
+        after = compiled(X)
+        assert all(relative_error(a, b) < 0.01 for a, b in zip(after, module(X), strict=True))
+    assert relative_error(after[1], before[1]) > 0.1
 
 
 def test_what_was_made_is_made_once(monkeypatch):

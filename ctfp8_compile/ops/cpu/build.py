@@ -50,6 +50,11 @@ def _openmp() -> list[str]:
 _HOMEBREW = ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp")
 _FLAGS = ["-O3", "-std=c++20", "-Wno-psabi", *_openmp()]
 
+#: What to do without a C++ compiler.
+INSTALL = (
+    "Install one (apt install g++, dnf install gcc-c++, apk add g++, conda install gxx, xcode-select --install), or name it in "
+    "the environment variable CXX."
+)
 _loaded = False
 
 
@@ -177,7 +182,7 @@ def _compile(name: str, library: Path) -> None:
     cpp_extension = _cpp_extension()
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
-        raise KernelBuildError(f"no C++ compiler: cannot find '{compiler}'; install one, or name it in CXX")
+        raise KernelBuildError(f"no C++ compiler: cannot find '{compiler}'. {INSTALL}")
     for left in library.parent.glob("build-*"):  # by a process that was killed: we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     print("ctfp8: compiling the CPU kernels, once, about 30 s ...", file=sys.stderr, flush=True)
