@@ -288,7 +288,7 @@ def register_pass(one: Pass) -> Pass:
     if any(known.name == one.name and is_ours(known.run) for known in PASSES):
         raise UsageError(f"the pass {one.name} is one of ctfp8's. Give yours another name.")
     if not inspect.isfunction(one.run):
-        raise UsageError(f"the pass {one.name} runs {one.run!r}, which is no function. Write one: its source is known to Inductor's cache.")
+        raise UsageError(f"the pass {one.name} runs {one.run!r}, which is no function of Python's. Write one: its source is known to Inductor's cache.")
     PASSES[:] = runner.inserted(one, PASSES)
     return one
 

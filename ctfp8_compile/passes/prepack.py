@@ -47,10 +47,12 @@ def declare(graph: fx.Graph, target: Target) -> int:
         if whole in done or not (whole.op == "placeholder" or whole.target is PACK):
             continue
         done.add(whole)
+        if not (layout := _layout(marker, target)):
+            continue
         if first is not None and whole.target is PACK:
             first.prepend(whole)
         with graph.inserting_before(first):
-            count += _prepack(graph, marker, whole, _layout(marker, target))
+            count += _prepack(graph, marker, whole, layout)
     return count
 
 

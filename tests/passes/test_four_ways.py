@@ -134,3 +134,20 @@ def _weight(node):
     from ctfp8_compile.graph import trace_weight
 
     return trace_weight(node.args[0])
+
+
+@pytest.mark.parametrize("time", [7, 16])
+def test_consumers_get_the_strides_they_were_traced_with(time, kernel_everywhere):
+    """`matmul(W, x)` is `linear(x.mT, W).mT`, whose strides a `view` behind it does not take."""
+    rules = list(passes.RULES)
+    passes.register(add_a_rule.WeightOnTheLeft())
+    try:
+        module = add_a_rule.model()
+        plain = module.forward
+        module.forward = lambda x: plain(x).view(-1)
+        x = torch.randn(2, 256, time)
+        program = ctfp8.lower(module, (x,))
+        assert "ctfp8.dequantized_linear" in str(program.graph)
+        assert relative_error(program.module()(x), module(x)) < 1e-5
+    finally:
+        passes.RULES[:] = rules
