@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,12 @@ def _export(
         _own_file(path)
         # this rank's rows are a view of a file's whole tensor, all of which would be written
         detach_from_mmap((*model.parameters(), *model.buffers()))
-    replaced: dict[fx.Node, fx.Node] = {}
+    replaced: Mapping[fx.Node, fx.Node] = {}
     as_found = package is None and target.device == "cpu"  # the machine that loads it picks its own kernels
     decisions = passes.decide(program.graph, target) if as_found or spread else []
     if as_found:
         report = passes.report(target, passes.preview(decisions))
-        replaced = _decompose(program)
+        replaced = _decompose(program, target)
     else:
         report = rewrite(program, target)
     report = with_parts(report, model, decisions, target)
@@ -126,7 +127,7 @@ def _export(
         target=str(target),
         schemes=dict(Counter(str(q.info.scheme) for _, _, q in quantized_parameters(model))),
         kernels=dict(Counter(e.kernel for e in report.rewritten)),
-        report=report.to_dict(),
+        report=replace(report, passes=()).to_dict(),
         versions={name: version(name) for name in _PACKAGES},
         positional=positional_names(model.forward, len(args)),
         inputs=inputs_of(program),
@@ -171,11 +172,13 @@ def _operators_that_load(program: ExportedProgram) -> None:
 _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
 
 
-def _decompose(program: ExportedProgram) -> dict[fx.Node, fx.Node]:
+def _decompose(program: ExportedProgram, target: Target) -> Mapping[fx.Node, fx.Node]:
+    """Plain ATen, which any machine runs; caches stay for the attention of the one that loads it."""
+    context = passes.Context(target, program=program)
     with following(program):
-        replaced = passes.decompose(program.graph, caches=False)
+        passes.parse("decompose{caches=0}").run("post_grad", program.graph, context)
     program.graph_module.recompile()
-    return replaced
+    return context.replaced
 
 
 def _plain_call(program: ExportedProgram) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .. import passes
 from ..compat import export_arguments, following
 from ..errors import UsageError
-from ..passes import horizontal_fusion, prepack
+from ..passes import Context, attention, decide, parse, preview, report_of, standard
+from ..passes import report as report_on
 from ..report import Report
 from ..target import Target
 from .parts import with_parts
@@ -54,21 +54,36 @@ def explain(
     kwargs: Mapping[str, Any] | None = None,
     target: str | Target | None = None,
     dynamic_shapes: Any = None,
+    passes: str | None = None,
+    graphs: bool = False,
 ) -> Report:
     """Says what would become of each FP8 weight on a target, without compiling or running the model.
 
     Args: as for `lower`.
+        passes: their names, such as `"match,rewrite,decompose"`, or all (`""`): they are run, and the report's `.passes` say
+            what each did. Default: nothing is rewritten.
+        graphs: with `passes`, whether each of `.passes` has the `.graph` behind it, as text.
 
     Returns:
         A report: `print` it, or take `.rewritten` and `.kept`, whose entries have `.name .rule .kernel .reason`;
         `.to_dict()`, `.to_html(path)`.
+
+    Raises:
+        TargetError: not a target.
+        UsageError: a pass that is not there, or in an order that does not work.
     """
     target = target_of(model, target)
+    steps = standard() if passes is None else parse(passes)
     program = trace(model, args, kwargs, dynamic_shapes)
-    _declare(program, target)  # joined, weights may be for another kernel
-    decisions = passes.decide(program.graph, target)
-    report = passes.report(target, passes.preview(decisions), passes.attention(program.graph, target))
-    report = with_parts(report, model, decisions, target)
+    context = Context(target, graphs=graphs)
+    steps.run("traced", program.graph, context)  # fused, weights may be for another kernel
+    if passes is None:
+        context.decisions = decide(program.graph, target)
+        report = report_on(target, preview(context.decisions), attention(program.graph, target))
+    else:
+        steps.run("post_grad", program.graph, context)
+        report = report_of(context)
+    report = with_parts(report, model, context.decisions, target)
     return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
 
 
@@ -103,18 +118,13 @@ def trace(
 
 def rewrite(program: ExportedProgram, target: Target) -> Report:
     """Rewrites a program in place for a target; parameters that one matmul reads become one."""
-    _declare(program, target)
+    context = Context(target, program=program)
+    steps = standard()
+    steps.run("traced", program.graph, context)
     with following(program):
-        report = passes.run(program.graph, target)
-    prepack.fold(program)
+        steps.run("post_grad", program.graph, context)
     program.graph_module.recompile()
-    return report
-
-
-def _declare(program: ExportedProgram, target: Target) -> None:
-    if target.device != "cpu":
-        horizontal_fusion.declare(program.graph)
-        prepack.declare(program.graph, target)
+    return report_of(context)
 
 
 def target_of(model: nn.Module, target: str | Target | None) -> Target:

@@ -35,6 +35,9 @@ QUANTIZE = (
     _ctfp8.quantize_mx.default,
 )
 
+#: Matmuls that wait for their kernel.
+SCALED = (_ctfp8.scaled_mm.default, _ctfp8.scaled_grouped_mm.default)
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -81,7 +84,7 @@ class ScaledKernel:
     version: Callable[[], str] = lambda: torch.__version__
     scale_layout: ScaleLayout = ""
     preferred: Callable[[Problem, Target], bool] = lambda problem, target: False
-    lowers: ClassVar[tuple[Any, ...]] = (_ctfp8.scaled_mm.default, _ctfp8.scaled_grouped_mm.default)
+    lowers: ClassVar[tuple[Any, ...]] = SCALED
 
     def supports(self, problem: Problem, target: Target) -> Verdict:
         if target.capability is not None and target.capability < (8, 9):

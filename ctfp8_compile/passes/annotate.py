@@ -29,7 +29,7 @@ from ..lowering import KINDS
 from ..ops import FP8
 from .decision import Decision, found_by, match
 from .fold import Folder
-from .pipeline import RULES
+from .rules import RULES
 from .rule import VIEW_OPS, Match, View
 
 _NODES = ("node", "x", "weight", "weight_scale", "input_scale", "bias", "offs", "expert_ids")

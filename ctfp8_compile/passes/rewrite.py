@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..compat import statically_known_true
 from ..errors import UsageError
-from ..graph import before, call, is_plumbing, op_name, value
+from ..graph import before, call, is_plumbing, op_name, same_strides, value
 from ..lowering import Kernel, Operands
 from .decision import Decision
 
@@ -45,6 +46,8 @@ def rewrite(graph: fx.Graph, decisions: Sequence[Decision]) -> tuple[list[Decisi
         last = node.prev
         new = _build(graph, replace(decision, match=decision.match.mapped(lambda n: replaced.get(n, n))))
         _same_tensor(decision, node, new)
+        with before(graph, node):
+            new = _as_traced(graph, node, new)
         built = list(_nodes_after(last, new))
         for step in built:
             if step.target in decision.kernel.lowers:
@@ -115,6 +118,19 @@ def _same_tensor(decision: Decision, old: fx.Node, new: fx.Node) -> None:
             f"{decision.parameter}: the rule {decision.rule!r} would replace {op_name(old)} of {a.dtype} {list(a.shape)} by "
             f"{b.dtype} {list(b.shape)}. Its pattern has to describe the node: see x_views and out_views of passes.Match."
         )
+
+
+def _as_traced(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:
+    """The replacement with the strides that what follows was traced with: a `view` may not take others."""
+    if same_strides(value(old), value(new)):
+        return new
+    steps = value(old).stride()
+    order = sorted(range(len(steps)), key=lambda dim: sum(statically_known_true(steps[dim] >= step) for step in steps), reverse=True)
+    turned = order != list(range(len(steps)))
+    if turned:
+        new = call(graph, aten.permute.default, new, order, like=old)
+    new = call(graph, aten.clone.default, new, like=old, memory_format=torch.contiguous_format)
+    return call(graph, aten.permute.default, new, [order.index(d) for d in range(len(order))], like=old) if turned else new
 
 
 def _nodes_after(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
