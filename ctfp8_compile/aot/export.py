@@ -112,9 +112,11 @@ def _export(
         detach_from_mmap((*model.parameters(), *model.buffers()))
     replaced: Mapping[fx.Node, fx.Node] = {}
     as_found = package is None and target.device == "cpu"  # the machine that loads it picks its own kernels
+    rotated = passes.transforms(program.graph)
+    passes.share_rotations(program.graph)
     decisions = passes.decide(program.graph, target) if as_found or spread else []
     if as_found:
-        report = passes.report(target, passes.preview(decisions))
+        report = passes.report(target, passes.preview(decisions), transforms=rotated)
         replaced = _decompose(program, target)
     else:
         report = rewrite(program, target)

@@ -81,7 +81,8 @@ def _rewrite(path: Path, program: ExportedProgram, target: Target, manifest: Man
         raise ArtifactError(f"{path}: {error}") from None
     program.graph.eliminate_dead_code()
     unknown = [entry for entry in exported.kept if not entry.rule]  # to every machine: no rule knows their use
-    return replace(Report.of(str(target), [*report.rewritten, *report.kept, *unknown]), attention=report.attention)
+    weights = Report.of(str(target), [*report.rewritten, *report.kept, *unknown])
+    return replace(weights, attention=report.attention, transforms=exported.transforms)
 
 
 def _load_aoti(archive: Archive, manifest: Manifest, device: torch.device, trust: bool) -> Artifact:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from ..compat import export_arguments, following
 from ..errors import UsageError
-from ..passes import Context, attention, decide, parse, preview, report_of, standard
+from ..passes import Context, attention, decide, parse, preview, report_of, standard, transforms
 from ..passes import report as report_on
 from ..report import Report
 from ..target import Target
@@ -75,11 +75,12 @@ def explain(
     target = target_of(model, target)
     steps = standard() if passes is None else parse(passes)
     program = trace(model, args, kwargs, dynamic_shapes)
+    rotated = transforms(program.graph)
     context = Context(target, graphs=graphs)
     steps.run("traced", program.graph, context)  # fused, weights may be for another kernel
     if passes is None:
         context.decisions = decide(program.graph, target)
-        report = report_on(target, preview(context.decisions), attention(program.graph, target))
+        report = report_on(target, preview(context.decisions), attention(program.graph, target), rotated)
     else:
         steps.run("post_grad", program.graph, context)
         report = report_of(context)

@@ -123,8 +123,8 @@ def _check_input(one: Input) -> Input:
 
 
 def _check_entry(entry: Entry) -> Entry:
-    ranks = (len(entry.shape), len(entry.block))  # of a weight, of stacked ones, of a cache
-    if ranks not in ((2, 2), (3, 2), (4, 0)) or min(*entry.shape, *entry.block, entry.uses) < 0:
+    ranks = (len(entry.shape), len(entry.block))  # of a weight, of stacked ones, of a cache, of a transform
+    if ranks not in ((2, 2), (3, 2), (4, 0), (2, 0)) or min(*entry.shape, *entry.block, entry.uses) < 0:
         raise Misfit(f"its report says that {short(entry.name)} is of {entry.shape} in blocks of {entry.block}")
     return _printable(entry)
 

@@ -18,6 +18,7 @@ from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
 from .resolve import resolve
 from .scheme import Schemes, heads_of
+from .transforms import describe_transforms, is_matrix
 
 #: What models call tables of embeddings.
 _EMBEDDING = re.compile(r"(^|\.)([\w.]*embed\w*|wte|wpe|shared)\.weight$")
@@ -47,6 +48,7 @@ class Contents:
 
     Attributes:
         format: the `quant_method` of its config.
+        transforms: of a rotated checkpoint, each group of transforms, and where it is applied.
         bf16_bytes: what the model takes when decompressed.
         notes: what its files and its config differ in; loading it warns of that.
     """
@@ -55,6 +57,7 @@ class Contents:
     files: int
     format: str
     schemes: str
+    transforms: tuple[str, ...]
     rows: tuple[Row, ...]
     fp8_bytes: int
     scale_bytes: int
@@ -87,7 +90,9 @@ def look(folder: Path) -> Contents:
     tensors = seen_as_weights(tensors, packed)
     for name, info in tensors.items():
         size = nbytes(info)
-        what = _what(name, tensors, schemes, why_not, notes)
+        what = (
+            "the matrix of a transform" if is_matrix(name, tensors) else _what(name, tensors, schemes, why_not, notes)
+        )
         if name in packed:
             weight = packed[name]
             info, size = weight.packed, sum(map(nbytes, weight.parts.values()))
@@ -112,6 +117,7 @@ def look(folder: Path) -> Contents:
         files=len(files.files),
         format="" if schemes is None else schemes.format.name,
         schemes=instead if schemes is None else "; ".join(described) or "no FP8 weights",
+        transforms=() if schemes is None else describe_transforms(schemes.format.config),
         rows=tuple(rows),
         fp8_bytes=fp8,
         scale_bytes=scales,

@@ -130,9 +130,12 @@ class InMemory(Checkpoint):
         return self._state[info.name][:rows] if info.shape else self._state[info.name]
 
 
-_DTYPE_NAMES = {torch.float8_e4m3fn: FP8_DTYPE, torch.float8_e5m2: "F8_E5M2"} | {
-    dtype: name for name, dtype in (SCALE_DTYPES | EXPONENT_DTYPES | INTEGER_DTYPES).items()
-}
+_DTYPE_NAMES = {
+    torch.float8_e4m3fn: FP8_DTYPE,
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float64: "F64",
+    torch.int64: "I64",
+} | {dtype: name for name, dtype in (SCALE_DTYPES | EXPONENT_DTYPES | INTEGER_DTYPES).items()}
 
 
 def names_in(file: Path) -> list[str]:

@@ -197,25 +197,13 @@ class Schemes:
 
 
 def _refuse_unread(config: Mapping[str, Any]) -> None:
-    """Refuses what changes the values of a model and is not read here. Rotations of weights alone are in the weights already."""
-    for extra, inside in (("transform_config", "config_groups"), ("sparsity_config", "format")):
-        found = config.get(extra) or {}
-        content = found.get(inside) if isinstance(found, Mapping) else found
-        if content in (None, {}, "dense") or (extra == "transform_config" and _in_weights(content)):
-            continue
+    """Refuses what changes the values of a model and is not read here. Transforms are read by `transforms`."""
+    found = config.get("sparsity_config") or {}
+    if not isinstance(found, Mapping) or found.get("format") not in (None, {}, "dense"):
         raise SchemeError(
-            f"quantization_config has a {extra}, {found!r}, which is not read here; leaving it out would give wrong results, as "
-            "transformers does. Serve the checkpoint with vLLM, or quantize it without."
+            f"quantization_config has a sparsity_config, {found!r}, which is not read here; leaving it out would give wrong "
+            "results, as transformers does. Serve the checkpoint with vLLM, or quantize it without."
         )
-
-
-def _in_weights(groups: Any) -> bool:
-    """Whether all transforms of a config were applied to weights when the file was written: SpinQuant's R1 and R2."""
-    try:
-        locations = [apply["location"] for scheme in groups.values() for apply in scheme["apply"]]
-    except (AttributeError, KeyError, TypeError):
-        return False
-    return all(str(location).startswith("weight_") for location in locations)
 
 
 class UnlikeError(SchemeError):
@@ -236,11 +224,16 @@ def _matches(module_name: str, targets: Iterable[str], kind: torch.nn.Module) ->
     plain = match_targets(module_name, kind, words)
     plain += [t for t in words if t.lower() == "linear" and kind is _LINEAR and t not in plain]
     names = [t for t in words if t == module_name or ("*" in t and fnmatch.fnmatchcase(module_name, t))]
-    expressions = sorted(t for t in targets if t.startswith("re:") and _matches_expression(module_name, t))
+    expressions = sorted(t for t in targets if t.startswith("re:") and matches_expression(module_name, t))
     return [*names, *expressions, *(t for t in plain if t not in names)]
 
 
-def _matches_expression(module_name: str, target: str) -> bool:
+def matches_expression(module_name: str, target: str) -> bool:
+    """Whether a `re:` target matches a module's name from its start.
+
+    Raises:
+        SchemeError: it takes too long, or is not an expression.
+    """
     try:
         return regex.match(target.removeprefix("re:"), module_name, timeout=_SECONDS) is not None
     except TimeoutError:
@@ -248,6 +241,8 @@ def _matches_expression(module_name: str, target: str) -> bool:
             f"quantization_config: {target!r} takes longer than {_SECONDS:g} s to match {module_name}. "
             "Write it without repeats inside repeats."
         ) from None
+    except regex.error as error:
+        raise SchemeError(f"quantization_config: {target!r} is not a regular expression ({error}).") from None
 
 
 _SECONDS = 2.0

@@ -28,6 +28,8 @@ def _print(found: Contents) -> None:
     format = f"{found.format}: " if found.format else ""
     files = f"{found.files} file{'s' * (found.files != 1)}"
     console.print(f"[bold]{escape(found.model)}[/], {files}; {format}{escape(found.schemes)}")
+    for transform in found.transforms:
+        console.print(f"transform {escape(transform)}")
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("number", "shape", "dtype", "size", "tensors"):
         table.add_column(column, overflow="fold")

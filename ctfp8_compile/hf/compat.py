@@ -29,6 +29,8 @@ PRIVATE = {
     "remove_tied_weights_from_state_dict": (
         "transformers.modeling_utils.remove_tied_weights_from_state_dict", "5.23 5.24"
     ),
+    "ALL_ATTENTION_FUNCTIONS": ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "5.23 5.24"),
+    "ALL_MASK_ATTENTION_FUNCTIONS": ("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "5.23 5.24"),
     "cached_file": ("transformers.utils.hub.cached_file", "5.23 5.24"),
     "DynamicLayer": ("transformers.cache_utils.DynamicLayer", "5.23 5.24"),
     "DynamicSlidingWindowLayer": ("transformers.cache_utils.DynamicSlidingWindowLayer", "5.23 5.24"),

@@ -92,6 +92,27 @@ def layouts(
     return found
 
 
+def modules(model: Any, arrived: Arrivals) -> list[tuple[str, str]]:
+    """The model's modules that the checkpoint has, in the model's order: the model's name of each, and the checkpoint's.
+
+    A module without tensors of its own, such as attention, is named by those inside it. Experts that become one tensor have no
+    module.
+    """
+    found: dict[str, str] = {}
+    for target, name in ((target, name) for target, sources in arrived.items() for name, p in sources if p is None):
+        ours, theirs = target.split("."), name.split(".")
+        while ours and theirs and ours[-1] == theirs[-1]:
+            del ours[-1], theirs[-1]
+            if ours and theirs:
+                found.setdefault(".".join(ours), ".".join(theirs))
+    return [(name, found[name]) for name, _ in model.named_modules() if name in found]
+
+
+def merged(arrived: Arrivals) -> list[str]:
+    """The checkpoint's tensors that become a part of a parameter, such as each expert's."""
+    return [name for sources in arrived.values() for name, pattern in sources if pattern is not None]
+
+
 def check_absent(model: Any, absent: Mapping[str, str], declared: Mapping[str, Tensor]) -> None:
     """Refuses a checkpoint of which files are missing that the model needs.
 

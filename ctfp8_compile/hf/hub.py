@@ -29,6 +29,7 @@ from ..paused_gc import paused_gc
 from .configs import private_config, settle_dtype
 from .parallel import is_distributed, take_config
 from .quantizer import Config, Quantizer
+from .rotated_attention import unrotate_attention
 
 
 @paused_gc()
@@ -98,6 +99,7 @@ def from_pretrained(
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
+        unrotate_attention(model)
         dequantize_(model)
         model.hf_quantizer.remove_quantization_config(model)
         holders.take_away(model.config)
@@ -150,6 +152,11 @@ def prepare(model: Any) -> Any:
         raise UsageError(
             f"transformers loads {format!r} checkpoints into modules of its own, or decompresses them. Load this one with "
             "ctfp8.from_pretrained, which keeps the model's modules and its FP8 weights."
+        )
+    if quantizer.transforms:
+        raise UsageError(
+            f"transformers left out the transforms of the checkpoint ({quantizer.transforms[0]}). Load it with "
+            "ctfp8.from_pretrained, which applies them."
         )
     for name, parameter in model.named_parameters():
         if name.endswith("weight_packed") or (name.endswith(".weight") and not parameter.is_floating_point()):

@@ -7,6 +7,7 @@ read, checked and placed before the first weight is loaded. What becomes of rows
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 import warnings
@@ -25,7 +26,9 @@ from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes, heads_of
 from ..checkpoint.shard import Cuts
+from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..errors import CheckpointError, SchemeError, UsageError
+from ..model import rotation
 from ..model.mixed import MixedParameter, is_mixed, mix
 from ..model.mixed import sentence as mixed_sentence
 from ..model.parametrization import Dequantize, quantized_parameters, stored_weight
@@ -44,10 +47,21 @@ from .compat import (
     remove_tied_weights_from_state_dict,
     revert_weight_conversion,
 )
-from .conversions import PlaceRows, arrivals, check_absent, layouts, per_expert_conversions, turning
+from .conversions import (
+    Arrivals,
+    PlaceRows,
+    arrivals,
+    check_absent,
+    layouts,
+    merged,
+    modules,
+    per_expert_conversions,
+    turning,
+)
 from .embeddings import attach_tied, embedding_names, leave_tied, untie
 from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
+from .rotated_attention import rotate_attention
 from .saving import Source, as_read, refuse_adapters
 
 _STALE = "not_in_the_index"
@@ -110,6 +124,8 @@ class Quantizer(HfQuantizer):
         self.mixed: dict[str, MixedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.cache_scales: dict[str, Tensor] = {}
+        #: Of a rotated checkpoint, the transforms of activations.
+        self.transforms = read_transforms(self.schemes.format.config)
         #: What they say.
         self.cache = CacheScales()
         #: Of the file, by its names, what no weight uses: saved as it was.
@@ -171,6 +187,7 @@ class Quantizer(HfQuantizer):
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self.others = {target: info.read(tensors) for target, info in self.packed.items()}
             self._set_leftovers_aside(model, tensors, notes)
+            self._place_transforms(model, tensors, arrived)
             if self.mixed:
                 self._accept_mixed(model)
             notes.say(self.strict)
@@ -186,7 +203,7 @@ class Quantizer(HfQuantizer):
         ours = {
             _STALE,
             rf"(^|[.])({endings})$",
-            *(rf"^{re.escape(name)}$" for name in (*self.cache_scales, *self.unused)),
+            *(rf"^{re.escape(name)}$" for name in (*self.cache_scales, *self.unused, *self.matrix_names)),
         }
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
@@ -234,6 +251,25 @@ class Quantizer(HfQuantizer):
         if sentence := cache_sentence(self.cache, found.cache):
             warnings.warn(sentence, stacklevel=2)
 
+    def _place_transforms(self, model: Any, tensors: ckpt.Checkpoint, arrived: Arrivals) -> None:
+        """Decides where transforms of activations are applied, and reads their matrices: they are not for the loader."""
+        check_named(tensors, self.transforms)
+        if self.transforms and is_distributed(model):
+            raise UsageError(
+                f"the checkpoint has transforms of activations ({self.transforms[0]}), which a distributed_config would "
+                "cut; that is not supported. Load it on one device."
+            )
+        for transform, name in itertools.product(self.transforms, merged(arrived)):
+            if name.endswith(".weight") and transform.covers(name.removesuffix(".weight"), ("Linear", "Module")):
+                raise SchemeError(
+                    f"{tensors[name]}: transform {transform} is for this expert, which the model keeps in one tensor "
+                    "with others; that is not supported. Serve this checkpoint with vLLM, or quantize the model again with "
+                    "the experts in the transform's ignore list."
+                )
+        self.placed = rotation.place(model, self.transforms, tensors, modules(model, arrived))
+        self.matrices = rotation.read(tensors, self.placed)
+        self.matrix_names = [name for name in tensors if is_matrix(name, tensors)]
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
         placed = {target: info.layout for target, info in self.plans.items()}
@@ -277,6 +313,9 @@ class Quantizer(HfQuantizer):
             path, _, leaf = target.rpartition(".")
             value = packed.value(model.get_parameter(target).data, self.others.pop(target))
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        rotation.attach(model, self.placed, self.matrices)
+        rotate_attention(model, self.placed)
+        self.matrices = {}
         warn_of_cut_blocks(model)
         for module in model.modules():
             # models ask for this flag to work around weights they cannot read; ours read like any other
@@ -303,7 +342,11 @@ class Quantizer(HfQuantizer):
         """What `save_pretrained` writes: FP8 tensors as the checkpoint had them, the rest as transformers would save it."""
         refuse_adapters(model)
         own = state = model.state_dict()
-        plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in self._read_again}
+        other = {
+            *self._read_again,
+            *(f"{name}.{leaf}" for name, _, _ in rotation.rotations(model) for leaf in ("weight", "perm")),
+        }
+        plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in other}
         plain = remove_tied_weights_from_state_dict(plain, model)
         plain = {k: gather(v, *self.cuts[k]) if k in self.cuts else v for k, v in plain.items()}
         writes = not self.cuts or is_first()
@@ -318,7 +361,7 @@ class Quantizer(HfQuantizer):
                 weight, dequantize = gather_quantized(weight, dequantize, self.plans[name])
             if writes:
                 state |= _checkpoint_tensors(dequantize, weight)
-        state |= self._stored_tensors(model)
+        state |= self._stored_tensors(model) | rotation.stored_tensors(model)
         if not writes:
             return {}, {}
         whole = {name: plain.get(name, value) for name, value in own.items()}

@@ -18,6 +18,7 @@ from ..ops import cpu as cpu_kernels
 from ..registry import register
 from .adapters import match_ends_of_names
 from .parametrization import CAST, detach, quantized_parameters, stored_weight
+from .rotation import fold_
 from .said_dtype import say_dtypes, unsay_dtypes
 from .storage import DetachFromMmap
 
@@ -121,7 +122,9 @@ def _keeps_fp8(cls: Any) -> Any:
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
-    """Replaces every FP8 parameter by its dequantized value, in place: a plain model, twice the memory."""
+    """Replaces every FP8 parameter by its dequantized value, in place: a plain model, twice the memory.
+
+    Transforms of a rotated checkpoint are multiplied into the weights."""
     if isinstance(model, _KeepsFP8):
         for module in _around_fp8(model):
             vars(module).pop("_apply", None)
@@ -130,4 +133,5 @@ def dequantize_(model: nn.Module) -> nn.Module:
     for path, module, dequantize in list(quantized_parameters(model)):
         name = path.rpartition(".")[2]
         detach(module, name, dequantize.value(stored_weight(module, name)).contiguous())
+    fold_(model)
     return model

@@ -15,7 +15,9 @@ from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
+from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..errors import CheckpointError
+from . import rotation
 from .freeze import freeze
 from .parametrization import attach
 from .plan import QuantizedParameter, plan, read_scales
@@ -78,6 +80,10 @@ def load_state_dict(
                 )
             plans[name] = plan(tensors, schemes, identity(name, tensors[name].shape), parameter.dtype, notes)
             used |= used_names([name], map(ckpt.input_scale_name, plans[name].input_scales))
+    transforms = read_transforms(schemes.format.config)
+    check_named(tensors, transforms)
+    placed = rotation.place(module, transforms, tensors, [(name, name) for name, _ in module.named_modules() if name])
+    used |= {name for name in tensors if is_matrix(name, tensors)}
     extra = sorted(set(tensors) - used - set(leftovers(tensors, used, notes).unused))
     if extra:
         raise CheckpointError(
@@ -87,6 +93,7 @@ def load_state_dict(
         warnings.warn(f"{sentence(packed.values(), own[next(iter(packed))].dtype)}.", stacklevel=2)
     notes.say()
     scales = {name: read_scales(tensors, info) for name, info in plans.items()}
+    matrices = rotation.read(tensors, placed)
     for name in own:
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
@@ -103,5 +110,6 @@ def load_state_dict(
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         if name in plans:
             attach(owner, leaf, plans[name], *scales[name])
+    rotation.attach(module, placed, matrices)
     freeze(module)
     return module

@@ -17,6 +17,7 @@ from .fp8 import (
     quantize_per_token_steps,
 )
 from .operators import DEQUANTIZED
+from .rotation import ROTATE, rotate_steps
 from .scales import BY_ROW, SWIZZLED, TRANSPOSED, UNSWIZZLED, swizzle_steps, unswizzle_steps
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DEQUANTIZED",
     "FP8",
     "FP8_MAX",
+    "ROTATE",
     "SWIZZLED",
     "TRANSPOSED",
     "UNSWIZZLED",
@@ -41,6 +43,7 @@ __all__ = [
     "quantize_per_group_steps",
     "quantize_per_tensor_steps",
     "quantize_per_token_steps",
+    "rotate_steps",
     "swizzle_steps",
     "unswizzle_steps",
 ]

@@ -10,6 +10,7 @@ from .rewrite import preview, rewrite
 from .rule import Match, Rule, View
 from .rules import RULES, register
 from .runner import Pipeline
+from .transforms import share_rotations, transforms
 from .verify import verifying
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "rewrite",
     "run",
     "select",
+    "share_rotations",
     "standard",
+    "transforms",
     "verifying",
 ]

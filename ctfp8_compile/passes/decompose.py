@@ -15,14 +15,14 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..graph import CACHED, arguments, before, call, is_marker, is_view, value
+from ..graph import CACHED, arguments, before, call, is_marker, is_view, sizes, value
 
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
 
 def decompose(graph: fx.Graph, caches: bool = True) -> dict[fx.Node, fx.Node]:
-    """Decomposes every marker that is still used; returns what took the place of each. Views of weights go with the rest.
+    """Decomposes every rotation, and every marker that is still used; returns what took the place of each. Views of weights go with the rest.
 
     Args:
         caches: whether those of FP8 caches too. An artifact keeps them, for the attention of the machine that loads it.
@@ -38,6 +38,16 @@ def decompose(graph: fx.Graph, caches: bool = True) -> dict[fx.Node, fx.Node]:
         node.replace_all_uses_with(new, propagate_meta=False)
         graph.erase_node(node)
     replaced = {}
+    for node in graph.find_nodes(op="call_function", target=ops.ROTATE):
+        with before(graph, node):
+            x, matrix, scale, transposed, precision, _ = arguments(node)
+            do = functools.partial(_do, graph, node)
+            new = ops.rotate_steps(
+                do, x, sizes(graph, x, like=node), value(x).dtype, matrix, value(matrix).shape[0], scale, transposed, precision
+            )
+        replaced[node] = new
+        node.replace_all_uses_with(new, propagate_meta=False)
+        graph.erase_node(node)
     for marker in [node for node in graph.nodes if is_marker(node)]:
         replaced[marker] = arithmetic(graph, marker)
         marker.replace_all_uses_with(replaced[marker], propagate_meta=False)

@@ -45,6 +45,7 @@ class Context:
         decisions: what becomes of each use of an FP8 weight, once `match` has run, or notes were read.
         kernels: which kernel lowers a node, from `rewrite` on.
         attention: what became of each attention to a cache.
+        transforms: the rotations of activations.
         packed: groups of placeholders that have to be packed in memory when the graph is called.
         prepacked: what a placeholder stands for from now on.
         regions: what became of repeated layers.
@@ -60,6 +61,7 @@ class Context:
     decisions: list[Decision] = field(default_factory=list)
     kernels: Kernels = field(default_factory=dict)
     attention: list[Entry] = field(default_factory=list)
+    transforms: list[Entry] = field(default_factory=list)
     packed: list[list[fx.Node]] = field(default_factory=list)
     prepacked: list[Prepacked] = field(default_factory=list)
     regions: Regions = field(default_factory=Regions)

@@ -22,7 +22,7 @@ from torch import fx
 from ..errors import UsageError
 from ..graph import CACHED, MARKER
 from ..lowering.scaled import QUANTIZE, SCALED
-from ..ops import BY_ROW, SWIZZLED, TRANSPOSED, UNSWIZZLED
+from ..ops import BY_ROW, ROTATE, SWIZZLED, TRANSPOSED, UNSWIZZLED
 from ..ops.triton import WEIGHT_ONLY
 from ..report import Entry, Report
 from ..target import Target
@@ -43,6 +43,7 @@ from .rules import RULES, is_ours, source_of
 from .runner import Pipeline
 from .skinny_linear import ELEMENTS, LARGE_LINEARS, ROWS, stream_skinny_linears
 from .strides import keep_strides
+from .transforms import share_rotations, transforms
 
 
 def _pack(graph: fx.Graph, context: Context) -> int:
@@ -79,6 +80,7 @@ def _fuse_attention(graph: fx.Graph, context: Context) -> int:
 
 
 def _decompose(graph: fx.Graph, context: Context, caches: int) -> int:
+    context.transforms = transforms(graph)
     context.replaced = decompose(graph, bool(caches))
     return len(context.replaced)
 
@@ -109,6 +111,12 @@ PASSES: list[Pass] = [
         "keep-strides", "traced", lambda graph, context: keep_strides(graph), operators=(torch.cat,), ways=("compile",),
         why="first: it writes a copy into the graph, which is then part of a layer like any other node",
         before=("regions",),
+    ),
+    Pass(
+        "share-rotations", "traced", lambda graph, context: share_rotations(graph), operators=(ROTATE,),
+        ways=("compile", "export"),
+        why="before horizontal fusion, which asks for linears with the same input",
+        before=("horizontal-fusion",),
     ),
     Pass(
         "horizontal-fusion", "traced", _pack, operators=LINEARS, ways=("compile", "export"), skips=_on_cpus_as_it_is,
@@ -147,7 +155,7 @@ PASSES: list[Pass] = [
         before=("decompose",),
     ),
     Pass(
-        "decompose", "post_grad", _decompose, operators=(MARKER, CACHED), settings=(("caches", 1),),
+        "decompose", "post_grad", _decompose, operators=(MARKER, CACHED, ROTATE), settings=(("caches", 1),),
         why="before all that follows a rewrite: what no kernel took is plain ATen then, and every dead view of a weight gone",
         after=("match", "rewrite", "attention"),
     ),
@@ -252,12 +260,16 @@ def run(
 
 def report_of(context: Context) -> Report:
     """What passes left to be told."""
-    return replace(report(context.target, context.decisions, context.attention), passes=tuple(context.ran))
+    told = report(context.target, context.decisions, context.attention, context.transforms)
+    return replace(told, passes=tuple(context.ran))
 
 
-def report(target: Target, decisions: Sequence[Decision], attention: Sequence[Entry] = ()) -> Report:
-    """The report of a list of decisions, and of what became of attention."""
-    return replace(Report.of(str(target), [decision.entry() for decision in decisions]), attention=tuple(attention))
+def report(
+    target: Target, decisions: Sequence[Decision], attention: Sequence[Entry] = (), transforms: Sequence[Entry] = ()
+) -> Report:
+    """The report of a list of decisions, of what became of attention, and of transforms of activations."""
+    weights = Report.of(str(target), [decision.entry() for decision in decisions])
+    return replace(weights, attention=tuple(attention), transforms=tuple(transforms))
 
 
 def register_pass(one: Pass) -> Pass:

@@ -54,7 +54,9 @@ class Regions:
         """One report of all that was compiled: of the graph around the regions, and of each region."""
         weights = self._spread(entry for part in parts for entry in (*part.rewritten, *part.kept))
         attention = self._spread(entry for part in parts for entry in part.attention)
-        return replace(Report.of(parts[0].target, weights), attention=tuple(attention), layers=self.said)
+        rotated = self._spread(entry for part in parts for entry in part.transforms)
+        whole = Report.of(parts[0].target, weights)
+        return replace(whole, attention=tuple(attention), transforms=tuple(rotated), layers=self.said)
 
     def _spread(self, entries: Iterable[Entry]) -> list[Entry]:
         """Entries of a region for each of its instances; all in the graph's order."""

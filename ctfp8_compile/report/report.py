@@ -98,6 +98,8 @@ class Report:
         experts_per_token: how many experts of each layer one token reads, where the model's config says so.
         attention: each attention to a key-value cache, by its module's name; `shape` is that of its keys.
         model: what the model is called, where that is known; the picture's title.
+        transforms: each transform of an activation that a rotated checkpoint asks for, by its module's name; `shape` is that of
+            its matrix.
         layers: how a compiled graph's repeated layers were compiled; empty where none repeats.
         passes: what each pass did, in their order; of repeated layers, those that were compiled count.
     """
@@ -108,6 +110,7 @@ class Report:
     experts_per_token: int | None = None
     model: str = ""
     attention: tuple[Entry, ...] = ()
+    transforms: tuple[Entry, ...] = ()
     layers: str = ""
     passes: tuple[Ran, ...] = ()
 
@@ -119,7 +122,9 @@ class Report:
             parts.append(f"{n} {rule} → {kernel}")
         for reason, n in Counter(e.reason for e in self.kept).most_common():
             parts.append(f"{n} dequantized in the graph ({reason})")
-        for (rule, outcome), n in Counter((e.rule, e.kernel or e.reason) for e in self.attention).most_common():
+        for (rule, outcome), n in Counter(
+            (e.rule, e.kernel or e.reason) for e in (*self.attention, *self.transforms)
+        ).most_common():
             parts.append(f"{n} {rule} → {outcome}")
         return "; ".join([*parts, self.layers] if self.layers else parts)
 
@@ -129,7 +134,7 @@ class Report:
         Then why kernels that come before those chosen declined.
         """
         alike: Counter[tuple[str, str, str]] = Counter()
-        for e in (*self.rewritten, *self.kept, *self.attention):
+        for e in (*self.rewritten, *self.kept, *self.attention, *self.transforms):
             what = f"{e.rule} → {e.kernel or e.reason}" if e.kernel or not e.block else f"dequantized: {e.reason}"
             what += f" [{e.part}]" * bool(e.part)
             alike[_NUMBER.sub("*", e.name), "×".join(map(str, e.shape)), what] += 1
@@ -150,6 +155,7 @@ class Report:
             "rewritten": [asdict(e) for e in self.rewritten],
             "kept": [asdict(e) for e in self.kept],
             "attention": [asdict(e) for e in self.attention],
+            "transforms": [asdict(e) for e in self.transforms],
             **passes,
         }
 

@@ -78,7 +78,7 @@ def _weights(config):
         (lambda t, c: c["quantization_config"].update(format="unknown"), "'unknown' is not a valid CompressionFormat"),
         (
             lambda t, c: c["quantization_config"].update(transform_config={"config_groups": {"R1": {}}}),
-            "transform_config.*wrong results",
+            "transform_config: group 'R1' is of type None; known are hadamard",
         ),
         (
             lambda t, c: c["quantization_config"].update(sparsity_config={"format": "sparse-24-bitmask"}),
