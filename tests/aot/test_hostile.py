@@ -252,7 +252,7 @@ GRAPHS = {
     "an input called torch": (_graph(lambda m, _: m["module_call_graph"][0]["signature"].update(forward_arg_names=["torch"])),
                               "for a name"),
     "a field of another version": (_graph(lambda m, content: content.update(python="1")), "adds 'python'"),
-    "another format": (_graph(lambda m, content: content.update(verifiers=["EDGE"])), "of the formats"),
+    "another format": (_graph(lambda m, content: content.update(verifiers=["EDGE"])), "names the verifiers"),
     "a power that never ends": (_graph(lambda m, _: m["graph"]["sym_int_values"].update(s={"as_expr": {
         "expr_str": "Pow(Integer(9), Integer(999999999))", "hint": None}})), "that is no arithmetic"),
     "a parameter that is part of Python": (_graph(lambda m, _: m["signature"]["input_specs"][0]["parameter"].update(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_several_processes_refuse(mixed, monkeypatch):
 def test_a_file_without_fp8_weights_is_not_ours(tmp_path):
     mixed = mix(DATA / "llama/FP8_DYNAMIC", tmp_path / "in", {"W4A16": r"re:.*_proj$"})
     with pytest.raises(
-        ctfp8.SchemeError, match="there is no FP8 weight beside them. Load the checkpoint with transformers"
+        ctfp8.SchemeError, match="there is no FP8 weight beside them.* Load the checkpoint with transformers or vLLM"
     ):
         ctfp8.from_pretrained(mixed.folder)
 
@@ -172,7 +173,7 @@ def test_a_changed_weight_or_file_is_not_saved_as_if_it_were_not(mixed, tmp_path
     with pytest.raises(ctfp8.UsageError, match=f"{name} was dequantized and has changed since"):
         ctfp8.save_pretrained(model, tmp_path / "out")
     model = _load(mixed, in_memory=True)
-    model.hf_quantizer.files = (tmp_path / "gone.safetensors",)
+    model.hf_quantizer.source = replace(model.hf_quantizer.source, files=(tmp_path / "gone.safetensors",))
     with pytest.raises(ctfp8.UsageError, match="saved as their file has them; it has changed since .*gone.safetensors"):
         model.save_pretrained(tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
