@@ -142,7 +142,13 @@ def test_no_quantization_config(tmp_path):
             tensors[name] = tensors[name].bfloat16()
             del tensors[name + "_scale"]
 
-    _refused(tmp_path, "llama/FP8_DYNAMIC", edit, "has no quantization_config, .*no FP8 weight in its files has a scale", ctfp8.SchemeError)
+    _refused(
+        tmp_path,
+        "llama/FP8_DYNAMIC",
+        edit,
+        "has no quantization_config, .*no FP8 weight in its files has a scale",
+        ctfp8.SchemeError,
+    )
 
 
 def test_another_method(tmp_path):
