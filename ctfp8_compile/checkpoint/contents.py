@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import CheckpointError, SchemeError
 from .files import FP8_DTYPE, Checkpoint, TensorInfo, nbytes
-from .folder import check_config_file, of_folder
-from .formats import PLAIN, config_of_folder
+from .folder import Folder, check_config_file, of_folder
+from .formats import PLAIN, SPELLED_ANYHOW, config_of_folder
+from .inferred import inferred
 from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
 from .resolve import resolve
@@ -80,7 +81,7 @@ def look(folder: Path) -> Contents:
     files = of_folder(folder, notes)
     check_config_file(folder)
     config = json.loads((folder / "config.json").read_text())
-    schemes, instead = _schemes(folder, config)
+    schemes, instead = _schemes(folder, config, files)
     tensors = files.open(PLAIN if schemes is None else schemes.format)
     if schemes is not None:  # there is no model to ask which modules are embeddings
         schemes.embeddings |= {name.rpartition(".")[0] for name in tensors if _EMBEDDING.search(name)}
@@ -127,13 +128,15 @@ def look(folder: Path) -> Contents:
     )
 
 
-def _schemes(folder: Path, config: dict[str, Any]) -> tuple[Schemes | None, str]:
+def _schemes(folder: Path, config: dict[str, Any], files: Folder) -> tuple[Schemes | None, str]:
     """The checkpoint's schemes; or None, and what it is instead."""
     try:
         parts = (part.get("quantization_config") for part in config.values() if isinstance(part, dict))  # `text_config`
         quantization = config_of_folder(folder) or next(filter(None, parts), None)
         if quantization is None:
-            return None, "config.json has no quantization_config"
+            quantization = inferred(files.open(SPELLED_ANYHOW))
+        if quantization is None:
+            return None, "not quantized: config.json has no quantization_config, and no FP8 weight has a scale"
         schemes = Schemes(quantization)
         schemes.heads = heads_of(config)
         return schemes, ""

@@ -25,6 +25,12 @@ SPELLED = formats.Format(
 )
 
 
+def inferred(tensors: Checkpoint) -> Mapping[str, Any] | None:
+    """What `infer` says of files that came without a config; None where no FP8 weight has a scale."""
+    beside = (scale_name(name) in tensors for name, info in tensors.items() if info.dtype == FP8_DTYPE)
+    return infer(tensors) if any(beside) else None
+
+
 def infer(tensors: Checkpoint) -> Mapping[str, Any]:
     """A config that covers every FP8 weight; a warning says what was found.
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file
 from ..checkpoint.formats import SIDE_FILE, SPELLED_ANYHOW, legacy_config, read_side_file
-from ..checkpoint.inferred import infer
+from ..checkpoint.inferred import inferred
 from ..checkpoint.scheme import Schemes
 from ..errors import SchemeError
 from .compat import cached_file
@@ -37,12 +37,10 @@ class Holders:
     Attributes:
         parts: names of sub-configs, "" for the config itself: what they hold.
         side_file: ModelOpt's file, as it was, and whether `config.json` has no other; None where there is none.
-        inferred: nobody holds one: it was made from the shapes of scales.
     """
 
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     side_file: tuple[str, bool] | None = None
-    inferred: bool = False
 
     def put_back(self, config: Any) -> None:
         """Gives the parts what they held. The top keeps the quantizer's config where it held one, or nothing else does."""
@@ -93,9 +91,10 @@ def private_config(
         Schemes(given)
         config.quantization_config = Config.of(given, strict)
         return config, Holders({"": given})
-    if not found and (inferred := _inferred(files)) is not None:
-        config.quantization_config = Config.of(inferred, strict)
-        return config, Holders(inferred=True)
+    said = None if found or files is None else inferred(files.open(SPELLED_ANYHOW))
+    if said is not None:
+        config.quantization_config = Config.of(said, strict)
+        return config, Holders()
     if not found:
         raise SchemeError(
             f"{path_or_id}: its config.json has no quantization_config, there is no {SIDE_FILE}, and no FP8 weight in its "
@@ -125,15 +124,6 @@ def settle_dtype(config: PretrainedConfig, files: Folder | None, kwargs: Mapping
         dtype = ckpt.SCALE_DTYPES[max(sizes, key=lambda name: sizes[name])]
         for part in _parts(config).values():
             part.dtype = dtype
-
-
-def _inferred(files: Folder | None) -> Mapping[str, Any] | None:
-    """The config of a folder that has none, from the shapes of its scales; None where no FP8 weight has a scale."""
-    if files is None:
-        return None
-    tensors = files.open(SPELLED_ANYHOW)
-    beside = (ckpt.scale_name(name) in tensors for name, info in tensors.items() if info.dtype == ckpt.FP8_DTYPE)
-    return infer(tensors) if any(beside) else None
 
 
 def _is_missing(dtype: Any) -> bool:
