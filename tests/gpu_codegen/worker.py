@@ -54,7 +54,7 @@ def compiled(case: Case, device: str, kernels: str) -> dict[str, Any]:
     from ctfp8_compile.inductor import packed, prepacked
 
     # addresses that do not exist are not packed, and tell nothing apart
-    packed.Adjacent.__call__ = lambda self, *args: self.compiled(*args)
+    packed.WithPacked.__call__ = lambda self, *args: self.compiled(*args)
     prepacked.WithPrepacked.values = lambda self, tensors: self._make(tensors).values
     torch._dynamo.reset()
     model, mode = _model(case.model, case.experts, case.part, device)
