@@ -19,13 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..compat import invoke_subgraph
 from ..graph import arguments, is_traced_marker, module_name, parameter_name
 from ..report import Entry, Report
-from .pieces import Piece, key_of, layers_of, pieces_of, value_of, with_parameters, write_out_sizes
+from .pieces import Piece, key_of, layers_of, pieces_of, with_parameters, write_out_sizes
 from .region_calls import outputs_of, replace_by_calls
 
 #: Fewer layers are compiled one by one: what they cost is little, and calls of a region are not fused with what is around them.
@@ -75,10 +74,6 @@ def declare(gm: fx.GraphModule) -> Regions:
     layers = layers_of(gm.graph, LEAST)
     if len(layers) < LEAST:
         return Regions()
-    if any(isinstance(value_of(node), torch.SymFloat) for node in gm.graph.nodes):
-        # dynamo made an input of the epsilon of a norm (dynamic=True), which no subgraph takes
-        why = "as numbers are inputs of the graph, which ctfp8.compile fixes"
-        return Regions(f"{len(layers)} repeated layers compiled one by one, {why}")
     order = tuple(dict.fromkeys(name for node in gm.graph.nodes for name in _names(node)))
     alike: dict[Any, list[Piece]] = defaultdict(list)
     for piece in with_parameters(gm.graph, [piece for layer in layers.values() for piece in pieces_of(layer)]):
