@@ -35,7 +35,14 @@ _RENAMED: dict[Any, Any] = {
     "ctfp8.join": "ctfp8.horizontal_fusion",
     ("ctfp8.collectives", "codes"): ("ctfp8.collectives", "fp8"),
 }
-OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.horizontal_fusion", "ctfp8.collectives", "ctfp8.regions", "ctfp8.passes")
+OPTIONS = (
+    "ctfp8.target",
+    "ctfp8.kernels",
+    "ctfp8.horizontal_fusion",
+    "ctfp8.collectives",
+    "ctfp8.regions",
+    "ctfp8.passes",
+)
 
 
 def backend(
