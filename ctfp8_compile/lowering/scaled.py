@@ -186,7 +186,9 @@ def _ends(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:
 
 def numbers(do: ops.Do, count: Any, device: torch.device) -> fx.Node:
     """`arange(count)`, in the form that every release of Inductor has a lowering for."""
-    return do(torch.ops.prims.iota.default, count, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False)
+    return do(
+        torch.ops.prims.iota.default, count, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False
+    )
 
 
 def expert_of_rows(do: ops.Do, x: fx.Node, offs: fx.Node | None) -> fx.Node:
@@ -207,7 +209,9 @@ def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
         if node.target is QUANTIZE[0]:
             results = ops.quantize_per_token_steps(do, *arguments(node))
         elif node.target is QUANTIZE[1]:
-            results = ops.quantize_per_group_steps(do, arguments(node)[0], value(arguments(node)[0]).shape[1], arguments(node)[1])
+            results = ops.quantize_per_group_steps(
+                do, arguments(node)[0], value(arguments(node)[0]).shape[1], arguments(node)[1]
+            )
         elif node.target is QUANTIZE[3]:
             results = ops.quantize_mx_steps(do, arguments(node)[0], value(arguments(node)[0]).shape[1])
         else:

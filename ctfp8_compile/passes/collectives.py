@@ -59,7 +59,9 @@ def gather_fp8(graph: fx.Graph) -> int:
             for user in list(node.users):
                 part = call(graph, operator.getitem, both, arguments(user)[1], like=node)
                 whole = part
-                if arguments(user)[1] == 0 or node.target is not QUANTIZE[2]:  # a scale for the whole tensor is everywhere
+                if (
+                    arguments(user)[1] == 0 or node.target is not QUANTIZE[2]
+                ):  # a scale for the whole tensor is everywhere
                     whole = _gathered(graph, part, count, group, node)
                 user.replace_all_uses_with(whole, propagate_meta=False)
                 graph.erase_node(user)

@@ -18,8 +18,8 @@ from torch import fx
 
 from ..graph import arguments, before, call, value
 from ..ops.triton import WEIGHT_ONLY
-from .rewrite import Kernels
 from .horizontal_fusion import PACK
+from .rewrite import Kernels
 
 aten = torch.ops.aten
 _ctfp8 = torch.ops.ctfp8

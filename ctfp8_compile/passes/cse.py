@@ -1,9 +1,9 @@
 """Quantizations that compute the same become one: linears with the same input (q, k, v; gate, up) share it.
 
-    before                                                     after
-    %q1, %a1 = ctfp8.quantize_per_token(%x)                    %q1, %a1 = ctfp8.quantize_per_token(%x)
-    %q2, %a2 = ctfp8.quantize_per_token(%x)                    … scaled_mm(%q1, …), scaled_mm(%q1, …)
-    … scaled_mm(%q1, …), scaled_mm(%q2, …)
+before                                                     after
+%q1, %a1 = ctfp8.quantize_per_token(%x)                    %q1, %a1 = ctfp8.quantize_per_token(%x)
+%q2, %a2 = ctfp8.quantize_per_token(%x)                    … scaled_mm(%q1, …), scaled_mm(%q1, …)
+… scaled_mm(%q1, …), scaled_mm(%q2, …)
 """
 
 from __future__ import annotations

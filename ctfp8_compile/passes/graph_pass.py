@@ -42,7 +42,8 @@ class Context:
         way: how it came here.
         rules: those that find matmuls; None for all that are registered.
         program: whose graph it is, where its parameters may change too.
-        decisions: what becomes of each use of an FP8 weight, once `match` has run, or notes were read; `rewrite` adds what it built.
+        decisions: what becomes of each use of an FP8 weight, once `match` has run, or notes were read; `rewrite` adds what it
+            built.
         kernels: which kernel lowers a node, from `rewrite` on.
         attention: what became of each attention to a cache.
         transforms: those of activations, of a rotated checkpoint; as traced.
@@ -121,4 +122,8 @@ class Pass:
         return ""
 
 
-_WAYS: dict[Way, str] = {"compile": "torch.compile", "export": "programs of torch.export", "load": "loading an artifact"}
+_WAYS: dict[Way, str] = {
+    "compile": "torch.compile",
+    "export": "programs of torch.export",
+    "load": "loading an artifact",
+}

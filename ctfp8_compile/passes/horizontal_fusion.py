@@ -94,7 +94,16 @@ def _alike(linear: fx.Node) -> Any:
         return None  # a kernel, or a block of scales, would not take them fused
     bias_dtype = fake_value(bias[0]).dtype if bias and bias[0] is not None else None
     scale_dtype = fake_value(scale).dtype
-    return cols, _BY_ROW if per_row else tuple(block), activation, dtype, scale_dtype, input_scale is None, bias_dtype, fake_value(weight).device
+    return (
+        cols,
+        _BY_ROW if per_row else tuple(block),
+        activation,
+        dtype,
+        scale_dtype,
+        input_scale is None,
+        bias_dtype,
+        fake_value(weight).device,
+    )
 
 
 def _own(parameter: Any) -> bool:

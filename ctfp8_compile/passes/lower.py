@@ -1,8 +1,8 @@
 """Turns the target-independent nodes that rules emit for an FP8 × FP8 matmul into the target's operators.
 
-    before                                                     after (xpu)
-    %q, %a = ctfp8.quantize_per_token(%x)                      %a = div(clamp_min(amax(abs(%x))), 448)   … plain ATen
-    %y = ctfp8.scaled_mm(%q, %w, %a, %s, None, …)              %y = _scaled_mm(%q, permute(%w), %a, reshape(%s), …)
+before                                                     after (xpu)
+%q, %a = ctfp8.quantize_per_token(%x)                      %a = div(clamp_min(amax(abs(%x))), 448)   … plain ATen
+%y = ctfp8.scaled_mm(%q, %w, %a, %s, None, …)              %y = _scaled_mm(%q, permute(%w), %a, reshape(%s), …)
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def lower_scaled(graph: fx.Graph, kernels: Kernels) -> int:
         elif node.target is ops.UNSWIZZLED:  # dead, where a kernel reads what is behind it
             if node.users:
                 with before(graph, node):
-                    new = ops.unswizzle_steps(lambda op, *args, node=node: call(graph, op, *args, like=node), *arguments(node))
+                    new = ops.unswizzle_steps(
+                        lambda op, *args, node=node: call(graph, op, *args, like=node), *arguments(node)
+                    )
                 node.replace_all_uses_with(new, propagate_meta=False)
             graph.erase_node(node)
     return done

@@ -8,6 +8,7 @@ Which pieces compute the same is asked of their `key`; `region_calls` makes one 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Piece:
 
 
 def write_out_sizes(graph: fx.Graph) -> None:
-    """Sizes that turned out to be fixed while dynamo traced, such as the batch of a static cache: the first layers ask for them."""
+    """Sizes that were fixed while dynamo traced, such as the batch of a static cache: the first layers ask for them."""
     for node in list(graph.nodes):
         found = value_of(node)
         number = found.node.maybe_as_int() if isinstance(found, torch.SymInt) else None
@@ -72,7 +73,7 @@ def layers_of(graph: fx.Graph, least: int) -> dict[Any, list[fx.Node]]:
     covered = 0
     for instances in groups.values():  # outer modules come first
         spans = sorted((places[0], places[-1], path) for path, places in instances.items())
-        if len(spans) < least or any(one[1] >= other[0] for one, other in zip(spans, spans[1:], strict=False)):
+        if len(spans) < least or any(one[1] >= other[0] for one, other in itertools.pairwise(spans)):
             continue
         size = sum(len(places) for places in instances.values())
         if size > covered:
@@ -173,7 +174,7 @@ def _is_size(node: fx.Node) -> bool:
     return (
         node.op == "call_function"
         and isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool))
-        and all(n.op == "placeholder" and isinstance(value_of(n), torch.SymInt) or _is_size(n) for n in inputs)
+        and all((n.op == "placeholder" and isinstance(value_of(n), torch.SymInt)) or _is_size(n) for n in inputs)
     )
 
 
@@ -181,7 +182,9 @@ def _is_weight(node: fx.Node) -> bool:
     """Whether a node is a marker of a weight, or a view of one."""
     if is_traced_marker(node) or len(node.all_input_nodes) != 1:
         return is_traced_marker(node)
-    return bool(memory(node)) and memory(node) <= memory(node.all_input_nodes[0]) and _is_weight(node.all_input_nodes[0])
+    return (
+        bool(memory(node)) and memory(node) <= memory(node.all_input_nodes[0]) and _is_weight(node.all_input_nodes[0])
+    )
 
 
 def _is_declared(node: fx.Node) -> bool:

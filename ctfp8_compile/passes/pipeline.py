@@ -97,7 +97,9 @@ def _fold(graph: fx.Graph, context: Context) -> int:
 
 def _on_cpus_as_it_is(context: Context) -> str:
     """A program for CPUs keeps the model's own parameters: the machine that loads it packs what its kernels read."""
-    return "a program for CPUs keeps its parameters" if (context.way, context.target.device) == ("export", "cpu") else ""
+    return (
+        "a program for CPUs keeps its parameters" if (context.way, context.target.device) == ("export", "cpu") else ""
+    )
 
 
 def _not_for_cpus(context: Context) -> str:
@@ -170,7 +172,7 @@ PASSES: list[Pass] = [
     ),
     Pass(
         "combine-linears", "post_grad", lambda graph, context: combine_linears(graph, context.kernels), operators=(PACK,),
-        why="behind sharing, which makes the inputs of q, k and v one node, and before lowering, which takes a matmul's arguments apart",
+        why="behind sharing, which makes the inputs of q, k and v one node; before lowering, which takes a matmul apart",
         after=("share-quantization", "decompose"), before=("lower-scaled",),
     ),
     Pass(
@@ -288,7 +290,9 @@ def register_pass(one: Pass) -> Pass:
     if any(known.name == one.name and is_ours(known.run) for known in PASSES):
         raise UsageError(f"the pass {one.name} is one of ctfp8's. Give yours another name.")
     if not inspect.isfunction(one.run):
-        raise UsageError(f"the pass {one.name} runs {one.run!r}, which is no function of Python's. Write one: its source is known to Inductor's cache.")
+        raise UsageError(
+            f"the pass {one.name} runs {one.run!r}, which is no Python function. Write one: Inductor's cache reads its source."
+        )
     PASSES[:] = runner.inserted(one, PASSES)
     return one
 

@@ -159,7 +159,9 @@ def fold(program: ExportedProgram) -> int:
 def _found(graph: fx.Graph) -> list[Prepacked]:
     nodes = [n for n in graph.nodes if n.target in _ON_PARAMETERS]
     inner = {n for node in nodes for n in node.all_input_nodes}
-    return [Prepacked(node, tuple(dict.fromkeys(_sources(node))), _computation(node)) for node in nodes if node not in inner]
+    return [
+        Prepacked(node, tuple(dict.fromkeys(_sources(node))), _computation(node)) for node in nodes if node not in inner
+    ]
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:

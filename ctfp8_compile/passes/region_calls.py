@@ -1,4 +1,4 @@
-"""Pieces that compute the same become calls of one subgraph: what it is given, what it gives back, and what is made again outside.
+"""Pieces that compute the same become calls of one subgraph: what it is given, what it gives back, what is made again outside.
 
     before                                              after
     %q0 = linear(%h, dequantize(%w0, …))                %r0 = invoke_subgraph(ctfp8_region_0, %h, %w0, …)
@@ -58,7 +58,9 @@ def outputs_of(pieces: Sequence[Piece]) -> list[int] | None:
     return sorted(outputs)
 
 
-def replace_by_calls(gm: fx.GraphModule, name: str, pieces: Sequence[Piece], outputs: Sequence[int]) -> dict[str, Mapping[str, Any]]:
+def replace_by_calls(
+    gm: fx.GraphModule, name: str, pieces: Sequence[Piece], outputs: Sequence[int]
+) -> dict[str, Mapping[str, Any]]:
     symbols = _symbols(gm.graph, pieces[0])
     region, copies = _region(pieces[0], symbols, outputs)
     gm.add_submodule(name, region)
@@ -71,7 +73,12 @@ def replace_by_calls(gm: fx.GraphModule, name: str, pieces: Sequence[Piece], out
 
 def _symbols(graph: fx.Graph, piece: Piece) -> list[fx.Node]:
     """The graph's dynamic sizes that a region has and is not given: its code is to know them."""
-    used = {s for node in (*piece.inputs, *piece.nodes) if isinstance(value_of(node), Tensor) for s in free_symbols(value_of(node))}
+    used = {
+        s
+        for node in (*piece.inputs, *piece.nodes)
+        if isinstance(value_of(node), Tensor)
+        for s in free_symbols(value_of(node))
+    }
     sizes = (n for n in graph.find_nodes(op="placeholder") if isinstance(value_of(n), torch.SymInt))
     return [n for n in sizes if n not in piece.inputs and free_symbols(value_of(n)) & used]
 

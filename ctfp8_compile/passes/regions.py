@@ -7,9 +7,9 @@
     %q1 = linear(%h1, dequantize(%w1, …))               %h2 = getitem(%r1, 0)
     …
 
-This is done to the graph that dynamo made of the whole model, so a model needs no preparation, and what cannot be a region stays
-where it is. A layer is cut where it writes to memory, such as a cache: the write stays in the graph around it, where Inductor sees
-what it is to and does it in place, and each piece is a region of its own.
+This is done to the graph that dynamo made of the whole model, so a model needs no preparation, and what cannot be a region
+stays where it is. A layer is cut where it writes to memory, such as a cache: the write stays in the graph around it, where
+Inductor sees what it is to and does it in place, and each piece is a region of its own.
 """
 
 from __future__ import annotations
@@ -121,5 +121,7 @@ def _names(node: fx.Node) -> Iterator[str]:
 
 
 def _renamed(one: Piece, other: Piece) -> Mapping[str, str]:
-    pairs = ((a, b) for n, m in zip(one.nodes, other.nodes, strict=True) for a, b in zip(_names(n), _names(m), strict=True))
+    pairs = (
+        (a, b) for n, m in zip(one.nodes, other.nodes, strict=True) for a, b in zip(_names(n), _names(m), strict=True)
+    )
     return dict(pairs)

@@ -1,9 +1,9 @@
 """Replaces each matmul for which a kernel was selected by what that kernel emits.
 
-    before                                              after
-    %d = ctfp8.dequantize(%w, %s, …)                    %y = ctfp8.dequantized_linear(%x, %w, %s, %b, block)
-    %t = permute(%d, [1, 0])
-    %y = addmm(%b, %x, %t)
+before                                              after
+%d = ctfp8.dequantize(%w, %s, …)                    %y = ctfp8.dequantized_linear(%x, %w, %s, %b, block)
+%t = permute(%d, [1, 0])
+%y = addmm(%b, %x, %t)
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def _names(built: Iterator[fx.Node] | Sequence[fx.Node]) -> tuple[str, ...]:
 def _build(graph: fx.Graph, decision: Decision) -> fx.Node:
     """Builds the replacement right before the matched node."""
     found, kernel, problem = decision.match, decision.kernel, decision.problem
-    assert found is not None and kernel is not None and problem is not None
+    assert found is not None
+    assert kernel is not None
+    assert problem is not None
     like = found.node
     with before(graph, like):
         weight, weight_scale, input_scale = (
@@ -100,7 +102,8 @@ def _build(graph: fx.Graph, decision: Decision) -> fx.Node:
         x = found.x
         for view in found.x_views:
             x = view.build(graph, x, like)
-        assert weight is not None and weight_scale is not None
+        assert weight is not None
+        assert weight_scale is not None
         operands = Operands(x, weight, weight_scale, input_scale, found.bias, found.offs, found.expert_ids)
         out = kernel.emit(graph, problem, operands, like)
         for view in found.out_views:
@@ -125,12 +128,18 @@ def _as_traced(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:
     if same_strides(value(old), value(new)):
         return new
     steps = value(old).stride()
-    order = sorted(range(len(steps)), key=lambda dim: sum(statically_known_true(steps[dim] >= step) for step in steps), reverse=True)
+    order = sorted(
+        range(len(steps)),
+        key=lambda dim: sum(statically_known_true(steps[dim] >= step) for step in steps),
+        reverse=True,
+    )
     turned = order != list(range(len(steps)))
     if turned:
         new = call(graph, aten.permute.default, new, order, like=old)
     new = call(graph, aten.clone.default, new, like=old, memory_format=torch.contiguous_format)
-    return call(graph, aten.permute.default, new, [order.index(d) for d in range(len(order))], like=old) if turned else new
+    return (
+        call(graph, aten.permute.default, new, [order.index(d) for d in range(len(order))], like=old) if turned else new
+    )
 
 
 def _nodes_after(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

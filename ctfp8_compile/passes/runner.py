@@ -1,6 +1,6 @@
 """A pipeline: passes in order, checked, printed as one line and read from one, and run in a loop.
 
-    horizontal-fusion,match,rewrite,decompose{caches=1},skinny-linears{rows=4,elements=4194304}
+horizontal-fusion,match,rewrite,decompose{caches=1},skinny-linears{rows=4,elements=4194304}
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def parse(line: str, known: Sequence[Pass]) -> Pipeline:
     while at < len(line):
         match = _ONE.match(line, at)
         if match is None:
-            raise UsageError(f"passes {line!r}: {line[at:]!r} cannot be read. Write names with commas: match,rewrite{{n=1}}.")
+            raise UsageError(
+                f"passes {line!r}: {line[at:]!r} cannot be read. Write names with commas: match,rewrite{{n=1}}."
+            )
         if match[1] not in of:
             raise UsageError(f"there is no pass {match[1]!r}; there are {', '.join(of)}.")
         passes.append(_with(of[match[1]], match[2] or ""))
@@ -121,7 +123,9 @@ def inserted(one: Pass, known: Sequence[Pass]) -> list[Pass]:
     place = {other.name: at for at, other in enumerate(others)}
     for name in (*one.after, *one.before):
         if name not in place:
-            raise UsageError(f"the pass {one.name} is to run before or behind {name}; there is no such pass, but {', '.join(place)}.")
+            raise UsageError(
+                f"the pass {one.name} is to run before or behind {name}; there is no such pass, but {', '.join(place)}."
+            )
     last = max((at for at, other in enumerate(others) if other.stage == one.stage), default=len(others) - 1)
     at = min((place[name] for name in one.before), default=last + 1)
     if one.after:

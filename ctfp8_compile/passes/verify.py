@@ -52,7 +52,9 @@ def verified(graph: fx.Graph, name: str) -> Iterator[None]:
     try:
         graph.lint()
     except Exception as error:
-        raise PassError(f"the pass {name} left a graph that is not well formed: {str(error).partition(chr(10))[0]}") from error
+        raise PassError(
+            f"the pass {name} left a graph that is not well formed: {str(error).partition(chr(10))[0]}"
+        ) from error
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and _differ(before.get(node), _inputs(node)):
             _check(node, name)
@@ -89,7 +91,9 @@ def _check(node: fx.Node, name: str) -> None:
     try:
         computed = _computed(node, inputs)
     except Exception as error:
-        raise PassError(f"the pass {name} left {node.format_node()}, which does not take its inputs: {error}") from error
+        raise PassError(
+            f"the pass {name} left {node.format_node()}, which does not take its inputs: {error}"
+        ) from error
     if not same_kind(has, computed):
         raise PassError(
             f"the pass {name} left {node.format_node()} with the fake value {format_value(has)}; it computes "

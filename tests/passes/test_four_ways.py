@@ -82,7 +82,9 @@ def test_every_rule_gives_one_result_in_four_ways(tmp_path):
             module, weight, scale = _module(run, shape)
             args = tuple(a.to(torch.bfloat16) if a.is_floating_point() else a for a in args)
             exact = (weight.double() * scale.double()).float()
-            want[rule] = run(exact.to(torch.bfloat16).float(), *(a.float() if a.is_floating_point() else a for a in args))
+            want[rule] = run(
+                exact.to(torch.bfloat16).float(), *(a.float() if a.is_floating_point() else a for a in args)
+            )
             compiled = torch.compile(module, backend="ctfp8", fullgraph=True)
             for way in (module, compiled, ctfp8.lower(module, args).module()):
                 assert relative_error(way(*args), want[rule]) < 0.01, rule

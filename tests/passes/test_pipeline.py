@@ -86,7 +86,9 @@ fold-parameters""",
             said = f"{ran.name}: {ran.skipped or ran.matches}"
             shown.append(said if ran.graph in ("", last) else f"{said}\n{ran.graph}\n")
             last = ran.graph or last
-        self.assertExpectedInline("\n".join(shown), """\
+        self.assertExpectedInline(
+            "\n".join(shown),
+            """\
 keep-strides: only in torch.compile
 share-rotations: none of its operators is in the graph
 horizontal-fusion: 1
@@ -255,7 +257,8 @@ return [%25]
 
 skinny-linears: none of its operators is in the graph
 inline-triton: only in torch.compile
-fold-parameters: nothing holds its parameters""")
+fold-parameters: nothing holds its parameters""",
+        )
 
 
 def test_every_pass_says_why_it_stands_where_it_does():
@@ -272,7 +275,9 @@ def test_an_order_that_does_not_work_is_refused(one):
     of = {other.name: other for other in PASSES}
     for wrong in [(one, of[name]) for name in one.after] + [(of[name], one) for name in one.before]:
         if wrong[0].stage == wrong[1].stage:
-            with pytest.raises(ctfp8.UsageError, match=rf"the pass .* has to run (behind|before) .*{one.name}|{one.name}.* has to run"):
+            with pytest.raises(
+                ctfp8.UsageError, match=rf"the pass .* has to run (behind|before) .*{one.name}|{one.name}.* has to run"
+            ):
                 Pipeline(wrong)
 
 
@@ -522,10 +527,13 @@ def test_a_pass_of_ones_own_takes_its_place_and_its_older_self_gives_way():
     ("change", "sentence"),
     [
         ({"name": "match"}, "the pass match is one of ctfp8's. Give yours another name"),
-        ({"after": ("lowr",)}, "the pass count is to run before or behind lowr; there is no such pass, but keep-strides"),
+        (
+            {"after": ("lowr",)},
+            "the pass count is to run before or behind lowr; there is no such pass, but keep-strides",
+        ),
         ({"after": ("lower-scaled",), "before": ("match",)}, "count has to run before match"),
         ({"stage": "traced"}, "count changes the graph as it was traced"),
-        ({"run": len}, "count runs <built-in function len>, which is no function of Python's"),
+        ({"run": len}, "count runs <built-in function len>, which is no Python function"),
     ],
 )
 def test_a_pass_for_which_there_is_no_place_is_refused(change, sentence):
