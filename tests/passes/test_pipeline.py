@@ -331,6 +331,42 @@ def test_a_pass_without_its_operators_is_skipped():
     assert len(ran) == 3
 
 
+CASES = {
+    "linears": lambda: (block(), (X,), {}),
+    "weights only": lambda: (block(None), (X,), {}),
+    "experts": lambda: (ctfp8.from_pretrained(DATA / "qwen3moe/FP8_DYNAMIC"), (IDS,), {"use_cache": False}),
+    "blocks": lambda: (ctfp8.from_pretrained(DATA / "llama/FP8_BLOCK"), (IDS,), {"use_cache": False}),
+}
+
+
+@pytest.mark.parametrize("target", ["cpu", "xpu+scaled_mm", "cuda:sm90", "cuda:sm90+scaled_mm", "cuda:sm75"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_pass_names_all_operators_that_it_changes(case, target, kernel_everywhere):
+    """A pass that is skipped without its operators would have found nothing: nothing but views of activations differs."""
+    module, args, kwargs = CASES[case]()
+
+    def lowered(pipeline):
+        program = trace(module, args, kwargs, None)
+        rewrite(program, context := Context(Target.parse(target), program=program), pipeline)
+        views = (aten.reshape.default, aten.view.default, aten.sym_size.int, aten.amax.default, operator.getitem)
+        return [str(node.target) for node in program.graph.nodes if node.target not in views], context.ran
+
+    told, ran = lowered(standard())
+    always, _ = lowered(Pipeline(tuple(replace(one, operators=()) for one in standard().passes)))
+    assert told == always
+    assert any(one.skipped == "none of its operators is in the graph" for one in ran)
+
+
+def test_linears_are_fused_where_nothing_is_quantized(kernel_everywhere):
+    """`share-quantization` makes one input of the views of an activation, too, which linears on a CPU read as it is."""
+    module = block(None)
+    with torch.no_grad():
+        torch.compile(module, backend="ctfp8", fullgraph=True)(X[None])
+    ran = {one.name: one for one in ctfp8.compiled_reports()[-1].passes}
+    assert not ran["share-quantization"].skipped
+    assert ran["combine-linears"].matches == 1
+
+
 @pytest.mark.parametrize(
     ("way", "target", "name", "why"),
     [
