@@ -66,7 +66,7 @@ def explain(
     target = target_of(model, target)
     program = trace(model, args, kwargs, dynamic_shapes)
     rotated = passes.transforms(program.graph)
-    _declare(program, target)  # joined, weights may be for another kernel
+    _declare(program, target)  # packed, weights may be for another kernel
     decisions = passes.decide(program.graph, target)
     report = passes.report(target, passes.preview(decisions), passes.attention(program.graph, target), rotated)
     report = with_parts(report, model, decisions, target)

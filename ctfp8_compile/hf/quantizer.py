@@ -144,7 +144,7 @@ class Quantizer(HfQuantizer):
         return None if stored == ckpt.FP8_DTYPE or not stored.startswith(("F", "BF")) else dtype
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        if param_name in self.packed:  # what it takes once decompressed
+        if param_name in self.packed:  # what it takes once dequantized
             info = self.packed[param_name]
             return math.prod(info.layout.shape) * info.dtype.itemsize / param.numel()
         return param.element_size()
@@ -368,7 +368,7 @@ class Quantizer(HfQuantizer):
         return as_read(state | self.cache_scales | self.unused, self.source, self.schemes.format, whole)
 
     def _stored_tensors(self, model: Any) -> dict[str, Tensor]:
-        """What was dequantized or decompressed while loading, read from the file again.
+        """What was dequantized while loading, read from the file again.
 
         Raises:
             UsageError: the file is not there any more, or a value is not what it says.

@@ -62,7 +62,7 @@ class MixedParameter:
     def _part(self, name: str, stored: Tensor) -> Tensor:
         if name in self.packed:
             others = {leaf: tensor.to(stored.device) for leaf, tensor in self.others[name].items()}
-            return self.packed[name].decompress({**others, self.packed[name].leaf: stored}, self.dtype)
+            return self.packed[name].dequantize({**others, self.packed[name].leaf: stored}, self.dtype)
         if name not in self.grids:
             return stored.to(self.dtype)
         if ckpt.has_nan(stored):

@@ -257,7 +257,7 @@ def test_a_side_file_that_is_not_modelopts(tmp_path):
 
 def test_prepare_names_the_door_for_other_format(tmp_path):
     folder = respell(DATA / "llama/FP8_BLOCK", tmp_path / "in", "fp8")
-    stock = AutoModelForCausalLM.from_pretrained(folder)  # decompressed here; on a GPU its modules are others
+    stock = AutoModelForCausalLM.from_pretrained(folder)  # dequantized here; on a GPU its modules are others
     with pytest.raises(ctfp8.UsageError, match="not loaded from a quantized checkpoint"):
         ctfp8.prepare(stock)
     stock.config.quantization_config = FineGrainedFP8Config()
