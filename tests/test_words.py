@@ -61,7 +61,7 @@ GONE = (
         "slice of rows, part, graph",
         "each rank has a piece of every expert",
         (),
-        where=r"^(?!ctfp8_compile/passes/regions\.py|ctfp8_compile/ops/cpu/csrc/panel\.h)",  # parts of graphs; of a tile
+        where=r"^(?!ctfp8_compile/passes/(regions|region_calls|pieces)\.py|ctfp8_compile/ops/cpu/csrc/panel\.h)",  # parts of graphs; of a tile
     ),
     Gone(r"\bdialects?\b", "format", "the dialect of a file", ()),
     Gone(

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.table import Table
 
 from ..checkpoint.contents import Contents, look
-from .headers import headers, is_folder
+from ..checkpoint.place import is_folder
+from .headers import headers
 from .terminal import escape, out, size
 
 

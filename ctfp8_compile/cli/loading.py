@@ -13,9 +13,10 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers.distributed import DistributedConfig
 
 from .. import from_pretrained
+from ..checkpoint.folder import of_folder
 from ..checkpoint.packed import sentence
+from ..checkpoint.place import is_folder
 from ..errors import CheckpointError, TargetError, UsageError
-from .headers import is_folder
 from .terminal import err, escape
 
 CPU = torch.device("cpu")
@@ -65,7 +66,8 @@ def load(checkpoint: str, debug: bool = False, tp: bool = False, device: torch.d
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
         disable_progress_bars()
-    is_folder(checkpoint)
+    if is_folder(checkpoint):
+        of_folder(checkpoint)  # before transformers asks for a config
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     place: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=ranks)} if tp else {}

@@ -16,6 +16,7 @@ from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import is_shifted
+from ..checkpoint.place import is_folder
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, UsageError
 from ..inductor import recipe
@@ -73,7 +74,7 @@ def from_pretrained(
     with together(distributed is not None):
         folder = Path(path_or_id)
         files = None
-        if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
+        if is_folder(path_or_id) and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             files = of_folder(folder)
             files.open()
         config, holders = private_config(path_or_id, transformers_kwargs, strict, files)
