@@ -19,6 +19,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
+from ..counted import agreeing, such_as
 from ..errors import CheckpointError, SchemeError
 from .files import FP8_DTYPE, INTEGER_DTYPES, PACKED, SCALE_DTYPES, Checkpoint, TensorInfo, nbytes
 from .layout import Layout
@@ -132,12 +133,14 @@ def sentence(packed: Iterable[PackedWeight], dtype: torch.dtype) -> str:
     """What dequantizing costs: `6 weights are not FP8 (4-bit int, pack-quantized): …`."""
     weights = list(packed)
     kinds = sorted({weight.kind for weight in weights})
-    what = "are FP8 with zero points" if all(map(_is_fp8, weights)) else f"are not FP8 ({'; '.join(kinds)})"
+    what = "FP8 with zero points" if all(map(_is_fp8, weights)) else f"not FP8 ({'; '.join(kinds)})"
+    count = len(weights)
     values = sum(math.prod(weight.info.shape) for weight in weights) * dtype.itemsize
     stored = sum(nbytes(part) for weight in weights for part in weight.parts.values())
     return (
-        f"{len(weights)} weights, such as {weights[0].info.name}, {what}"
-        f": dequantized to {str(dtype).removeprefix('torch.')} by compressed-tensors, they take {values:,} bytes of memory "
+        f"{such_as(count, 'weight', weights[0].info.name)} {agreeing(count, 'is', 'are')} {what}"
+        f": dequantized to {str(dtype).removeprefix('torch.')} by compressed-tensors, {agreeing(count, 'it takes', 'they take')} "
+        f"{values:,} bytes of memory "
         f"where the file has {stored:,}"
     )
 

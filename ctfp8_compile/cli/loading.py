@@ -16,6 +16,7 @@ from .. import from_pretrained
 from ..checkpoint.folder import of_folder
 from ..checkpoint.packed import sentence
 from ..checkpoint.place import is_folder
+from ..counted import counted
 from ..errors import CheckpointError, TargetError, UsageError
 from .terminal import err, escape
 
@@ -40,10 +41,11 @@ def device_of(wanted: str | None) -> torch.device:
         raise UsageError(f"--device {wanted}: not a device. Write cpu, cuda, cuda:1 or xpu.") from None
     if device.type != "cpu":
         backend = getattr(torch, device.type)
+        kind = f"{device.type.upper()} device"
         count = backend.device_count() if backend.is_available() else 0
         if (device.index or 0) >= count:
             raise TargetError(
-                f"--device {wanted}: this machine has {count or 'no'} {device.type.upper()} device{'s' * (count > 1)}. Leave "
+                f"--device {wanted}: this machine has {counted(count, kind) if count else f'no {kind}'}. Leave "
                 "it out to run where this machine can."
             )
     return device

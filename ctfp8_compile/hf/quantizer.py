@@ -27,6 +27,7 @@ from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_wei
 from ..checkpoint.scheme import Schemes, heads_of
 from ..checkpoint.shard import Cuts
 from ..checkpoint.transforms import check_named, is_matrix, read_transforms
+from ..counted import counted
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..model import rotation
 from ..model.mixed import MixedParameter, is_mixed, mix
@@ -298,7 +299,8 @@ class Quantizer(HfQuantizer):
         ]
         if elsewhere:
             raise UsageError(
-                f"{elsewhere[0]} is to stay on disk ({len(elsewhere)} quantized weights in all), which is not supported: they "
+                f"{elsewhere[0]} is to stay on disk ({counted(len(elsewhere), 'quantized weight')} in all), which is "
+                "not supported: they "
                 "are kept on a device or in memory. Give device_map or max_memory room for them."
             )
         if is_distributed(model):

@@ -28,6 +28,7 @@ from ..compat import (
     guard_failures,
     valid_vec_isa_list,
 )
+from ..counted import counted
 from ..errors import Ctfp8Error, UsageError
 from ..ops import FP8
 from ..paused_gc import paused_gc
@@ -144,7 +145,8 @@ def _why(limit: int, failed: list[str]) -> str:
     else:
         cure = f"Vary it less, or allow more graphs: torch.compiler.config.recompile_limit = {2 * limit}."
     return (
-        f"this model was compiled {limit} times, which is torch's limit, and none of its graphs fits this call: {count} of "
+        f"this model was compiled {counted(limit, 'time')}, which is torch's limit, and none of its graphs fits this "
+        f"call: {count} of "
         f"{len(guards)} because of {guard}. {cure}"
     )
 
@@ -191,7 +193,7 @@ def _weights(model: nn.Module | None) -> str:
     layers = {found[0] for name in names if (found := re.match(r".*?\.\d+\.", name))}
     where = f" in {len(layers)} layers" if len(layers) > 1 else ""
     device = next(chain(model.parameters(), model.buffers())).device.type
-    return f"{len(names)} FP8 weights{where} for {device}"
+    return f"{counted(len(names), 'FP8 weight')}{where} for {device}"
 
 
 def _for_torch(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedWeight
 from ..checkpoint.resolve import resolve
 from ..checkpoint.scheme import Schemes
+from ..counted import agreeing, such_as
 from ..errors import CheckpointError
 from .plan import read_weight_scale
 
@@ -135,8 +136,10 @@ def sentence(mixed: Mapping[str, MixedParameter]) -> str:
     fp8 = next(iter(info.grids), None)
     examples = [info.stored[name] for name in (fp8, _unlike(info.layout.sources, fp8, info)) if name is not None]
     return (
-        f"{len(mixed)} parameters, such as {target}, are made of tensors that are stored in different ways, such as "
-        f"{' and '.join(map(str, examples))}: they become {str(info.dtype).removeprefix('torch.')} and take {values:,} bytes of "
+        f"{such_as(len(mixed), 'parameter', target)} {agreeing(len(mixed), 'is', 'are')} made of tensors that are stored in "
+        "different ways, such as "
+        f"{' and '.join(map(str, examples))}: {agreeing(len(mixed), 'it becomes', 'they become')} "
+        f"{str(info.dtype).removeprefix('torch.')} and {agreeing(len(mixed), 'takes', 'take')} {values:,} bytes of "
         f"memory where the file has {stored:,}"
     )
 

@@ -320,7 +320,7 @@ def test_a_plain_state_dict_of_several_schemes_and_with_static_activations():
     _, other, _ = _plain("scale_weight", "channel")
     state |= {key: value for key, value in other.items() if key.startswith("1")}
     state["0.scale_input"] = torch.tensor(0.02)
-    with pytest.warns(UserWarning, match="activation tensor; 1 weights, such as 1: strategy channel"):
+    with pytest.warns(UserWarning, match="activation tensor; weight 1: strategy channel"):
         ctfp8.load_state_dict(module, state, None)
     schemes = {name: d.info.scheme for name, _, d in quantized_parameters(module)}
     assert (schemes["0.weight"].activation, schemes["1.weight"].strategy) == ("tensor", "channel")

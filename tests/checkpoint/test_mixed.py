@@ -187,7 +187,7 @@ def test_any_module_takes_a_state_dict(mixed):
            if k.startswith((f"{prefix}mlp.up_proj", f"{prefix}self_attn.q_proj"))}  # fmt: skip
     config = json.loads((mixed.folder / "config.json").read_text())["quantization_config"]
     config["config_groups"]["group_1"]["targets"] = ["mlp.up_proj"]
-    with pytest.warns(UserWarning, match="1 weights, such as mlp.up_proj.weight, are not FP8"):
+    with pytest.warns(UserWarning, match="weight mlp.up_proj.weight is not FP8"):
         ctfp8.load_state_dict(module, own, config)
     assert torch.equal(module["mlp"]["up_proj"].weight, mixed.truth[f"{prefix}mlp.up_proj.weight"].to(torch.bfloat16))
 
