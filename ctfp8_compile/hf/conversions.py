@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -113,26 +113,32 @@ def merged(arrived: Arrivals) -> list[str]:
     return [name for sources in arrived.values() for name, pattern in sources if pattern is not None]
 
 
-def check_absent(model: Any, absent: Mapping[str, str], declared: Mapping[str, Tensor]) -> None:
+def takes(model: Any, declared: Mapping[str, Tensor]) -> Callable[[str], bool]:
+    """A function that says whether the model makes a parameter, or a part of one, of a tensor of this name in a checkpoint."""
+    renamings, converters = _conversions(model)
+
+    def taken(name: str) -> bool:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
+        return target in declared or name in declared
+
+    return taken
+
+
+def check_absent(absent: Mapping[str, str], taken: Callable[[str], bool]) -> None:
     """Refuses a checkpoint of which files are missing that the model needs.
 
     Args:
         absent: by name, tensors that an index says are in a file that is not there, and that file.
+        taken: whether the model makes something of a name.
 
     Raises:
         CheckpointError: one of them is a parameter of the model, or a part of one.
     """
-    conversions = get_model_conversion_mapping(model) if absent else []
-    conversions += per_expert_conversions(model, conversions)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    for name, shard in absent.items():
-        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
-        if target in declared or name in declared:
-            raise CheckpointError(
-                f"{ckpt.INDEX_FILE} names the shard {shard}, which is missing, and the model needs {name} of it. Download it "
-                "again."
-            )
+    for name in filter(taken, absent):
+        raise CheckpointError(
+            f"{ckpt.INDEX_FILE} names the shard {absent[name]}, which is missing, and the model needs {name} of it. Download it "
+            "again."
+        )
 
 
 def turning(layouts: Mapping[str, Layout], mixed: Mapping[str, Any]) -> list[WeightConverter]:

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ from .conversions import (
     merged,
     modules,
     per_expert_conversions,
+    takes,
     turning,
 )
 from .embeddings import attach_tied, embedding_names, leave_tied, untie
@@ -158,7 +159,8 @@ class Quantizer(HfQuantizer):
         self.schemes.heads = heads_of(model.config.to_dict())
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
-        check_absent(model, folder.absent, declared)
+        taken = takes(model, declared)
+        check_absent(folder.absent, taken)
         tensors = folder.open(self.schemes.format)
         self.stale = folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
@@ -187,7 +189,7 @@ class Quantizer(HfQuantizer):
                 self._accept_packed(model, packed)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self.others = {target: info.read(tensors) for target, info in self.packed.items()}
-            self._set_leftovers_aside(model, tensors, notes)
+            self._set_leftovers_aside(model, tensors, taken, notes)
             self._place_transforms(model, tensors, arrived)
             if self.mixed:
                 self._accept_mixed(model)
@@ -236,12 +238,14 @@ class Quantizer(HfQuantizer):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
 
-    def _set_leftovers_aside(self, model: Any, tensors: ckpt.Checkpoint, notes: Notes) -> None:
+    def _set_leftovers_aside(
+        self, model: Any, tensors: ckpt.Checkpoint, taken: Callable[[str], bool], notes: Notes
+    ) -> None:
         """Scales of a quantized KV cache are for `fp8_cache`; they, and what is superfluous, are written back when saving."""
         weights = {name for info in self.plans.values() for name in info.scales}
         weights |= {name for info in self.mixed.values() for name in info.grids}
         inputs = [ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales]
-        found = leftovers(tensors, used_names(weights, inputs), notes)
+        found = leftovers(tensors, used_names(weights, inputs), notes, taken)
         self.cache_scales = tensors.read(found.cache)
         self.unused = {tensors[name].name: tensors.read_stored(tensors[name]) for name in found.unused}
         layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
