@@ -43,7 +43,7 @@ def measure(way: str, folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--format", "--dialect", choices=FORMATS, default="FP8_DYNAMIC")
+    parser.add_argument("--format", choices=FORMATS, default="FP8_DYNAMIC")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, SchemeError
 from .files import INDEX_FILE, SINGLE_FILE, Checkpoint, names_in
 from .formats import PLAIN, Format
 from .notes import Notes
+from .place import no_checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def of_folder(folder: str | Path, notes: Notes | None = None) -> Folder:
         return _indexed(folder, Notes() if notes is None else notes)
     if (folder / SINGLE_FILE).is_file():
         return Folder((folder / SINGLE_FILE,))
-    raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there. Is this a checkpoint folder?")
+    raise no_checkpoint(folder)
 
 
 def of_files(files: Iterable[str | Path], notes: Notes | None = None, needed: Container[str] = ()) -> Folder:

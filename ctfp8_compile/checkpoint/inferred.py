@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from ..counted import such_as
 from ..errors import CheckpointError, SchemeError
 from . import formats
 from .files import FP8_DTYPE, Checkpoint, TensorInfo, input_scale_name, scale_name
@@ -58,7 +59,7 @@ def infer(tensors: Checkpoint) -> Mapping[str, Any]:
         targets = ["Linear"] if names is most else names
         config[f"group_{number}"] = formats.group(targets, formats.fp8_weights(**words), activation)
     said = "; ".join(
-        f"{len(names)} weights, such as {names[0]}: " + ", ".join(f"{k} {v}" for k, v in key)
+        f"{such_as(len(names), 'weight', names[0]).removesuffix(',')}: " + ", ".join(f"{k} {v}" for k, v in key)
         for key, names in groups.items()
     )
     warnings.warn(

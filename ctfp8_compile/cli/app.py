@@ -288,7 +288,7 @@ def bench(
     tp: Spread = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prefill and decode speed and weight memory, against the same model decompressed to bf16, in turn in one process.
+    """Prefill and decode speed and weight memory, against the same model dequantized to bf16, in turn in one process.
 
     [dim]ctfp8 bench examples/models/llama --plot llama.svg
     ctfp8 bench examples/models/llama --context 400[/]

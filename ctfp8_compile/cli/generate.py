@@ -6,6 +6,7 @@ import json
 
 import torch
 
+from ..counted import counted
 from .steps import Text
 from .terminal import err
 
@@ -31,4 +32,4 @@ def generate(text: Text, max_new_tokens: int, temperature: float, seed: int, as_
         print(json.dumps({"text": text.prompt + text.decode(tokens), **speed, "tokens_per_second": per_second}))
         return
     print()
-    err().print(f"prompt: {length} tokens in {prefill * 1e3:.0f} ms; then {per_second:.1f} tokens/s")
+    err().print(f"prompt: {counted(length, 'token')} in {prefill * 1e3:.0f} ms; then {per_second:.1f} tokens/s")

@@ -15,6 +15,7 @@ from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import is_shifted
+from ..checkpoint.place import is_folder
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, UsageError
 from ..inductor import recipe
@@ -54,7 +55,7 @@ def from_pretrained(
         in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
         strict: refuse what is otherwise loaded with a warning: weights in other formats than FP8 (INT8, packed INT4, NVFP4),
-            which compressed-tensors' own code decompresses; parameters whose parts are stored in different ways, which become
+            which compressed-tensors' own code dequantizes; parameters whose parts are stored in different ways, which become
             `dtype`; files that their quantization_config or their index do not fit, which are read as they are.
         compile: also do what `ctfp8.compile(model)` does, with a dict of its arguments if one is given.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
@@ -74,7 +75,7 @@ def from_pretrained(
     with together(distributed is not None):
         folder = Path(path_or_id)
         files = None
-        if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
+        if is_folder(path_or_id) and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             files = of_folder(folder)
             files.open()
         config, holders = private_config(path_or_id, transformers_kwargs, strict, files, auto_class)
@@ -128,14 +129,14 @@ def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) 
 def prepare(model: Any) -> Any:
     """Takes over a model that transformers loaded from a compressed-tensors FP8 checkpoint and that has not run yet.
 
-    transformers keeps the FP8 weights of Linears until the first forward pass; this replaces that decompression by our
+    transformers keeps the FP8 weights of Linears until the first forward pass; this replaces that dequantization by our
     parametrization, in place.
 
     Returns:
         `model`, as `from_pretrained` would have returned it.
 
     Raises:
-        UsageError: the weights were already decompressed (by a forward pass, or, for MoE experts, while loading).
+        UsageError: the weights were already dequantized (by a forward pass, or, for MoE experts, while loading).
         CheckpointError: a scale is missing or not usable.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -144,7 +145,7 @@ def prepare(model: Any) -> Any:
     quantizer = Quantizer(Config(config if isinstance(config, dict) else config.to_dict()))
     if (format := quantizer.schemes.format.name) != "compressed-tensors":
         raise UsageError(
-            f"transformers loads {format!r} checkpoints into modules of its own, or decompresses them. Load this one with "
+            f"transformers loads {format!r} checkpoints into modules of its own, or dequantizes them. Load this one with "
             "ctfp8.from_pretrained, which keeps the model's modules and its FP8 weights."
         )
     if quantizer.transforms:
@@ -155,13 +156,13 @@ def prepare(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("weight_packed") or (name.endswith(".weight") and not parameter.is_floating_point()):
             raise UsageError(
-                f"{name} is in another format than FP8, which only loading decompresses. Load the checkpoint with "
+                f"{name} is in another format than FP8, which only loading dequantizes. Load the checkpoint with "
                 "ctfp8.from_pretrained."
             )
     weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
     quantizer.schemes.embeddings |= {name for name, module in fp8.items() if isinstance(module, nn.Embedding)}
-    _refuse_decompressed(model, quantizer.schemes, fp8)
+    _refuse_dequantized(model, quantizer.schemes, fp8)
     found = []
     notes = Notes()
     for name, module in fp8.items():
@@ -187,7 +188,7 @@ def prepare(model: Any) -> Any:
         attach(module, "weight", info, weight_scale, input_scale)
     for key, hook in list(model._forward_pre_hooks.items()):
         if getattr(hook, "__module__", "").startswith("compressed_tensors"):
-            del model._forward_pre_hooks[key]  # it would decompress the weights on the first forward
+            del model._forward_pre_hooks[key]  # it would dequantize the weights on the first forward
     model.hf_quantizer = quantizer
     quantizer.take_over_saving(model)
     quantizer.origin = of_stock(model, quantizer.schemes.format)
@@ -195,7 +196,7 @@ def prepare(model: Any) -> Any:
     return model
 
 
-def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]) -> None:
+def _refuse_dequantized(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]) -> None:
     """Raises if a weight that the config says is FP8 is not FP8 any more."""
     for name, parameter in model.named_parameters():
         module = name.rpartition(".")[0]
@@ -203,7 +204,7 @@ def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]
         linear = isinstance(model.get_submodule(module), nn.Linear) and name.endswith(".weight") and not fp8
         if parameter.dtype != FP8 and (expert or (linear and schemes.group(module) is not None)):
             raise UsageError(
-                f"{name} was quantized in the checkpoint, but transformers has decompressed it to {parameter.dtype} "
+                f"{name} was quantized in the checkpoint, but transformers has dequantized it to {parameter.dtype} "
                 f"({'it does so with experts while loading' if expert else 'on the first forward pass'}). "
                 "Load the checkpoint with ctfp8.from_pretrained, which keeps it in FP8."
             )

@@ -27,6 +27,7 @@ from ..checkpoint.scheme import Schemes, heads_of
 from ..checkpoint.shard import Cuts
 from ..checkpoint.source import Source
 from ..checkpoint.transforms import check_named, is_matrix, read_transforms
+from ..counted import counted
 from ..errors import SchemeError, UsageError
 from ..model import rotation
 from ..model.mixed import MixedParameter, is_mixed, mix
@@ -151,7 +152,7 @@ class Quantizer(HfQuantizer):
         return None if stored == ckpt.FP8_DTYPE or not stored.startswith(("F", "BF")) else dtype
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        if param_name in self.packed:  # what it takes once decompressed
+        if param_name in self.packed:  # what it takes once dequantized
             info = self.packed[param_name]
             return math.prod(info.layout.shape) * info.dtype.itemsize / param.numel()
         return param.element_size()
@@ -308,7 +309,8 @@ class Quantizer(HfQuantizer):
         ]
         if elsewhere:
             raise UsageError(
-                f"{elsewhere[0]} is to stay on disk ({len(elsewhere)} quantized weights in all), which is not supported: they "
+                f"{elsewhere[0]} is to stay on disk ({counted(len(elsewhere), 'quantized weight')} in all), which is "
+                "not supported: they "
                 "are kept on a device or in memory. Give device_map or max_memory room for them."
             )
         if is_distributed(model):

@@ -70,7 +70,7 @@ def backend(
     name_markers(gm.graph)
     marked = [node for node in gm.graph.nodes if is_traced_marker(node)]
     if not marked:
-        if not some_loaded():  # else a piece, after a graph break
+        if not some_loaded():  # else the graph after a graph break, without a weight
             _warn_no_fp8()
     elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise UsageError(
@@ -279,7 +279,7 @@ def _machine(wanted: str | None, marked: list[fx.Node]) -> Target:
 def _warn_no_fp8() -> None:
     warnings.warn(
         "backend='ctfp8': this graph holds no FP8 weight, so it is compiled by plain Inductor. Load the checkpoint with "
-        "ctfp8_compile.from_pretrained (transformers' own from_pretrained decompresses the weights), or a plain "
+        "ctfp8_compile.from_pretrained (transformers' own from_pretrained dequantizes the weights), or a plain "
         "nn.Module with ctfp8_compile.load_state_dict.",
         stacklevel=3,
     )

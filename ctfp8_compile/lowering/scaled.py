@@ -47,7 +47,7 @@ class Scaled:
         x, scale_a: FP8 activations `[M, K]`, and their scales `[M, G]` or `[1, 1]` float32.
         weight, weight_scale: `[N, K]` or `[E, N, K]` FP8 values and their float32 scales.
         bias: of a linear, or None.
-        offs: ends of the experts' rows, of a grouped matmul.
+        offs: cumulative offsets of the experts' rows, of a grouped matmul.
     """
 
     x: fx.Node

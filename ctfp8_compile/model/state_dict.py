@@ -38,7 +38,7 @@ def load_state_dict(
         quantization_config: as in a checkpoint's `config.json`, of any format. None: the shapes of scales say how weights
             are quantized (`weight_scale`, `scale_weight` or `weight_scale_inv`), and a warning what they said.
 
-    Weights in other formats that compressed-tensors writes are decompressed; a warning says how many bytes that costs.
+    Weights in other formats that compressed-tensors writes are dequantized; a warning says how many bytes that costs.
 
     Returns:
         `module`, in eval mode, its quantized parameters still float8_e4m3fn. They dequantize to the dtype the module's
@@ -99,7 +99,7 @@ def load_state_dict(
         owner = module.get_submodule(path)
         if name in packed:
             parts = {leaf: tensors.value(part) for leaf, part in packed[name].parts.items()}
-            value = packed[name].decompress(parts, own[name].dtype)
+            value = packed[name].dequantize(parts, own[name].dtype)
         else:
             value = tensors.read_stored(tensors[name]).detach()
         if name not in plans:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..counted import counted
 from .html import page
 
 #: A number between the dots of a name: of a layer, of an expert.
@@ -117,7 +118,7 @@ class Report:
     def summary(self) -> str:
         """One line: how many weights run on which kernel, how many stayed dequantized, and why."""
         total = len(self.rewritten) + len(self.kept)
-        parts = [f"{total} FP8 weights for {self.target}"]
+        parts = [f"{counted(total, 'FP8 weight')} for {self.target}"]
         for (rule, kernel), n in Counter((e.rule, e.kernel) for e in self.rewritten).most_common():
             parts.append(f"{n} {rule} → {kernel}")
         for reason, n in Counter(e.reason for e in self.kept).most_common():

@@ -359,7 +359,7 @@ def test_zero_scales_over_zeros(kind, zero):
     fp8, scale, truth = stored(160, 256, BLOCKS[kind])
     scale[0, 0] = 0
     first = next(iter(_pieces(160, BLOCKS[kind][0], 1))), next(iter(_pieces(256, BLOCKS[kind][1], 1)))
-    at = tuple(slice(*piece) for piece in first)
+    at = tuple(slice(*place) for place in first)
     fp8.view(torch.uint8)[at] = zero
     truth[at] = 0
     state = {"proj.weight": fp8, "proj.weight_scale": scale}

@@ -173,7 +173,7 @@ void multiply(const Tensor& x, const Weights& weights, const std::vector<Group>&
     kernels.prepare(weights.first, rows, first, count, block.rows, prepared + block.at);
   });
 
-  // Small pieces keep threads even, but not fewer than eight rows of the weight, which a kernel reads together.
+  // Narrow slices keep threads even, but not fewer than eight rows of the weight, which a kernel reads together.
   int64_t width = kernels.cols;
   const auto count = [&] { return static_cast<int64_t>(blocks.size()) * ((n + width - 1) / width); };
   while (width > 8 && count() < 8 * at::get_num_threads()) width = (width / 2 + 7) / 8 * 8;
