@@ -26,6 +26,7 @@ from ..model.ranks import is_first, together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
+from . import consolidated
 from .configs import private_config, settle_dtype
 from .parallel import is_distributed, take_config
 from .quantizer import Config, Quantizer
@@ -77,6 +78,7 @@ def from_pretrained(
             files = of_folder(folder)
             files.open()
         config, holders = private_config(path_or_id, transformers_kwargs, strict, files)
+        consolidated.check(path_or_id, files, config)
         settle_dtype(config, files, transformers_kwargs)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
             config.transformers_weights = files.files[0].name
