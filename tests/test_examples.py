@@ -53,6 +53,15 @@ def test_quickstart(monkeypatch, capsys):
     assert abs(ours - plain) < 0.05
 
 
+def test_diffusers_transformer(capsys):
+    pytest.importorskip("diffusers", reason="examples/requirements-diffusers.txt is not installed")
+    example("diffusers_transformer").main()
+    out = capsys.readouterr().out
+    assert "34 FP8 weights for cpu; 34 linear" in out
+    assert float(re.search(r"against float64: (\S+)", out)[1]) < 1e-5
+    assert "dtypes and bits: yes" in out
+
+
 def test_own_module(capsys):
     example("own_module").main()
     out = capsys.readouterr().out

@@ -14,6 +14,10 @@ PRIVATE = {
     "HfQuantizer": ("transformers.quantizers.base.HfQuantizer", "5.23 5.24"),
     "register_quantization_config": ("transformers.quantizers.auto.register_quantization_config", "5.23 5.24"),
     "register_quantizer": ("transformers.quantizers.auto.register_quantizer", "5.23 5.24"),
+    "get_checkpoint_conversion_mapping": (
+        "transformers.conversion_mapping.get_checkpoint_conversion_mapping",
+        "5.23 5.24",
+    ),
     "get_model_conversion_mapping": ("transformers.conversion_mapping.get_model_conversion_mapping", "5.23 5.24"),
     "Concatenate": ("transformers.core_model_loading.Concatenate", "5.23 5.24"),
     "ConversionOps": ("transformers.core_model_loading.ConversionOps", "5.23 5.24"),

@@ -26,6 +26,7 @@ from ..model.ranks import together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
+from . import consolidated
 from .configs import private_config, settle_dtype
 from .origin import of_stock
 from .parallel import take_config
@@ -79,6 +80,7 @@ def from_pretrained(
             files = of_folder(folder)
             files.open()
         config, holders = private_config(path_or_id, transformers_kwargs, strict, files, auto_class)
+        consolidated.check(path_or_id, files, config)
         settle_dtype(path_or_id, config, files, transformers_kwargs)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
             config.transformers_weights = files.files[0].name

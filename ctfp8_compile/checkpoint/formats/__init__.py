@@ -36,8 +36,12 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "auto-round": auto_round.read,
     "torchao": torchao.read,
 }
-#: Spellings of scales that mean the same wherever they are: an inverse in name only, it is multiplied.
-_IN_ANY_FORMAT: Suffixes = {"_scale_inv": "_scale"}
+#: Spellings of scales that mean the same wherever they are: an inverse in name only, it is multiplied; Mistral's.
+_IN_ANY_FORMAT: Suffixes = {
+    "_scale_inv": "_scale",
+    ".qscale_weight": ".weight_scale",
+    ".qscale_act": ".input_scale",
+}
 
 
 #: Of a file without a config whose scales are spelled in any of these ways.
