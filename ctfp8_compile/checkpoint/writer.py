@@ -1,4 +1,4 @@
-"""Writes safetensors files piece by piece: no more than one piece is in memory, and files appear when all are complete."""
+"""Writes safetensors files part by part: no more than one part is in memory, and files appear when all are complete."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Writer:
         file, at, size = self._places.pop(name)
         opened = self._open[file]
         opened.seek(at)
-        written = sum(opened.write(piece) for piece in ([_bytes(data)] if isinstance(data, Tensor) else data))
+        written = sum(opened.write(part) for part in ([_bytes(data)] if isinstance(data, Tensor) else data))
         if written != size:
             raise UsageError(f"{name}: {written} bytes where {size} were to be written; please report this.")
 

@@ -33,7 +33,7 @@ class Origin:
         plain: by the module's names, its tensors as stored, but for FP8 weights.
         bytes: names in the file of FP8 weights that it keeps as U8.
         beside: by names in the file, what is no parameter: markers, scales that nothing uses.
-        lost: weights in other formats, which were decompressed.
+        lost: weights in other formats, which were dequantized.
         files: the files, empty if it was a dict.
         metadata: of their headers.
     """
@@ -58,7 +58,7 @@ def remember(
     Args:
         own: names of its parameters and buffers.
         plans: of those that are FP8.
-        packed: of those that were decompressed.
+        packed: of those that were dequantized.
     """
     tensors = source.tensors
     taken = {scale.name for info in plans.values() for scale in _scales(info)}
@@ -89,7 +89,7 @@ def state_dict(module: nn.Module) -> dict[str, Tensor]:
     of a module loaded from a dict, they are cast to the dtype that they had.
 
     Raises:
-        UsageError: the module was not loaded by `load_state_dict`; or a weight that was decompressed is to be read from the
+        UsageError: the module was not loaded by `load_state_dict`; or a weight that was dequantized is to be read from the
             file again, which has changed since.
     """
     origin = _origin(module)
@@ -103,7 +103,7 @@ def state_dict(module: nn.Module) -> dict[str, Tensor]:
     for parts in origin.lost.values():
         if files is None:
             raise UsageError(
-                f"{parts[0].name} was decompressed while loading, and cannot be given back as it was. Load the module from "
+                f"{parts[0].name} was dequantized while loading, and cannot be given back as it was. Load the module from "
                 "its file, load_state_dict(module, path, …), and leave that where it is."
             )
         out |= {part.name: files.read_stored(part).clone() for part in parts}

@@ -1,4 +1,4 @@
-"""The rules, in the order in which they are asked, and how one of yours joins them."""
+"""The rules, in the order in which they are asked, and how one of yours is added."""
 
 from __future__ import annotations
 
