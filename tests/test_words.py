@@ -50,10 +50,10 @@ GONE = (
         ("fresh processes of one run", "another run gave 27.4"),
     ),
     Gone(
-        r"(?<!router )(?<!expert )\bgates?\b(?= (says|answers|asks|declines|takes|refuses|accepts|lets|of (a|the) kernel))"
+        r"(?<!router )(?<!expert )(?<![a-z])gates?(?=[ _](says|answers|asks|declines|takes|refuses|accepts|lets|of (a|the) kernel))"
         r"|\bby (the|its|a|each|every) gate\b|\b(kernel|target)('s)? gates?\b|\bgates? and (a )?builders?\b",
         "eligibility check, predicate",
-        "another pair is refused by the gate",
+        "another pair is refused by the gate; def test_what_the_gates_answer",
         ("silu(self.gate(x)) * self.up(x)", "gate and up", "mlp.gate.weight", "the router's gate", "gate_proj"),
     ),
     Gone(
