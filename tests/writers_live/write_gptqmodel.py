@@ -1,9 +1,12 @@
 """GPTQModel: python write_gptqmodel.py SOURCE METHOD OUT, weights rounded to FP8 without calibration"""
 
+import os
 import sys
 
-from gptqmodel import GPTQModel
-from gptqmodel.quantization import FP8Config
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")  # on two cores it makes one, and then asks for two
+
+from gptqmodel import GPTQModel  # noqa: E402
+from gptqmodel.quantization import FP8Config  # noqa: E402
 
 source, method, out = sys.argv[1:]
 model = GPTQModel.load(source, FP8Config(weight_scale_method=method), device="cpu")
