@@ -5,8 +5,8 @@ import sys
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "4")  # on two cores it makes one, and then asks for two
 
-from gptqmodel import GPTQModel  # noqa: E402
-from gptqmodel.quantization import FP8Config  # noqa: E402
+from gptqmodel import GPTQModel
+from gptqmodel.quantization import FP8Config
 
 source, method, out = sys.argv[1:]
 model = GPTQModel.load(source, FP8Config(weight_scale_method=method), device="cpu")
