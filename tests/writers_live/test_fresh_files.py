@@ -34,7 +34,7 @@ WAYS = {
     "llmcompressor": ["FP8_DYNAMIC", "FP8_BLOCK", "MXFP8"],
     "modelopt": ["FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "MXFP8_DEFAULT_CFG"],
     "quark": ["fp8", "ptpc_fp8"],
-    "auto_round": ["FP8_BLOCK", "FP8_STATIC", "MXFP8"],
+    "auto_round": ["FP8_BLOCK", "MXFP8"],  # static scales want a data set from the hub
     "torchao": ["weight_only", "PerRow", "PerTensor"],
     "gptqmodel": ["row", "tensor", "block"],
 }  # fmt: skip
