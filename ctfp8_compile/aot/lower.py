@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .. import passes
 from ..compat import export_arguments, following
 from ..errors import UsageError
-from ..passes import horizontal_fusion, prepack
+from ..passes import Context, Pipeline, attention, parse, report_of, standard
 from ..report import Report
 from ..target import Target
 from .parts import with_parts
@@ -44,7 +43,7 @@ def lower(
         UsageError: the call returns objects that only transformers can rebuild, such as a cache.
     """
     program = trace(model, args, kwargs, dynamic_shapes)
-    rewrite(program, target_of(model, target))
+    rewrite(program, Context(target_of(model, target), program=program), standard())
     return program
 
 
@@ -54,23 +53,37 @@ def explain(
     kwargs: Mapping[str, Any] | None = None,
     target: str | Target | None = None,
     dynamic_shapes: Any = None,
+    passes: str | None = None,
+    graphs: bool = False,
 ) -> Report:
     """Says what would become of each FP8 weight on a target, without compiling or running the model.
 
     Args: as for `lower`.
+        passes: their names, such as `"match,rewrite,decompose"`, or all (`""`): they are run, and the report's `.passes` say
+            what each did. Default: nothing is rewritten.
+        graphs: with `passes`, whether each of `.passes` has the `.graph` behind it, as text.
 
     Returns:
         A report: `print` it, or take `.rewritten` and `.kept`, whose entries have `.name .rule .kernel .reason`;
         `.to_dict()`, `.to_html(path)`.
+
+    Raises:
+        TargetError: not a target.
+        UsageError: a pass that is not there, or in an order that does not work.
     """
     target = target_of(model, target)
     program = trace(model, args, kwargs, dynamic_shapes)
-    rotated = passes.transforms(program.graph)
-    _declare(program, target)  # packed, weights may be for another kernel
-    decisions = passes.decide(program.graph, target)
-    report = passes.report(target, passes.preview(decisions), passes.attention(program.graph, target), rotated)
-    report = with_parts(report, model, decisions, target)
+    context = Context(target, graphs=graphs)
+    rewrite(program, context, parse(_EXPLAINED if passes is None else passes))
+    if passes is None:
+        context.attention = attention(program.graph, target)
+    report = with_parts(report_of(context), model, context.decisions, target)
+    report = replace(report, passes=report.passes if passes is not None else ())
     return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
+
+
+#: What tells a model's decisions: fused, weights may be for another kernel.
+_EXPLAINED = "share-rotations,horizontal-fusion,prepack,match"
 
 
 ONLY_THERE = (
@@ -102,21 +115,12 @@ def trace(
         return program.run_decompositions({})
 
 
-def rewrite(program: ExportedProgram, target: Target) -> Report:
-    """Rewrites a program in place for a target; parameters that one matmul reads become one."""
-    _declare(program, target)
+def rewrite(program: ExportedProgram, context: Context, pipeline: Pipeline) -> None:
+    """Rewrites a program in place; what the passes leave to be told is in the context."""
+    pipeline.run("traced", program.graph, context)
     with following(program):
-        report = passes.run(program.graph, target)
-    prepack.fold(program)
+        pipeline.run("post_grad", program.graph, context)
     program.graph_module.recompile()
-    return report
-
-
-def _declare(program: ExportedProgram, target: Target) -> None:
-    passes.share_rotations(program.graph)
-    if target.device != "cpu":
-        horizontal_fusion.declare(program.graph)
-        prepack.declare(program.graph, target)
 
 
 def target_of(model: nn.Module, target: str | Target | None) -> Target:

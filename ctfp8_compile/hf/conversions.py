@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,13 +34,43 @@ from .compat import (
 )
 from .parallel import local_layout
 
-Arrivals = Mapping[str, list[tuple[str, str | None]]]
-"""By parameter or buffer of a model, the tensors of a checkpoint that go to it, and the pattern of a conversion that says so."""
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Where the tensors of a checkpoint go in a model.
+
+    Attributes:
+        by_target: by parameter or buffer, the tensors it comes from, each with the pattern of its converter; None: it is only
+            renamed. Of several targets of one converter the first.
+        converters: by pattern.
+    """
+
+    by_target: Mapping[str, list[tuple[str, str | None]]]
+    converters: Mapping[str, WeightConverter]
+
+    def targets_of(self, first: str) -> tuple[str, ...]:
+        """All parameters that its converter makes of the tensors of one of `by_target`."""
+        pattern = self.by_target[first][0][1]
+        if pattern is None:
+            return (first,)
+        patterns = self.converters[pattern].target_patterns
+        return tuple(first.replace(patterns[0], p) for p in patterns)
+
+    def targets(self) -> Iterator[str]:
+        for first in self.by_target:
+            yield from self.targets_of(first)
 
 
-def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> Arrivals:
-    """Where the tensors of a checkpoint go."""
+def arrivals(
+    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], more: Iterable[WeightRenaming] = ()
+) -> Arrivals:
+    """Where the tensors of a checkpoint go.
+
+    Args:
+        more: renamings beside transformers' own.
+    """
     renamings, converters = _conversions(model)
+    renamings = [*renamings, *more]
     found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
@@ -47,7 +78,7 @@ def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor
             target, pattern = name, None
         if target in declared:
             found[target].append((name, pattern))
-    return found
+    return Arrivals(found, {pattern: c for c in converters for pattern in c.source_patterns})
 
 
 def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
@@ -62,11 +93,10 @@ def layouts(
 ) -> dict[str, Layout]:
     """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
     rows come from."""
-    _, converters = _conversions(model)
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    by_pattern = arrived.converters
     found: dict[str, Layout] = {}
     traced: dict[Any, dict[str, Layout]] = {}
-    for target, sources in arrived.items():
+    for target, sources in arrived.by_target.items():
         if declared[target].is_floating_point():
             for name, _ in sources:
                 ckpt.check_weight(tensors[name])
@@ -77,7 +107,7 @@ def layouts(
         if not any(kinds):
             if pattern is not None:  # transformers' own error would name nothing
                 empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
-                _convert(model, by_pattern[pattern], target, sources, tensors, empty)
+                convert_sources(model, by_pattern[pattern], target, sources, tensors, empty)
             continue
         if pattern is None:
             info = tensors[sources[0][0]]
@@ -99,7 +129,9 @@ def modules(model: Any, arrived: Arrivals) -> list[tuple[str, str]]:
     module.
     """
     found: dict[str, str] = {}
-    for target, name in ((target, name) for target, sources in arrived.items() for name, p in sources if p is None):
+    for target, name in (
+        (target, name) for target, sources in arrived.by_target.items() for name, p in sources if p is None
+    ):
         ours, theirs = target.split("."), name.split(".")
         while ours and theirs and ours[-1] == theirs[-1]:
             del ours[-1], theirs[-1]
@@ -110,12 +142,17 @@ def modules(model: Any, arrived: Arrivals) -> list[tuple[str, str]]:
 
 def merged(arrived: Arrivals) -> list[str]:
     """The checkpoint's tensors that become a part of a parameter, such as each expert's."""
-    return [name for sources in arrived.values() for name, pattern in sources if pattern is not None]
+    return [name for sources in arrived.by_target.values() for name, pattern in sources if pattern is not None]
 
 
-def takes(model: Any, declared: Mapping[str, Tensor]) -> Callable[[str], bool]:
-    """A function that says whether the model makes a parameter, or a part of one, of a tensor of this name in a checkpoint."""
+def takes(model: Any, declared: Mapping[str, Tensor], more: Iterable[WeightRenaming] = ()) -> Callable[[str], bool]:
+    """A function that says whether the model makes a parameter, or a part of one, of a tensor of this name in a checkpoint.
+
+    Args:
+        more: renamings beside transformers' own.
+    """
     renamings, converters = _conversions(model)
+    renamings = [*renamings, *more]
 
     def taken(name: str) -> bool:
         target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
@@ -277,14 +314,14 @@ def _trace_converter(
         return {n: _renamed(layout, order) for n, layout in zip(wanted, first.values(), strict=True)}
 
     def convert(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _convert(model, converter, target, sources, tensors, numbers)
+        return convert_sources(model, converter, target, sources, tensors, numbers)
 
     result = trace(shapes, wanted, convert)
     traced[key] = {name: result[name] for name in wanted}
     return traced[key]
 
 
-def _convert(
+def convert_sources(
     model: Any,
     converter: WeightConverter,
     target: str,

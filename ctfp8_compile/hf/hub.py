@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, of_folder
-from ..checkpoint.formats import write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
@@ -23,14 +22,17 @@ from ..inductor import recipe
 from ..model.freeze import dequantize_, freeze
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
-from ..model.ranks import is_first, together
+from ..model.ranks import together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
+from . import consolidated
 from .configs import private_config, settle_dtype
-from .parallel import is_distributed, take_config
+from .origin import of_stock
+from .parallel import take_config
 from .quantizer import Config, Quantizer
 from .rotated_attention import unrotate_attention
+from .saving import SavesAsRead
 
 
 @paused_gc()
@@ -77,8 +79,9 @@ def from_pretrained(
         if is_folder(path_or_id) and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             files = of_folder(folder)
             files.open()
-        config, holders = private_config(path_or_id, transformers_kwargs, strict, files)
-        settle_dtype(config, files, transformers_kwargs)
+        config, holders = private_config(path_or_id, transformers_kwargs, strict, files, auto_class)
+        consolidated.check(path_or_id, files, config)
+        settle_dtype(path_or_id, config, files, transformers_kwargs)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
             config.transformers_weights = files.files[0].name
     if distributed is not None:
@@ -95,8 +98,8 @@ def from_pretrained(
     if files is not None and not files.found:
         del model.config.transformers_weights
     holders.put_back(model.config)
-    model.hf_quantizer.side_file = holders.side_file
-    freeze(model)
+    model.hf_quantizer.holders = holders
+    freeze(model, SavesAsRead)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
@@ -112,24 +115,17 @@ def from_pretrained(
 def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) -> None:
     """Writes the model as the checkpoint it came from: its config, and names, shapes, dtypes and bits of its tensors.
 
-    `model.save_pretrained(folder)` does the same, but for ModelOpt's `hf_quant_config.json`: it becomes part of `config.json`.
-    Tensors that the model's class does not build, such as layers for multi-token prediction, are taken from where it was loaded.
-    Of a mixed file, weights in other formats than FP8 are read again from where the model was loaded.
+    `model.save_pretrained(folder)` does the same. What the model does not hold, such as layers for multi-token prediction, is
+    copied from the files it was loaded from; what was changed in it is saved as it is, in the dtype of its file if that holds it.
 
     Args:
         model: loaded by `from_pretrained` or prepared by `prepare`.
         **transformers_kwargs: as for `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        UsageError: the files are gone, or have changed, and hold what the model does not; the model holds an adapter.
     """
-    with together(is_distributed(model)):
-        source = getattr(model.config, "_name_or_path", "")
-        if source and Path(folder).resolve() == Path(source).resolve():
-            raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
-        if Path(folder).is_file():
-            raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
-        model.save_pretrained(folder, **transformers_kwargs)
-        side_file = getattr(getattr(model, "hf_quantizer", None), "side_file", None)
-        if side_file is not None and (not is_distributed(model) or is_first()):
-            write_side_file(Path(folder), *side_file)
+    model.save_pretrained(folder, **transformers_kwargs)
 
 
 def prepare(model: Any) -> Any:
@@ -197,7 +193,8 @@ def prepare(model: Any) -> Any:
             del model._forward_pre_hooks[key]  # it would dequantize the weights on the first forward
     model.hf_quantizer = quantizer
     quantizer.take_over_saving(model)
-    freeze(model)
+    quantizer.origin = of_stock(model, quantizer.schemes.format)
+    freeze(model, SavesAsRead)
     return model
 
 

@@ -15,8 +15,8 @@ from torch._subclasses import FakeTensorMode
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.inductor import backend, packed  # noqa: F401 - Inductor's modules import each other in one order only
-from ctfp8_compile.ops import FP8
 from ctfp8_compile.model.parametrization import quantized_parameters, stored_weight
+from ctfp8_compile.ops import FP8
 
 pytestmark = pytest.mark.usefixtures("kernel_everywhere")
 FUSED = {"ctfp8.horizontal_fusion": True}

@@ -30,7 +30,9 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skinny_linear, "has_streaming_gemv", lambda target, dtype: target.device == "cpu")
 
 
-def rewritten(module: nn.Module, *inputs: Tensor, target: str = "cpu", decompose: bool = False, dynamic: bool = False) -> str:
+def rewritten(
+    module: nn.Module, *inputs: Tensor, target: str = "cpu", decompose: bool = False, dynamic: bool = False
+) -> str:
     shapes = ({0: ROWS},) if dynamic else None
     program = torch.export.export(module, inputs, dynamic_shapes=shapes)
     program = program.run_decompositions(None if decompose else {})
@@ -115,7 +117,10 @@ def test_float32_is_torchs() -> None:
 def with_large_vocabulary() -> tuple[nn.Module, nn.Module]:
     """A model in bfloat16, and the same in float64."""
     folder = DATA / "llama/FP8_DYNAMIC"
-    model, exact = ctfp8.from_pretrained(folder, dtype=torch.bfloat16), ctfp8.from_pretrained(folder, dequantize=True).double()
+    model, exact = (
+        ctfp8.from_pretrained(folder, dtype=torch.bfloat16),
+        ctfp8.from_pretrained(folder, dequantize=True).double(),
+    )
     head = torch.randn((1 << 22) // model.config.hidden_size + 1, model.config.hidden_size)
     model.lm_head.weight, exact.lm_head.weight = nn.Parameter(head.bfloat16()), nn.Parameter(head.bfloat16().double())
     return model, exact
