@@ -37,9 +37,15 @@ Arrivals = Mapping[str, list[tuple[str, str | None]]]
 """By parameter or buffer of a model, the tensors of a checkpoint that go to it, and the pattern of a conversion that says so."""
 
 
-def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor]) -> Arrivals:
-    """Where the tensors of a checkpoint go."""
-    renamings, converters = _conversions(model)
+def arrivals(
+    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], known: list[WeightTransform] | None = None
+) -> Arrivals:
+    """Where the tensors of a checkpoint go.
+
+    Args:
+        known: the conversions of the model; default: those that transformers has for it.
+    """
+    renamings, converters = _conversions(model, known)
     found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
@@ -50,20 +56,25 @@ def arrivals(model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor
     return found
 
 
-def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    conversions = get_model_conversion_mapping(model)
+def _conversions(
+    model: Any, known: list[WeightTransform] | None
+) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    conversions = get_model_conversion_mapping(model) if known is None else [*known]
     conversions += per_expert_conversions(model, conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     return renamings, [c for c in conversions if isinstance(c, WeightConverter)]
 
 
 def layouts(
-    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], arrived: Arrivals
+    model: Any,
+    tensors: ckpt.Checkpoint,
+    declared: Mapping[str, Tensor],
+    arrived: Arrivals,
+    known: list[WeightTransform] | None = None,
 ) -> dict[str, Layout]:
     """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
-    rows come from."""
-    _, converters = _conversions(model)
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    rows come from. `known` as for `arrivals`."""
+    by_pattern = converters_by_pattern(model, known)
     found: dict[str, Layout] = {}
     traced: dict[Any, dict[str, Layout]] = {}
     for target, sources in arrived.items():
@@ -77,7 +88,7 @@ def layouts(
         if not any(kinds):
             if pattern is not None:  # transformers' own error would name nothing
                 empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
-                _convert(model, by_pattern[pattern], target, sources, tensors, empty)
+                convert(model, by_pattern[pattern], target, sources, tensors, empty)
             continue
         if pattern is None:
             info = tensors[sources[0][0]]
@@ -90,6 +101,12 @@ def layouts(
             continue
         found |= _trace_converter(model, by_pattern[pattern], target, sources, tensors, declared, traced)
     return found
+
+
+def converters_by_pattern(model: Any, known: list[WeightTransform] | None = None) -> dict[str, WeightConverter]:
+    """By each pattern of tensors of a file that it takes, the conversion. `known` as for `arrivals`."""
+    _, converters = _conversions(model, known)
+    return {pattern: c for c in converters for pattern in c.source_patterns}
 
 
 def modules(model: Any, arrived: Arrivals) -> list[tuple[str, str]]:
@@ -270,15 +287,15 @@ def _trace_converter(
         first = traced[key]
         return {n: _renamed(layout, order) for n, layout in zip(wanted, first.values(), strict=True)}
 
-    def convert(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return _convert(model, converter, target, sources, tensors, numbers)
+    def of_rows(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return convert(model, converter, target, sources, tensors, numbers)
 
-    result = trace(shapes, wanted, convert)
+    result = trace(shapes, wanted, of_rows)
     traced[key] = {name: result[name] for name in wanted}
     return traced[key]
 
 
-def _convert(
+def convert(
     model: Any,
     converter: WeightConverter,
     target: str,

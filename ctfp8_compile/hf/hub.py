@@ -26,6 +26,7 @@ from ..model.ranks import is_first, together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
+from . import mtp
 from .configs import private_config, settle_dtype
 from .parallel import is_distributed, take_config
 from .quantizer import Config, Quantizer
@@ -96,6 +97,7 @@ def from_pretrained(
     holders.put_back(model.config)
     model.hf_quantizer.side_file = holders.side_file
     freeze(model)
+    mtp.remember(model, dequantize)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
