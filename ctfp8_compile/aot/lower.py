@@ -15,8 +15,9 @@ from torch.export import ExportedProgram
 from .. import passes
 from ..compat import export_arguments, following
 from ..errors import UsageError
+from ..model.beside import Beside, beside
 from ..passes import horizontal_fusion, prepack
-from ..report import Report
+from ..report import Entry, Report
 from ..target import Target
 from .parts import with_parts
 
@@ -64,13 +65,32 @@ def explain(
         `.to_dict()`, `.to_html(path)`.
     """
     target = target_of(model, target)
+    report = _explain(model, args, kwargs, target, dynamic_shapes)
+    for other in beside(model):
+        found = _explain(other.module, other.args, None, target, None)
+        rewritten, kept = (_own(entries, other) for entries in (found.rewritten, found.kept))
+        report = replace(report, rewritten=(*report.rewritten, *rewritten), kept=(*report.kept, *kept))
+    return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
+
+
+def _explain(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, target: Target, dynamic_shapes: Any
+) -> Report:
     program = trace(model, args, kwargs, dynamic_shapes)
     rotated = passes.transforms(program.graph)
     _declare(program, target)  # joined, weights may be for another kernel
     decisions = passes.decide(program.graph, target)
     report = passes.report(target, passes.preview(decisions), passes.attention(program.graph, target), rotated)
-    report = with_parts(report, model, decisions, target)
-    return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
+    return with_parts(report, model, decisions, target)
+
+
+def _own(entries: tuple[Entry, ...], other: Beside) -> tuple[Entry, ...]:
+    """Of what runs beside a model, the weights that are not the model's."""
+    return tuple(
+        replace(e, name=other.shown + e.name.removeprefix(other.prefix))
+        for e in entries
+        if e.name.startswith(other.prefix)
+    )
 
 
 ONLY_THERE = (

@@ -26,7 +26,7 @@ from ..model.ranks import is_first, together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
-from . import mtp
+from . import drafts, mtp
 from .configs import private_config, settle_dtype
 from .parallel import is_distributed, take_config
 from .quantizer import Config, Quantizer
@@ -98,6 +98,7 @@ def from_pretrained(
     model.hf_quantizer.side_file = holders.side_file
     freeze(model)
     mtp.remember(model, dequantize)
+    drafts.watch(model)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
@@ -199,6 +200,7 @@ def prepare(model: Any) -> Any:
     model.hf_quantizer = quantizer
     quantizer.take_over_saving(model)
     freeze(model)
+    drafts.watch(model)
     return model
 
 

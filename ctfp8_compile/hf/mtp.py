@@ -52,11 +52,13 @@ class MtpSource:
         quantizer: of the model, which knows files and schemes.
         plain: the model was dequantized, and so is its draft.
         draft: the layers, once something asked for them.
+        compiled: the same compiled, and their cache.
     """
 
     quantizer: Quantizer
     plain: bool
     draft: Any = None
+    compiled: Any = None
 
 
 def remember(model: Any, plain: bool) -> None:

@@ -1,0 +1,169 @@
+"""Generation with drafts: what `generate(use_mtp=True)` does of a compiled model is compiled, too, and what it cannot do is said first.
+
+transformers makes a candidate generator for each call. Of a compiled model it gets MTP layers whose step is one graph, and a cache
+of a fixed size for them, both kept from call to call.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from ..errors import UsageError
+from ..inductor.recipe import Compiled
+from ..model.beside import Beside, put_beside
+from . import compat, mtp
+from .static_cache import layers_of
+
+
+def watch(model: Any) -> None:
+    """Has a model of ours look at what it is asked to draft with before it generates."""
+    if not hasattr(type(model), "_get_candidate_generator"):
+        return
+    if mtp.has_layers(model):
+        put_beside(model, types.MethodType(_traced, model))
+    for name, make in (("_validate_generation_mode", _checking), ("_get_candidate_generator", _drafting)):
+        setattr(model, name, types.MethodType(make(getattr(type(model), name)), model))
+
+
+@functools.cache
+def _checking(validate: Any) -> Any:
+    @functools.wraps(validate)
+    def check(self: Any, mode: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(config, "use_mtp", False):
+            mtp.check(self)
+            if getattr(self, "_is_stateful", False):
+                raise UsageError(
+                    f"{type(self).__name__} keeps states of linear attention, from which rejected drafts cannot be taken back: "
+                    "transformers drafts for no such model. Generate without use_mtp."
+                )
+        return validate(self, mode, config, *args, **kwargs)
+
+    return check
+
+
+@functools.cache
+def _drafting(make: Any) -> Any:
+    @functools.wraps(make)
+    def candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generator = make(self, *args, **kwargs)
+        if getattr(generator, "mtp_model", None) is not None and isinstance(self.forward, Compiled):
+            # what records hidden states is installed under a lock, which cannot be traced
+            compat.install_output_recorders(self)
+            config = kwargs.get("generation_config") or args[0]
+            generator.mtp_model, generator.mtp_cache = compiled(self, config.max_length)
+        return generator
+
+    return candidate_generator
+
+
+def compiled(main: Any, max_length: int) -> tuple[CompiledDraft, StaticMtpCache]:
+    """The MTP layers of a compiled model, compiled as it is, and an empty cache for texts of `max_length` tokens."""
+    source = mtp.check(main)
+    layers = mtp.mtp_layers(main)
+    if source.compiled is None or source.compiled[0].step.layers is not layers:
+        source.compiled = (CompiledDraft(layers, main.forward.arguments), None)
+    draft, cache = source.compiled
+    if cache is None or cache.limit < max_length:
+        limit = 1 << (max_length - 1).bit_length()  # so that texts of many lengths share what is compiled
+        cache = StaticMtpCache(layers.config, limit)
+        draft.begin(cache)
+        source.compiled = (draft, cache)
+    cache.reset()
+    return draft, cache
+
+
+def _traced(main: Any) -> list[Beside]:
+    """Each MTP layer and what to trace it with: 16 tokens, no cache."""
+    layers = mtp.mtp_layers(main)
+    step, device = Step(layers).eval(), layers.layers[0].enorm.weight.device
+    hidden = torch.zeros(1, 16, layers.config.hidden_size, dtype=layers.config.dtype, device=device)
+    positions = torch.arange(16, device=device)[None]
+    depths = range(len(layers.layers))
+    return [Beside(step, (k, hidden, positions, None, positions), "layers.layers.", "mtp.layers.") for k in depths]
+
+
+class StaticMtpCache(StaticCache):
+    """The cache of MTP layers, of a fixed size: the tokens of layer k lie k + 1 positions behind those that it has seen."""
+
+    def __init__(self, config: Any, limit: int):
+        super(StaticCache, self).__init__(layers_of(config, limit))
+        self.limit = limit
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return super().get_query_offset(layer_idx) + layer_idx + 1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        return length, offset + layer_idx + 1
+
+
+class Step(nn.Module):
+    """One MTP layer, and the logits of its last token."""
+
+    def __init__(self, layers: Any):
+        super().__init__()
+        self.layers = layers
+
+    def forward(
+        self, depth: int, hidden_states: Tensor, position_ids: Tensor, cache: Any, input_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        hidden_states = self.layers.forward_layer(depth, hidden_states, position_ids, cache, input_ids=input_ids)
+        return hidden_states, self.layers._project_to_logits(hidden_states[:, -1:])
+
+
+class CompiledDraft:
+    """What a candidate generator calls instead of a `MtpModel`: a token of each layer, each layer's step one graph."""
+
+    def __init__(self, layers: Any, arguments: dict[str, Any]):
+        self.step = Step(layers).eval()
+        self.run = Compiled(self.step.forward, arguments)
+
+    @torch.no_grad()
+    def begin(self, cache: StaticMtpCache) -> None:
+        """Makes the cache's tensors, as the layers need them: what begins inside a graph is compiled twice."""
+        layers = self.step.layers
+        hidden = torch.zeros(1, 1, layers.config.hidden_size, dtype=layers.config.dtype, device=layers.layers[0].enorm.weight.device)
+        token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+        for depth in range(len(layers.layers)):
+            self.step.forward(depth, hidden, token, cache, token)
+        cache.reset()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        last_hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        mtp_cache: Any,
+        do_sample: bool = False,
+        logits_processor: Any = None,
+        full_input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """As `MtpModel.forward`: `[1, layers]` tokens and `[1, layers, vocabulary]` logits. No padding: texts come one by one."""
+        tokens, all_logits = [], []
+        # of a part of a tensor the stride between texts, of which there is one, is another than that of a whole one
+        last_hidden_states = last_hidden_states.flatten(0, 1)[None]
+        for depth in range(len(self.step.layers.layers)):
+            last_hidden_states, logits = self.run(depth, last_hidden_states, position_ids, mtp_cache, input_ids)
+            logits = logits[:, -1].to(input_ids.device)
+            if logits_processor is not None and full_input_ids is not None:
+                logits = logits_processor(full_input_ids, logits.float())
+            if do_sample:
+                token = torch.multinomial(logits.softmax(-1, dtype=torch.float32), num_samples=1)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            tokens.append(token)
+            all_logits.append(logits[:, None])
+            input_ids = torch.cat([input_ids[:, 1:], token], -1)
+            position_ids = torch.cat([position_ids[:, 1:], position_ids[:, -1:] + 1], -1)
+            if full_input_ids is not None:
+                full_input_ids = torch.cat([full_input_ids, token], -1)
+        return torch.cat(tokens, 1), torch.cat(all_logits, 1), None
