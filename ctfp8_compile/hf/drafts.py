@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import Cache, StaticCache
 
 from ..errors import UsageError
 from ..inductor.recipe import Compiled
@@ -51,31 +51,54 @@ def _checking(validate: Any) -> Any:
 def _drafting(make: Any) -> Any:
     @functools.wraps(make)
     def candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = next((v for v in (kwargs.get("model_kwargs") or {}).values() if isinstance(v, Cache)), None)
+        _check_windows(cache)
         generator = make(self, *args, **kwargs)
         if getattr(generator, "mtp_model", None) is not None and isinstance(self.forward, Compiled):
             # what records hidden states is installed under a lock, which cannot be traced
             compat.install_output_recorders(self)
             config = kwargs.get("generation_config") or args[0]
-            generator.mtp_model, generator.mtp_cache = compiled(self, config.max_length)
+            generator.mtp_model, own = compiled(self, max(config.max_length, getattr(cache, "limit", 0)))
+            generator.mtp_cache = own or generator.mtp_cache
         return generator
 
     return candidate_generator
 
 
-def compiled(main: Any, max_length: int) -> tuple[CompiledDraft, StaticMtpCache]:
-    """The MTP layers of a compiled model, compiled as it is, and an empty cache for texts of `max_length` tokens."""
+def _check_windows(cache: Any) -> None:
+    """Refuses a static cache that has forgotten what a rejected draft replaced."""
+    layers = getattr(cache, "layers", ())
+    windows = [n for n in layers if isinstance(n, compat.StaticSlidingWindowLayer) and not n.is_croppable]
+    if windows:
+        window = windows[0].max_cache_len
+        raise UsageError(
+            f"{len(windows)} of {len(layers)} layers of the static cache keep a window of {window} tokens, and what a rejected "
+            "draft overwrites there cannot be taken back. Generate with a cache that grows (leave cache= out, or "
+            f"ctfp8.dynamic_cache(model)), with a static one of max_length={window}, or without a draft."
+        )
+
+
+#: Tokens that the cache of MTP layers has room for at least: of one layer or a few, it is small, and one size is one compilation.
+_ROOM = 1024
+
+
+def compiled(main: Any, max_length: int) -> tuple[CompiledDraft, StaticMtpCache | None]:
+    """The MTP layers of a compiled model, compiled as it is, and an empty cache for texts of `max_length` tokens.
+
+    There is none where several layers draft and one keeps a window: of it tokens are taken back after each rejection.
+    """
     source = mtp.check(main)
     layers = mtp.mtp_layers(main)
     if source.compiled is None or source.compiled[0].step.layers is not layers:
         source.compiled = (CompiledDraft(layers, main.forward.arguments), None)
     draft, cache = source.compiled
     if cache is None or cache.limit < max_length:
-        limit = 1 << (max_length - 1).bit_length()  # so that texts of many lengths share what is compiled
-        cache = StaticMtpCache(layers.config, limit)
+        cache = StaticMtpCache(layers.config, max(_ROOM, 1 << (max_length - 1).bit_length()))
         draft.begin(cache)
         source.compiled = (draft, cache)
     cache.reset()
-    return draft, cache
+    cache.activate_past_recording()
+    return draft, cache if len(layers.layers) == 1 or cache.is_croppable else None
 
 
 def _traced(main: Any) -> list[Beside]:
@@ -149,8 +172,8 @@ class CompiledDraft:
     ) -> tuple[Tensor, Tensor, None]:
         """As `MtpModel.forward`: `[1, layers]` tokens and `[1, layers, vocabulary]` logits. No padding: texts come one by one."""
         tokens, all_logits = [], []
-        # of a part of a tensor the stride between texts, of which there is one, is another than that of a whole one
-        last_hidden_states = last_hidden_states.flatten(0, 1)[None]
+        # a part of a tensor has strides, and a base, that a graph made for another part does not fit
+        last_hidden_states = last_hidden_states.clone(memory_format=torch.contiguous_format)
         for depth in range(len(self.step.layers.layers)):
             last_hidden_states, logits = self.run(depth, last_hidden_states, position_ids, mtp_cache, input_ids)
             logits = logits[:, -1].to(input_ids.device)
