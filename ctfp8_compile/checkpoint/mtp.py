@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are of layers for multi-token prediction (MTP): those that draft tokens behind the model's last layer."""
+"""Which tensors of a checkpoint are of layers for multi-token prediction (MTP), which draft tokens behind the last layer."""
 
 from __future__ import annotations
 

@@ -56,9 +56,7 @@ def arrivals(
     return found
 
 
-def _conversions(
-    model: Any, known: list[WeightTransform] | None
-) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+def _conversions(model: Any, known: list[WeightTransform] | None) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     conversions = get_model_conversion_mapping(model) if known is None else [*known]
     conversions += per_expert_conversions(model, conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]

@@ -1,13 +1,16 @@
-"""Generation with drafts: what `generate(use_mtp=True)` does of a compiled model is compiled, too, and what it cannot do is said first.
+"""Generation with drafts: of a compiled model the MTP layers are compiled, too, and what cannot work is said first.
 
-transformers makes a candidate generator for each call. Of a compiled model it gets MTP layers whose step is one graph, and a cache
-of a fixed size for them, both kept from call to call.
+transformers makes a candidate generator for each call of `generate`. Of a compiled model it gets MTP layers whose step is one
+graph, and a cache of a fixed size for them, both kept from call to call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,6 +79,63 @@ def _check_windows(cache: Any) -> None:
             "draft overwrites there cannot be taken back. Generate with a cache that grows (leave cache= out, or "
             f"ctfp8.dynamic_cache(model)), with a static one of max_length={window}, or without a draft."
         )
+
+
+@dataclass
+class Tally:
+    """What drafts came to, of the steps after the one that read the prompt.
+
+    Attributes:
+        steps: passes of the model, each of which makes a token.
+        drafted, accepted: tokens that it was given to check, and those that it would have made itself.
+    """
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.steps + self.accepted
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / self.steps if self.steps else 0.0
+
+
+@contextlib.contextmanager
+def tally(model: Any) -> Iterator[Tally]:
+    """Counts the drafts of the texts that a model generates meanwhile."""
+    counts, made = Tally(), model._get_candidate_generator
+
+    def candidate_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generator, read = made(*args, **kwargs), False
+        update = generator.update_candidate_strategy
+
+        def counted(input_ids: Tensor, scores: Tensor, matches: Any) -> Any:
+            nonlocal read
+            if read:
+                counts.steps += 1
+                counts.drafted += scores.shape[1] - 1
+                counts.accepted += int(matches)
+            read = True
+            return update(input_ids, scores, matches)
+
+        generator.update_candidate_strategy = counted
+        return generator
+
+    own = vars(model).get("_get_candidate_generator")
+    model._get_candidate_generator = types.MethodType(candidate_generator, model)
+    try:
+        yield counts
+    finally:
+        del model._get_candidate_generator
+        if own is not None:
+            model._get_candidate_generator = own
 
 
 #: Tokens that the cache of MTP layers has room for at least: of one layer or a few, it is small, and one size is one compilation.
@@ -151,7 +211,9 @@ class CompiledDraft:
     def begin(self, cache: StaticMtpCache) -> None:
         """Makes the cache's tensors, as the layers need them: what begins inside a graph is compiled twice."""
         layers = self.step.layers
-        hidden = torch.zeros(1, 1, layers.config.hidden_size, dtype=layers.config.dtype, device=layers.layers[0].enorm.weight.device)
+        hidden = torch.zeros(
+            1, 1, layers.config.hidden_size, dtype=layers.config.dtype, device=layers.layers[0].enorm.weight.device
+        )
         token = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         for depth in range(len(layers.layers)):
             self.step.forward(depth, hidden, token, cache, token)

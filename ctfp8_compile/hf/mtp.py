@@ -26,12 +26,12 @@ from ..checkpoint.mtp import mtp_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, find, seen_as_weights
 from ..checkpoint.packed import sentence as packed_sentence
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.freeze import dequantize_, freeze
-from ..model.mixed import is_mixed, mix
+from ..model.mixed import MixedParameter, is_mixed, mix
 from ..model.mixed import sentence as mixed_sentence
 from ..model.parametrization import attach
-from ..model.plan import plan, read_scales
+from ..model.plan import QuantizedParameter, plan, read_scales
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from . import compat
@@ -147,48 +147,12 @@ def _take_over(owner: Any) -> None:
 
 
 def _read(main: Any, source: MtpSource, device: torch.device) -> Any:
-    quantizer, config = source.quantizer, main.config.get_text_config(decoder=True)
-    with contextlib.ExitStack() as built:
-        for context in compat.MtpModel.get_init_context(main.config.dtype, False, False, None):
-            built.enter_context(context)
-        model = compat.MtpModel(main, config.num_mtp_layers)
+    model = _built(main)
     declared = {name: t for name, t in model.state_dict().items() if not name.startswith(_SHARED)}
     if main.config.dtype in (torch.bfloat16, torch.float16):
         declared = {name: t.float() if _stays_float32(main, name) else t for name, t in declared.items()}
     with torch.device("cpu"):
-        tensors = _tensors(main, quantizer)
-        packed = find(tensors, quantizer.schemes)
-        tensors = seen_as_weights(tensors, packed)
-        known = _conversions(main, model)
-        arrived = arrivals(model, tensors, declared, known)
-        by_pattern = converters_by_pattern(model, known)
-        _check_complete(main, declared, _made(arrived, by_pattern), arrived, tensors)
-        notes = Notes()
-        found = layouts(model, tensors, declared, arrived, known)
-        quantizer.schemes.embeddings |= embedding_names(model, found)
-        values: dict[str, Tensor] = {}
-        plans, scales, others = {}, {}, {}
-        for target, layout in found.items():
-            dtype = declared[target].dtype
-            if is_mixed(layout, tensors, packed):
-                others[target] = mix(tensors, quantizer.schemes, layout, dtype, packed, notes)
-            elif tensors[layout.sources[0]].dtype == ckpt.PACKED:
-                others[target] = PackedParameter.of(layout, dtype, packed)
-            else:
-                plans[target] = plan(tensors, quantizer.schemes, layout, dtype, notes)
-                scales[target] = read_scales(tensors, plans[target])
-        weights = {name for info in plans.values() for name in info.scales}
-        inputs = [ckpt.input_scale_name(name) for info in plans.values() for name in info.input_scales]
-        leftovers(tensors, used_names(weights, inputs), notes)
-        notes.say(quantizer.strict)
-        _accept_others(others, packed, model.dtype, quantizer.strict)
-        for target, info in plans.items():
-            parts = {name: tensors.read_stored(tensors[name]) for name in info.layout.sources}
-            values[target] = info.layout.weight(parts)
-        values |= {target: info.again(tensors)[0] for target, info in others.items()}
-        for target, sources in arrived.items():
-            if target not in values:
-                values |= _plain(model, target, sources, tensors, declared, by_pattern)
+        values, plans, scales = _from_file(main, model, declared, source.quantizer)
     for target, value in values.items():
         _put(model, target, value.to(device), declared[target], target in plans)
     for target, info in plans.items():
@@ -202,6 +166,68 @@ def _read(main: Any, source: MtpSource, device: torch.device) -> Any:
         freeze(model)
         detach_from_mmap((*model.layers.parameters(), *model.layers.buffers()))
     return model.eval()
+
+
+def _built(main: Any) -> Any:
+    """The layers on the meta device."""
+    try:
+        main.config.get_mtp_config()
+    except ValueError as error:
+        raise UsageError(
+            f"transformers cannot build the layers for multi-token prediction of {type(main).__name__} ({error}). Name their "
+            "kinds in config.json (mtp_layer_types, mtp_mlp_layer_types), or generate without use_mtp."
+        ) from error
+    with contextlib.ExitStack() as built:
+        for context in compat.MtpModel.get_init_context(main.config.dtype, False, False, None):
+            built.enter_context(context)
+        return compat.MtpModel(main, main.config.get_text_config(decoder=True).num_mtp_layers)
+
+
+def _from_file(
+    main: Any, model: Any, declared: Mapping[str, Tensor], quantizer: Quantizer
+) -> tuple[dict[str, Tensor], dict[str, QuantizedParameter], dict[str, tuple[Tensor, Tensor | None]]]:
+    """By name, all parameters; of those that are FP8, how they are quantized, and their scales."""
+    tensors, notes = _tensors(main, quantizer), Notes()
+    packed = find(tensors, quantizer.schemes)
+    tensors, known = seen_as_weights(tensors, packed), _conversions(main, model)
+    arrived = arrivals(model, tensors, declared, known)
+    by_pattern = converters_by_pattern(model, known)
+    _check_complete(main, declared, _made(arrived, by_pattern), arrived, tensors)
+    found = layouts(model, tensors, declared, arrived, known)
+    quantizer.schemes.embeddings |= embedding_names(model, found)
+    plans: dict[str, QuantizedParameter] = {}
+    mixed: dict[str, MixedParameter] = {}
+    others: dict[str, PackedParameter] = {}
+    for target, layout in found.items():
+        dtype = declared[target].dtype
+        if is_mixed(layout, tensors, packed):
+            mixed[target] = mix(tensors, quantizer.schemes, layout, dtype, packed, notes)
+        elif tensors[layout.sources[0]].dtype == ckpt.PACKED:
+            others[target] = PackedParameter.of(layout, dtype, packed)
+        else:
+            plans[target] = plan(tensors, quantizer.schemes, layout, dtype, notes)
+    weights = {name for info in plans.values() for name in info.scales} | {n for m in mixed.values() for n in m.grids}
+    inputs = [ckpt.input_scale_name(name) for info in plans.values() for name in info.input_scales]
+    leftovers(tensors, used_names(weights, inputs), notes)
+    notes.say(quantizer.strict)
+    for what in [
+        *([packed_sentence(packed.values(), model.dtype)] if packed else []),
+        *([mixed_sentence(mixed)] if mixed else []),
+    ]:
+        if quantizer.strict:
+            raise SchemeError(f"{what}; strict=True refuses that. Leave it out.")
+        warnings.warn(f"{what}.", stacklevel=3)
+    scales = {target: read_scales(tensors, info) for target, info in plans.items()}
+    values = {
+        target: info.layout.weight({name: tensors.read_stored(tensors[name]) for name in info.layout.sources})
+        for target, info in plans.items()
+    }
+    values |= {target: info.again(tensors)[0] for target, info in mixed.items()}
+    values |= {target: info.again(tensors)[0] for target, info in others.items()}
+    for target, sources in arrived.items():
+        if target not in values:
+            values |= _plain(model, target, sources, tensors, declared, by_pattern)
+    return values, plans, scales
 
 
 def _tensors(main: Any, quantizer: Quantizer) -> ckpt.Checkpoint:
@@ -228,7 +254,7 @@ def _tensors(main: Any, quantizer: Quantizer) -> ckpt.Checkpoint:
 
 
 def _conversions(main: Any, model: Any) -> list[Any]:
-    """From the file's names to `MtpModel`'s. transformers asks the main model for those it was loaded by, which ours has put away."""
+    """From the file's names to `MtpModel`'s. It asks the main model for those it was loaded by, which ours has put away."""
     own = vars(main).get("_weight_conversions")
     main._weight_conversions = compat.get_model_conversion_mapping(main)
     try:
@@ -286,17 +312,6 @@ def _beside_a_weight(name: str, tensors: ckpt.Checkpoint) -> bool:
     )
 
 
-def _accept_others(others: Mapping[str, Any], packed: Mapping[str, Any], dtype: torch.dtype, strict: bool) -> None:
-    """Says what weights in other formats than FP8 cost, or refuses them: as for the model itself."""
-    mixed = {target: info for target, info in others.items() if not isinstance(info, PackedParameter)}
-    for what in ([packed_sentence(packed.values(), dtype)] if packed else []) + (
-        [mixed_sentence(mixed)] if mixed else []
-    ):
-        if strict:
-            raise UsageError(f"{what}; strict=True refuses that. Load the model without it.")
-        warnings.warn(f"{what}.", stacklevel=3)
-
-
 def _plain(
     model: Any,
     target: str,
@@ -338,5 +353,5 @@ def _begin_buffers(main: Any, model: Any, device: torch.device) -> None:
             module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if empty:
             for tensor in module.parameters(recurse=False):
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+                tensor._is_hf_initialized = True
             main._init_weights(module)

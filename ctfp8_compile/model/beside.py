@@ -1,4 +1,4 @@
-"""What runs beside a model without being a part of it, such as layers that draft tokens: no parameter of the model, but `explain`ed."""
+"""What runs beside a model without being a part of it, such as layers that draft tokens; `explain` shows it, too."""
 
 from __future__ import annotations
 

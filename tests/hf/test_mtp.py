@@ -37,7 +37,9 @@ CASES = [
     for scheme in SCHEMES
     for layers in (1, 2)
     if layers <= spec.most
-    for quick in [(scheme == "FP8_DYNAMIC" and layers == min(2, spec.most)) or ((name, scheme) in QUICK and layers == 1)]
+    for quick in [
+        (scheme == "FP8_DYNAMIC" and layers == min(2, spec.most)) or ((name, scheme) in QUICK and layers == 1)
+    ]
 ]
 #: transformers takes no token back from states of linear attention
 STATEFUL = {"bailing_hybrid"}
@@ -168,8 +170,7 @@ def test_mtp_layers_that_a_recipe_left_in_bf16(glm: Made, tmp_path: Path) -> Non
     model = loaded(rewritten(glm, tmp_path / "plain", plain))
     layers = mtp_layers(model)
     assert fp8_sources(layers) == []
-    (ids, logits), (_, want) = drafts(model, layers), reference(glm)
-    assert relative_error(logits, want) < 2e-2
+    assert relative_error(drafts(model, layers)[1], reference(glm)[1]) < 2e-2
     assert torch.equal(model.generate(IDS, **GREEDY, use_mtp=True), model.generate(IDS, **GREEDY))
 
 
@@ -251,7 +252,9 @@ def test_a_class_that_builds_no_mtp_layers(tmp_path: Path) -> None:
             "mtp.norm.weight": torch.ones(16, dtype=torch.bfloat16)}  # fmt: skip
     save_file(state | more, file, {"format": "pt"})
     model = ctfp8.from_pretrained(forged.folder, forged.auto_class)
-    with pytest.raises(ctfp8.UsageError, match=r"mtp\.fc\.weight is of a layer .*\(3 tensors in all\), but transformers builds none"):
+    with pytest.raises(
+        ctfp8.UsageError, match=r"mtp\.fc\.weight is of a layer .*\(3 tensors in all\), but transformers builds none"
+    ):
         model.generate(IDS, **GREEDY, use_mtp=True)
     ctfp8.save_pretrained(model, tmp_path / "out")
     assert_same_bits(tmp_path / "in", tmp_path / "out")
@@ -280,3 +283,11 @@ def test_the_table_in_the_docs_names_every_architecture() -> None:
         text = AutoConfig.for_model(name).get_text_config()
         assert hasattr(text, "num_mtp_layers"), name
     assert "step3p7" in CONFIG_MAPPING
+
+
+def test_kinds_of_layers_that_a_config_does_not_say(tmp_path: Path) -> None:
+    made = make_mtp("bailing_hybrid", "FP8_DYNAMIC", tmp_path)
+    config = json.loads((made.folder / "config.json").read_text())
+    (made.folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "mtp_" not in k}))
+    with pytest.raises(ctfp8.UsageError, match=r"cannot build the layers .* Name their kinds in config\.json"):
+        mtp_layers(loaded(made))

@@ -21,14 +21,22 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 SCHEMES = ("FP8_DYNAMIC", "fp8", "MXFP8")
 VOCAB, HIDDEN, HEADS = 128, 64, 4
 #: Not quantized by anybody: norms, tables, heads, routers, convolutions.
-_PLAIN = re.compile(r"norm|embed|lm_head|shared_head|mlp\.gate\.|moe\.gate\.weight|conv|bias|audio|vis|A_log|dt_|query_key_value|w13")
+_PLAIN = re.compile(
+    r"norm|embed|lm_head|shared_head|mlp\.gate\.|moe\.gate\.weight|conv|bias|audio|vis|A_log|dt_|query_key_value|w13"
+)
 
 
 def _behind(layer: int, name: str, depth: int, hidden_layers: int) -> str:
@@ -116,9 +124,16 @@ def _inkling_config(layers: int) -> PretrainedConfig:
         "mlp_layer_types": ["dense", "sparse"],
     }  # fmt: skip
     audio = {"n_mel_bins": 4, "mel_vocab_size": 8, "text_hidden_size": HIDDEN}
-    vision = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 2}  # fewer layers: scipy
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "patch_size": 2,
+    }  # fewer layers: scipy
     mtp = {"num_nextn_predict_layers": layers, "chain_hidden_post_norm": True}
-    return AutoConfig.for_model("inkling_mm_model", text_config=text, audio_config=audio, vision_config=vision, mtp_config=mtp)
+    return AutoConfig.for_model(
+        "inkling_mm_model", text_config=text, audio_config=audio, vision_config=vision, mtp_config=mtp
+    )
 
 
 def _step_config(layers: int) -> PretrainedConfig:
@@ -140,9 +155,7 @@ MTP_ARCHITECTURES = {
     "glm4_moe": MtpArchitecture(_of("glm4_moe", head_dim=16, use_qk_norm=True, **_ROUTED)),
     "sarvam_mla": MtpArchitecture(_of("sarvam_mla", **_LATENT, **_ROUTED)),
     "sarvam_moe": MtpArchitecture(_of("sarvam_moe", head_dim=16, **_ROUTED)),
-    "bailing_hybrid": MtpArchitecture(
-        _bailing_config
-    ),
+    "bailing_hybrid": MtpArchitecture(_bailing_config),
     "mellum": MtpArchitecture(_mellum_config, own=_mellum, around=_mellum_around, most=1),
     "step3p7": MtpArchitecture(_step_config, AutoModelForImageTextToText),
     "inkling_mm_model": MtpArchitecture(_inkling_config, AutoModelForImageTextToText, _inkling, _inkling_around),
@@ -188,7 +201,9 @@ def write(
     said = {**_CONFIGS[scheme], **({} if scheme == "fp8" else {"ignore": ["lm_head"]})}
     for where, tensors, own in ((folder / "fp8", fp8, {"quantization_config": said}), (folder / "plain", plain, {})):
         where.mkdir(parents=True)
-        save_file({k: t.contiguous().clone() for k, t in tensors.items()}, where / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: t.contiguous().clone() for k, t in tensors.items()}, where / "model.safetensors", {"format": "pt"}
+        )
         written = {**config.to_dict(), "dtype": "float32", **own}
         written["architectures"] = [auto_class._model_mapping[type(config)].__name__]
         (where / "config.json").write_text(json.dumps(written))
