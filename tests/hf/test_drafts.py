@@ -105,16 +105,17 @@ def test_a_bf16_assistant_and_one_that_is_the_model(models: Any) -> None:
     for assistant in (plain, model):
         with tally(model) as counts:
             assert torch.equal(model.generate(TEXTS[0], **GREEDY, assistant_model=assistant), want)
-        assert counts.tokens == 24 - 1 - 0 or counts.tokens <= 24
         assert 0 < counts.accepted <= counts.drafted
-    assert counts.acceptance == 1
+        assert counts.tokens < 24  # the prompt's pass had drafts, too
+    assert counts.acceptance == 1  # the model agrees with itself
 
 
 def test_the_tally_is_what_was_generated(models: Any) -> None:
     model, before = models[2], dict(vars(models[2]))
     with tally(model) as counts:
         out = model.generate(TEXTS[0], **GREEDY, use_mtp=True)
-    assert counts.tokens + 1 == out.shape[1] - TEXTS[0].shape[1] or counts.tokens_per_step > 1
+    assert counts.tokens + 1 == out.shape[1] - TEXTS[0].shape[1]
+    assert counts.tokens_per_step == counts.tokens / counts.steps
     assert counts.drafted == 2 * counts.steps
     assert counts.accepted <= counts.drafted
     assert set(vars(model)) == set(before)
