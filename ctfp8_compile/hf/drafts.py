@@ -152,7 +152,8 @@ def compiled(main: Any, max_length: int) -> tuple[CompiledDraft, StaticMtpCache 
     if source.compiled is None or source.compiled[0].step.layers is not layers:
         source.compiled = (CompiledDraft(layers, main.forward.arguments), None)
     draft, cache = source.compiled
-    if cache is None or cache.limit < max_length:
+    device = layers.layers[0].enorm.weight.device
+    if cache is None or cache.limit < max_length or cache.layers[0].device != device:
         cache = StaticMtpCache(layers.config, max(_ROOM, 1 << (max_length - 1).bit_length()))
         draft.begin(cache)
         source.compiled = (draft, cache)

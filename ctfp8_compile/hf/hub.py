@@ -200,6 +200,7 @@ def prepare(model: Any) -> Any:
     model.hf_quantizer = quantizer
     quantizer.take_over_saving(model)
     freeze(model)
+    mtp.remember(model, plain=False)
     drafts.watch(model)
     return model
 

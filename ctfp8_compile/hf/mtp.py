@@ -99,6 +99,11 @@ def check(model: Any) -> MtpSource:
             f"for {type(model).__name__} ({'its config says 0' if declared == 0 else 'its config has no num_mtp_layers'}). The "
             f"layers are kept when the model is saved. {_WITHOUT}, or with assistant_model= or prompt_lookup_num_tokens=."
         )
+    if source is not None and not source.quantizer.source.files:
+        raise UsageError(
+            "which files this model was loaded from is not known, as ctfp8.prepare took it over, and with them the layers for "
+            "multi-token prediction. Load the checkpoint with ctfp8.from_pretrained."
+        )
     if source is None or not stored:
         raise UsageError(
             f"no file of this model holds a layer for multi-token prediction, so there is nothing to draft with. {_WITHOUT}, or "

@@ -74,9 +74,17 @@ def same_text_twice(model: Any, more: dict[str, Any], kind: str, dtype: Any, mos
         counted = graphs()
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize("kind", ["static", "growing"])
-@pytest.mark.parametrize("way", WAYS)
+#: In the quick suite: each way, each kind of cache and each dtype once or twice.
+_QUICK = {("MTP", "static", "fp8"), ("look-up", "growing", "bf16")}
+CASES = [
+    pytest.param(way, kind, dtype, marks=[] if (way, kind, dtype) in _QUICK else [pytest.mark.long])
+    for way in WAYS
+    for kind in ("static", "growing")
+    for dtype in ("bf16", "fp8")
+]
+
+
+@pytest.mark.parametrize(("way", "kind", "dtype"), CASES)
 def test_graphs_are_few_and_tokens_the_same(way: str, kind: str, dtype: Any, models: Any) -> None:
     layers, more, most = WAYS[way]
     model = models[layers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +292,22 @@ def test_kinds_of_layers_that_a_config_does_not_say(tmp_path: Path) -> None:
     (made.folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "mtp_" not in k}))
     with pytest.raises(ctfp8.UsageError, match=r"cannot build the layers .* Name their kinds in config\.json"):
         mtp_layers(loaded(made))
+
+
+def test_a_model_that_was_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers loaded it (dense layers: it dequantizes experts), and nobody here knows its files: a sentence, not FP8 values
+    as numbers."""
+    spec = MTP_ARCHITECTURES["glm4_moe"]
+
+    def dense(layers: int) -> Any:
+        config = spec.config(layers)
+        config.first_k_dense_replace = config.num_hidden_layers
+        return config
+
+    monkeypatch.setitem(MTP_ARCHITECTURES, "dense", replace(spec, config=dense))
+    made = make_mtp("dense", "FP8_DYNAMIC", tmp_path)
+    assert torch.equal((whole := loaded(made)).generate(IDS, **GREEDY, use_mtp=True), whole.generate(IDS, **GREEDY))
+    model = ctfp8.prepare(made.auto_class.from_pretrained(made.folder))
+    with pytest.raises(ctfp8.UsageError, match=r"as ctfp8\.prepare took it over"):
+        MtpModel.from_pretrained(model)
+    assert model.generate(IDS, **GREEDY).shape[1] == IDS.shape[1] + 12
