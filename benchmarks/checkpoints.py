@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from file_formats import FORMATS, stacked
 from safetensors.torch import save_file
 from transformers import LlamaConfig, Qwen3MoeConfig
 
@@ -61,7 +59,7 @@ def write_moe(
 ) -> int:  # fmt: skip
     """A Qwen3-MoE checkpoint of about that size, one Linear per expert; returns the bytes of the file.
 
-    `format`: one of `FORMATS`.
+    `format`: one of `file_formats.FORMATS`.
     """
     per_layer = experts * 3 * hidden * intermediate + 4 * hidden * hidden
     layers = layers or max(1, round(gigabytes * 1e9 / per_layer))
@@ -72,18 +70,12 @@ def write_moe(
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     state: dict[str, torch.Tensor] = {}
+    spelling = FORMATS[format]
 
     def fp8(name: str, rows: int, cols: int) -> None:
         fp8 = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, generator=generator)
-        state[f"{name}.weight"] = fp8.view(torch.float8_e4m3fn)
-        if format == "fp8":
-            blocks = math.ceil(rows / 128), math.ceil(cols / 128)
-            state[f"{name}.weight_scale_inv"] = torch.rand(blocks, generator=generator) * 1e-4 + 1e-5
-        elif format == "MXFP8":
-            shape = rows, cols // 32
-            state[f"{name}.weight_scale"] = torch.randint(112, 115, shape, dtype=torch.uint8, generator=generator)
-        else:
-            state[f"{name}.weight_scale"] = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16)
+        state[f"{name}{spelling.weight}"] = fp8.view(torch.float8_e4m3fn)
+        state.update(spelling.beside(name, rows, cols))
 
     for i in range(layers):
         layer = f"model.layers.{i}"
@@ -101,33 +93,23 @@ def write_moe(
     state["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = torch.randn(1024, hidden, generator=generator).bfloat16()
+    if spelling.stacked:
+        state = stacked(state)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(
-        json.dumps(config.to_dict() | {"quantization_config": FORMATS[format](layers)}, default=str)
+        json.dumps(config.to_dict() | {"quantization_config": spelling.config(layers)}, default=str)
     )
     return (folder / "model.safetensors").stat().st_size
 
 
-def _compressed_tensors(form: str, weights: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    fp8 = {"num_bits": 8, "type": "float", "symmetric": True}
-    scheme = {"format": form, "targets": ["Linear"], "weights": fp8 | weights, "input_activations": fp8 | inputs}
-    return {
-        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme}, "ignore": ["lm_head", "re:.*mlp.gate$"], "kv_cache_scheme": None,
-        "global_compression_ratio": None, "sparsity_config": {}, "transform_config": {}, "version": "0.19.0",
-    }  # fmt: skip
-
-
-_MX = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
-
-#: What `write_moe` can write: the quantization config, given the number of layers.
-FORMATS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "FP8_DYNAMIC": lambda layers: _compressed_tensors(
-        "float-quantized", {"strategy": "channel"}, {"strategy": "token", "dynamic": True}
-    ),
-    "MXFP8": lambda layers: _compressed_tensors("mxfp8-quantized", _MX, {**_MX, "dynamic": True}),
-    "fp8": lambda layers: {
-        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128],
-        "modules_to_not_convert": ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(layers))],
-    },
-}  # fmt: skip
+def write_module(folder: Path, gigabytes: float = 1.0, size: int = 4096) -> int:
+    """A ComfyUI file of as many square linears; returns its bytes."""
+    spelling = FORMATS["comfyui"]
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, torch.Tensor] = {}
+    for i in range(max(1, round(gigabytes * 1e9 / size**2))):
+        fp8 = torch.randint(0, 120, (size, size), dtype=torch.uint8, generator=generator)
+        state[f"model.diffusion_model.{i}.weight"] = fp8.view(torch.float8_e4m3fn)
+        state |= spelling.beside(f"model.diffusion_model.{i}", size, size)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return (folder / "model.safetensors").stat().st_size

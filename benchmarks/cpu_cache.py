@@ -12,6 +12,7 @@ a decode step with a float16 and with a Q8_0 cache, in processes of their own.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -83,8 +84,8 @@ def cache_bytes(model: Any, length: int, dtype: Any) -> int:
     )
 
 
-def row(table: Table, name: str, times: list[float]) -> None:
-    table.add_row(name, *(f"{t * 1e3:.2f} ms ({times[0] / t:.2f}×)" for t in times))
+def row(table: Table, name: str, times: list[float], *more: str) -> None:
+    table.add_row(name, *(f"{t * 1e3:.2f} ms ({times[0] / t:.2f}×)" for t in times), *more)
 
 
 def of_llamacpp(path: Path, filled: int, q8_cache: bool) -> float:
@@ -102,6 +103,46 @@ def of_llamacpp(path: Path, filled: int, q8_cache: bool) -> float:
 
 
 def main() -> None:
+    args = options().parse_args()
+    if args.measure:
+        gguf, filled, q8 = args.measure
+        print(json.dumps(of_llamacpp(Path(gguf), int(filled), q8 == "1")))
+        return
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    cpu_kernels.load()
+    torch._dynamo.config.recompile_limit = 64  # a graph for each size of a cache
+    compare = functools.partial(interleave, seconds=args.seconds, clock=clock)
+    console = Console()
+    if args.only in (None, "attention"):
+        console.print(attention_alone(args.filled, compare))
+    if args.only == "attention":
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_llama(Path(folder), args.layers)
+        if args.only == "llama.cpp":
+            console.print(decode_by_llamacpp(Path(folder), args.filled))
+            return
+        model = ctfp8.from_pretrained(folder)
+        fp8 = torch.compile(model.forward, backend="ctfp8", fullgraph=True, dynamic=False)
+        if args.only in (None, "allocated"):
+            table = Table("decode of ours, 256 tokens", "in a cache of 512", "in a cache of 8192")
+            for dtype in ("bf16", "fp8"):
+                row(table, dtype, compare([decode_call(model, fp8, n, 256, dtype) for n in (512, 8192)]))
+            console.print(table)
+        if args.only in (None, "prefill"):
+            table = Table("512 tokens into a cache of 1024", "bf16", "FP8")
+            calls = [decode_call(model, fp8, 1024, 512, dtype, new=512) for dtype in ("bf16", "fp8")]
+            row(table, "ctfp8", compare(calls))
+            console.print(table)
+        if args.only in (None, "decode"):
+            ways = {} if args.ours else ways_of_bf16(folder)
+            ways |= {"ctfp8, bf16 cache": (model, fp8, "bf16"), "ctfp8, FP8 cache": (model, fp8, "fp8")}
+            console.print(decode(ways, args.filled, compare))
+
+
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filled", nargs="+", type=int, default=[256, 2048, 8192, 32768])
     parser.add_argument("--layers", type=int, default=22)
@@ -112,72 +153,47 @@ def main() -> None:
         "--cpu-time", action="store_true", help="one thread, and its own time: on a machine busy with others"
     )
     parser.add_argument("--measure", nargs=3, metavar=("GGUF", "FILLED", "Q8"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        gguf, filled, q8 = args.measure
-        print(json.dumps(of_llamacpp(Path(gguf), int(filled), q8 == "1")))
-        return
-    clock = time.thread_time if args.cpu_time else time.perf_counter
-    if args.cpu_time:
-        torch.set_num_threads(1)
-    console = Console()
-    cpu_kernels.load()
-    torch._dynamo.config.recompile_limit = 64  # a graph for each size of a cache
-    if args.only in (None, "attention"):
-        table = Table(
-            "shape", "torch, bf16", "ours, bf16", "ours, FP8", title=f"attention, {torch.get_num_threads()} threads"
-        )
-        for name, shape in SHAPES.items():
-            for length, filled in [(max(args.filled), min(args.filled)), *((n, n) for n in args.filled)]:
-                row(
-                    table,
-                    f"{name}, {filled} of {length}",
-                    interleave(attention_calls(*shape, length, filled), args.seconds, clock),
-                )
-        console.print(table)
-    if args.only == "attention":
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_llama(Path(folder), args.layers)
-        if args.only == "llama.cpp":
-            llamacpp.write_gguf(Path(folder), Path(folder) / "q8_0.gguf")
-            table = Table("decode by llama.cpp", "float16 cache", "Q8_0 cache")
-            for filled in args.filled:
-                times = [measured(__file__, Path(folder) / "q8_0.gguf", filled, q8) for q8 in (0, 1)]
-                table.add_row(f"{filled} of {filled}", *(f"{t * 1e3:.2f} ms ({times[0] / t:.2f}×)" for t in times))
-            console.print(table)
-            return
-        model = ctfp8.from_pretrained(folder)
-        fp8 = torch.compile(model.forward, backend="ctfp8", fullgraph=True, dynamic=False)
-        if args.only in (None, "allocated"):
-            table = Table("decode of ours, 256 tokens", "in a cache of 512", "in a cache of 8192")
-            for dtype in ("bf16", "fp8"):
-                row(
-                    table,
-                    dtype,
-                    interleave([decode_call(model, fp8, n, 256, dtype) for n in (512, 8192)], args.seconds, clock),
-                )
-            console.print(table)
-        if args.only in (None, "prefill"):
-            table = Table("512 tokens into a cache of 1024", "bf16", "FP8")
-            calls = [decode_call(model, fp8, 1024, 512, dtype, new=512) for dtype in ("bf16", "fp8")]
-            row(table, "ctfp8", interleave(calls, args.seconds, clock))
-            console.print(table)
-        if args.only in (None, "decode"):
-            ways: dict[str, tuple[Any, Any, str]] = {}
-            if not args.ours:
-                plain = ctfp8.from_pretrained(folder, dequantize=True)
-                inductor = torch.compile(plain.forward, backend="inductor", fullgraph=True, dynamic=False)
-                ways = {"bf16 eager": (plain, plain, "bf16"), "bf16 Inductor": (plain, inductor, "bf16")}
-            ways |= {"ctfp8, bf16 cache": (model, fp8, "bf16"), "ctfp8, FP8 cache": (model, fp8, "fp8")}
-            table = Table("decode", *ways, "bytes of the FP8 cache")
-            for filled in args.filled:
-                calls = [decode_call(m, f, filled, filled, dtype) for m, f, dtype in ways.values()]
-                times = interleave(calls, args.seconds, clock)
-                sizes = [cache_bytes(model, filled, dtype) for dtype in ("bf16", "fp8")]
-                cells = [f"{t * 1e3:.2f} ms ({times[0] / t:.2f}×)" for t in times]
-                table.add_row(f"{filled} of {filled}", *cells, f"{sizes[1] / sizes[0]:.3f}× of bf16")
-            console.print(table)
+    return parser
+
+
+def attention_alone(sizes: list[int], compare: Callable[..., list[float]]) -> Table:
+    """The operator, with caches of a size that are full, and a large one that holds little."""
+    threads = torch.get_num_threads()
+    table = Table("shape", "torch, bf16", "ours, bf16", "ours, FP8", title=f"attention, {threads} threads")
+    for name, shape in SHAPES.items():
+        for length, filled in [(max(sizes), min(sizes)), *((n, n) for n in sizes)]:
+            row(table, f"{name}, {filled} of {length}", compare(attention_calls(*shape, length, filled)))
+    return table
+
+
+def decode_by_llamacpp(folder: Path, sizes: list[int]) -> Table:
+    llamacpp.write_gguf(folder, folder / "q8_0.gguf")
+    table = Table("decode by llama.cpp", "float16 cache", "Q8_0 cache")
+    for filled in sizes:
+        times = [measured(__file__, folder / "q8_0.gguf", filled, q8) for q8 in (0, 1)]
+        row(table, f"{filled} of {filled}", times)
+    return table
+
+
+Ways = dict[str, tuple[Any, Any, str]]
+"""By name, a model, what runs a step of it, and the dtype of its cache."""
+
+
+def ways_of_bf16(folder: str) -> Ways:
+    plain = ctfp8.from_pretrained(folder, dequantize=True)
+    inductor = torch.compile(plain.forward, backend="inductor", fullgraph=True, dynamic=False)
+    return {"bf16 eager": (plain, plain, "bf16"), "bf16 Inductor": (plain, inductor, "bf16")}
+
+
+def decode(ways: Ways, sizes: list[int], compare: Callable[..., list[float]]) -> Table:
+    """A step of each way with caches that are full; the last way's is ours in FP8."""
+    table = Table("decode", *ways, "bytes of the FP8 cache")
+    model = ways["ctfp8, FP8 cache"][0]
+    for filled in sizes:
+        times = compare([decode_call(m, f, filled, filled, dtype) for m, f, dtype in ways.values()])
+        kept = [cache_bytes(model, filled, dtype) for dtype in ("bf16", "fp8")]
+        row(table, f"{filled} of {filled}", times, f"{kept[1] / kept[0]:.3f}× of bf16")
+    return table
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/load_time.py [--repeats 3]
 
 Each load is a fresh process; the ways alternate, and the file is in the page cache. Both put off a part of the work until
-the model runs (transformers decompresses the weights, ctfp8 copies them out of the mapped file), so the first forward of 16
+the model runs (transformers dequantizes the weights, ctfp8 copies them out of the mapped file), so the first forward of 16
 tokens, eager, is timed too. Medians.
 """
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .inductor.backend import backend, compiled_reports
     from .inductor.recipe import compile
     from .model.state_dict import load_state_dict
+    from .model.stored import save_state_dict, state_dict
     from .report import Entry, Report
     from .target import Target
 
@@ -67,6 +68,8 @@ __all__ = [
     "ops",
     "prepare",
     "save_pretrained",
+    "save_state_dict",
+    "state_dict",
     "static_cache",
 ]
 
@@ -82,6 +85,7 @@ _HOMES = {
     ".inductor.backend": ("backend", "compiled_reports"),
     ".inductor.recipe": ("compile",),
     ".model.state_dict": ("load_state_dict",),
+    ".model.stored": ("save_state_dict", "state_dict"),
     ".report": ("Entry", "Report"),
     ".target": ("Target",),
 }

@@ -31,5 +31,9 @@ class InputError(Ctfp8Error, TypeError):
     """A loaded artifact was called with inputs it was not exported for."""
 
 
+class PassError(Ctfp8Error, RuntimeError):
+    """A pass left a graph that is not right; `passes.verifying` looks for that."""
+
+
 class RankError(Ctfp8Error, RuntimeError):
     """Another one of several processes failed or ended, or they were started in another way than a file was made for."""

@@ -36,7 +36,7 @@ loaded = []
 for seed in (1, 2):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained("fp8", dtype=torch.bfloat16)
-    model(torch.arange(4)[None])  # decompresses the Linears
+    model(torch.arange(4)[None])  # dequantizes the Linears
     loaded.append({name: value.float() for name, value in model.state_dict().items()})
 
 print(*(f"{name} {version(name)}" for name in ("llmcompressor", "transformers", "compressed-tensors")))

@@ -2,7 +2,7 @@
 # transformers 5.24.0, compressed-tensors 0.20.0, peft 0.21.2 (torch 2.13.0): the first forward pass of a compressed-tensors FP8 model
 # changes what it is.
 #
-# After from_pretrained the weights are FP8; a hook decompresses them all before the first forward pass. Hence, seen on one model:
+# After from_pretrained the weights are FP8; a hook dequantizes them all before the first forward pass. Hence, seen on one model:
 #   before it   save_pretrained writes FP8, "quantization_status": "compressed";
 #               merging a LoRA adapter raises "Promotion for Float8 Types is not supported"
 #   after it    save_pretrained writes bfloat16 weights, with the scales still beside them, "quantization_status": "decompressed";

@@ -2,7 +2,7 @@
 # transformers 5.24.0, compressed-tensors 0.20.0 (torch 2.13.0): float32 scales of an FP8 checkpoint are rounded to bfloat16 on loading.
 #
 # `weight_scale` is float32 in the file and a bfloat16 buffer in the loaded model, as all that is not FP8 gets the model's dtype. The
-# decompressed weights are those of the rounded scales, bit for bit, so about a quarter of all weights are one bfloat16 step beside
+# dequantized weights are those of the rounded scales, bit for bit, so about a quarter of all weights are one bfloat16 step beside
 # `(fp8.float() * scale).to(bfloat16)`. Nothing is logged. Seen: 22 % of a matrix differ, 0 % from the one with rounded scales.
 #
 # Why it matters: a scale's relative error of 2^-9 is common to a whole row, so it does not average out as rounding of single weights
@@ -48,7 +48,7 @@ name = "model.layers.0.mlp.up_proj.weight"
 print("scale in the file", state[name + "_scale"].dtype, "loaded", linear.weight_scale.dtype)
 assert linear.weight_scale.dtype == torch.bfloat16
 
-model(torch.arange(4)[None])  # decompresses
+model(torch.arange(4)[None])  # dequantizes
 fp8, scale = state[name].float(), state[name + "_scale"]
 differ = (linear.weight != (fp8 * scale).to(torch.bfloat16)).float().mean().item()
 rounded = (linear.weight != (fp8 * scale.to(torch.bfloat16).float()).to(torch.bfloat16)).float().mean().item()

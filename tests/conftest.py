@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support import tested
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile import lowering
+from ctfp8_compile import lowering, passes
 
 DATA = Path(__file__).parent / "data"
 ARCHITECTURES = ("llama", "qwen3", "mixtral", "qwen3moe")
@@ -151,3 +151,10 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     worker = hasattr(config, "workerinput")  # one of pytest-xdist's processes, which sees a part of the suite
     if config.getoption("--record-tested") and exitstatus == 0 and not worker:
         tested.record(len(terminalreporter.stats["passed"]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _passes_verified() -> Iterator[None]:
+    """After every pass, the graph is well formed and its fake values are what its operators compute."""
+    with passes.verifying():
+        yield

@@ -62,8 +62,8 @@ def messages() -> Iterator[str]:
             if name not in ("warn", *(n for n in ctfp8.__all__ if n.endswith("Error"))):
                 continue
             text = node.args[0]
-            pieces = text.values if isinstance(text, ast.JoinedStr) else [text]
-            literals = [p.value for p in pieces if isinstance(p, ast.Constant) and isinstance(p.value, str)]
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            literals = [p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
             longest = max(literals, key=len, default="").strip(" .:;,()")
             if len(longest) > 12:
                 yield " ".join(longest.split())

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+import textwrap
 
 import nbformat
 import pytest
@@ -31,9 +32,9 @@ def example(name):
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["example"])
-    rules = list(passes.RULES)
+    rules, known = list(passes.RULES), list(passes.PASSES)
     yield
-    passes.RULES[:] = rules
+    passes.RULES[:], passes.PASSES[:] = rules, known
 
 
 def test_quickstart(monkeypatch, capsys):
@@ -50,6 +51,15 @@ def test_quickstart(monkeypatch, capsys):
     plain, eager, ours = map(float, re.search(r"(\d\.\d+) / (\d\.\d+) / (\d\.\d+)", out).groups())
     assert abs(eager - plain) < 0.05
     assert abs(ours - plain) < 0.05
+
+
+def test_diffusers_transformer(capsys):
+    pytest.importorskip("diffusers", reason="examples/requirements-diffusers.txt is not installed")
+    example("diffusers_transformer").main()
+    out = capsys.readouterr().out
+    assert "34 FP8 weights for cpu; 34 linear" in out
+    assert float(re.search(r"against float64: (\S+)", out)[1]) < 1e-5
+    assert "dtypes and bits: yes" in out
 
 
 def test_own_module(capsys):
@@ -150,11 +160,30 @@ def test_add_a_rule_and_its_tutorial(capsys):
     assert "no rule knows this use of a weight" in out.splitlines()[0]
     assert "1 weight on the left → " in out.splitlines()[1]
     assert float(out.rpartition(": ")[2]) < 1e-5
-    source = (ROOT / "examples/add_a_rule.py").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/writing-a-rule.md").read_text(), re.S)
+    assert_shown("writing-a-rule", "add_a_rule")
+
+
+def assert_shown(tutorial, name):
+    """A tutorial shows code of its example, as it is there."""
+    source = (ROOT / f"examples/{name}.py").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{tutorial}.md").read_text(), re.S)
     assert len(blocks) >= 2
     for block in blocks:
-        assert block in source, f"the tutorial shows code that the example does not have:\n{block}"
+        assert block in source or textwrap.indent(block, "    ") in source, (
+            f"the tutorial shows code that the example does not have:\n{block}"
+        )
+
+
+def test_add_a_pass_and_its_tutorial(capsys):
+    module = example("add_a_pass")
+    module.main()
+    *ran, error = capsys.readouterr().out.splitlines()
+    names = [line.partition(":")[0] for line in ran]
+    assert names.index("multiply-squares") == names.index("decompose") + 1
+    assert "multiply-squares: 11" in ran
+    assert "multiply-squares: 11" in (ROOT / "docs/writing-a-pass.md").read_text()
+    assert float(error.rpartition(": ")[2]) < 0.02
+    assert_shown("writing-a-pass", "add_a_pass")
 
 
 def test_a_rule_of_ones_own_enters_the_cache_key_and_replaces_its_older_self():

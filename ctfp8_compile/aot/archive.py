@@ -31,6 +31,7 @@ from typing import BinaryIO
 
 import torch
 
+from ..counted import counted
 from ..errors import ArtifactError
 
 _LOCAL = Struct("<4s5H3I2H")  # signature, version, flags, method, time, date, crc, packed, size, name, extra
@@ -219,7 +220,7 @@ def _directory(file: BinaryIO, length: int) -> tuple[int, int, int]:
     if start + size != end:
         raise _Layout("it has bytes before or after its zip file, or two central directories")
     if count > min(_MOST_RECORDS, size // _ENTRY.size) or size > count * (_ENTRY.size + 2 * _LONGEST_NAME):
-        raise _Layout(f"its central directory of {size} bytes does not list {count} records")
+        raise _Layout(f"its central directory of {size} bytes does not list {counted(count, 'record')}")
     return start, size, count
 
 

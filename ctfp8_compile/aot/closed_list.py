@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..compat import _Union, schema
+from ..counted import counted
 from . import typed
 from .operators import check_operator
 from .typed import Misfit, short
@@ -90,7 +91,9 @@ def _check_tensor(meta: schema.TensorMeta) -> schema.TensorMeta:
     _check_layout(meta.layout)
     _check_dtype(meta.dtype)
     if len(meta.sizes) != len(meta.strides) or len(meta.sizes) > 64:
-        raise Misfit(f"it has a tensor of {len(meta.sizes)} sizes and {len(meta.strides)} strides")
+        raise Misfit(
+            f"it has a tensor of {counted(len(meta.sizes), 'size')} and {counted(len(meta.strides), 'stride')}"
+        )
     for size in (*meta.sizes, *meta.strides, meta.storage_offset):
         if isinstance(size.value, int) and size.value < 0:
             raise Misfit(f"it has a tensor with a size, stride or offset of {size.value}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -17,7 +18,6 @@ from .. import passes
 from ..compat import (
     OpOverload,
     aot_compile,
-    following,
     forget_example_inputs,
     free_symbols,
     package_pt2,
@@ -109,17 +109,11 @@ def _export(
         _own_file(path)
         # this rank's rows are a view of a file's whole tensor, all of which would be written
         detach_from_mmap((*model.parameters(), *model.buffers()))
-    replaced: dict[fx.Node, fx.Node] = {}
     as_found = package is None and target.device == "cpu"  # the machine that loads it picks its own kernels
-    rotated = passes.transforms(program.graph)
-    passes.share_rotations(program.graph)
-    decisions = passes.decide(program.graph, target) if as_found or spread else []
-    if as_found:
-        report = passes.report(target, passes.preview(decisions), transforms=rotated)
-        replaced = _decompose(program)
-    else:
-        report = rewrite(program, target)
-    report = with_parts(report, model, decisions, target)
+    context = passes.Context(target, program=program)
+    rewrite(program, context, passes.parse(_TO_BE_LOADED) if as_found else passes.standard())
+    report = replace(passes.report_of(context), passes=())  # of this machine; who loads the file has passes of its own
+    report = with_parts(report, model, context.decisions, target)
     _clean(program)
     if package is None:
         _operators_that_load(program)
@@ -133,7 +127,7 @@ def _export(
         positional=positional_names(model.forward, len(args)),
         inputs=inputs_of(program),
         ranges=ranges_of(program),
-        notes=passes.notes(decisions, program.graph, replaced) if as_found else (),
+        notes=passes.notes(context.decisions, program.graph, context.replaced) if as_found else (),
         ranks=ranks,
     )
     extra = {NAME: manifest.to_json()}
@@ -143,6 +137,11 @@ def _export(
         forget_example_inputs(program)
         package_pt2(str(path), exported_programs={"model": program}, extra_files=extra)
     return report
+
+
+#: What a program for the kernels of another CPU goes through: plain ATen, which any machine runs, but for its FP8 caches, which
+#: wait for the attention of the machine that loads it.
+_TO_BE_LOADED = "share-rotations,match,decompose{caches=0}"
 
 
 def _own_file(path: Path) -> None:
@@ -171,13 +170,6 @@ def _operators_that_load(program: ExportedProgram) -> None:
 
 
 _PACKAGES = ("torch", "ctfp8-compile", "transformers", "compressed-tensors")
-
-
-def _decompose(program: ExportedProgram) -> dict[fx.Node, fx.Node]:
-    with following(program):
-        replaced = passes.decompose(program.graph, caches=False)
-    program.graph_module.recompile()
-    return replaced
 
 
 def _plain_call(program: ExportedProgram) -> None:

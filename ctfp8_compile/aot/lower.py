@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .. import passes
 from ..compat import export_arguments, following
 from ..errors import UsageError
 from ..model.beside import Beside, beside
-from ..passes import horizontal_fusion, prepack
+from ..passes import Context, Pipeline, attention, parse, report_of, standard
 from ..report import Entry, Report
 from ..target import Target
 from .parts import with_parts
@@ -45,7 +44,7 @@ def lower(
         UsageError: the call returns objects that only transformers can rebuild, such as a cache.
     """
     program = trace(model, args, kwargs, dynamic_shapes)
-    rewrite(program, target_of(model, target))
+    rewrite(program, Context(target_of(model, target), program=program), standard())
     return program
 
 
@@ -55,33 +54,49 @@ def explain(
     kwargs: Mapping[str, Any] | None = None,
     target: str | Target | None = None,
     dynamic_shapes: Any = None,
+    passes: str | None = None,
+    graphs: bool = False,
 ) -> Report:
     """Says what would become of each FP8 weight on a target, without compiling or running the model.
 
     Args: as for `lower`.
+        passes: their names, such as `"match,rewrite,decompose"`, or all (`""`): they are run, and the report's `.passes` say
+            what each did. Default: nothing is rewritten.
+        graphs: with `passes`, whether each of `.passes` has the `.graph` behind it, as text.
 
     Returns:
         A report: `print` it, or take `.rewritten` and `.kept`, whose entries have `.name .rule .kernel .reason`;
         `.to_dict()`, `.to_html(path)`.
+
+    Raises:
+        TargetError: not a target.
+        UsageError: a pass that is not there, or in an order that does not work.
     """
     target = target_of(model, target)
-    report = _explain(model, args, kwargs, target, dynamic_shapes)
+    report = _explain(model, args, kwargs, target, dynamic_shapes, passes, graphs)
     for other in beside(model):
-        found = _explain(other.module, other.args, None, target, None)
+        found = _explain(other.module, other.args, None, target, None, None, False)
         rewritten, kept = (_own(entries, other) for entries in (found.rewritten, found.kept))
         report = replace(report, rewritten=(*report.rewritten, *rewritten), kept=(*report.kept, *kept))
     return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
 
 
 def _explain(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, target: Target, dynamic_shapes: Any
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    target: Target,
+    dynamic_shapes: Any,
+    passes: str | None,
+    graphs: bool,
 ) -> Report:
     program = trace(model, args, kwargs, dynamic_shapes)
-    rotated = passes.transforms(program.graph)
-    _declare(program, target)  # joined, weights may be for another kernel
-    decisions = passes.decide(program.graph, target)
-    report = passes.report(target, passes.preview(decisions), passes.attention(program.graph, target), rotated)
-    return with_parts(report, model, decisions, target)
+    context = Context(target, graphs=graphs)
+    rewrite(program, context, parse(_EXPLAINED if passes is None else passes))
+    if passes is None:
+        context.attention = attention(program.graph, target)
+    report = with_parts(report_of(context), model, context.decisions, target)
+    return replace(report, passes=report.passes if passes is not None else ())
 
 
 def _own(entries: tuple[Entry, ...], other: Beside) -> tuple[Entry, ...]:
@@ -91,6 +106,10 @@ def _own(entries: tuple[Entry, ...], other: Beside) -> tuple[Entry, ...]:
         for e in entries
         if e.name.startswith(other.prefix)
     )
+
+
+#: What tells a model's decisions: fused, weights may be for another kernel.
+_EXPLAINED = "share-rotations,horizontal-fusion,prepack,match"
 
 
 ONLY_THERE = (
@@ -122,21 +141,12 @@ def trace(
         return program.run_decompositions({})
 
 
-def rewrite(program: ExportedProgram, target: Target) -> Report:
-    """Rewrites a program in place for a target; parameters that one matmul reads become one."""
-    _declare(program, target)
+def rewrite(program: ExportedProgram, context: Context, pipeline: Pipeline) -> None:
+    """Rewrites a program in place; what the passes leave to be told is in the context."""
+    pipeline.run("traced", program.graph, context)
     with following(program):
-        report = passes.run(program.graph, target)
-    prepack.fold(program)
+        pipeline.run("post_grad", program.graph, context)
     program.graph_module.recompile()
-    return report
-
-
-def _declare(program: ExportedProgram, target: Target) -> None:
-    passes.share_rotations(program.graph)
-    if target.device != "cpu":
-        horizontal_fusion.declare(program.graph)
-        prepack.declare(program.graph, target)
 
 
 def target_of(model: nn.Module, target: str | Target | None) -> Target:

@@ -24,7 +24,7 @@ import torch
 
 from ..errors import ArtifactError, TargetError
 from ..passes import Note
-from ..report import Entry, Report
+from ..report import Entry, Ran, Report
 from ..target import Target
 from . import typed
 from .archive import AGAIN, Archive
@@ -143,6 +143,7 @@ _CHECKS: typed.Checks = {
     Manifest: _check,
     Input: _check_input,
     Entry: _check_entry,
+    Ran: _printable,
     Note: _printable,
     Ranks: _check_ranks,
 }

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import fx
 
 from ..compat import functional_collectives, process_groups, resolve_process_group
+from ..counted import counted
 from ..errors import ArtifactError, RankError
 from ..graph import arguments
 
@@ -66,7 +67,7 @@ def join_group(ranks: Ranks, path: object) -> None:
     if (world, rank) != (ranks.world, ranks.rank):
         raise RankError(
             f"{path} is for {ranks}, and this process is rank {rank} of {world}. Load the file of this rank, or export the "
-            f"model again on {world} ranks."
+            f"model again on {counted(world, 'rank')}."
         )
 
 

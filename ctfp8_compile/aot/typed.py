@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import Any
 
+from ..counted import counted
+
 
 class Misfit(Exception):
     """What does not fit, and where."""
@@ -55,7 +57,7 @@ def build(cls: Any, data: Any, checks: Checks = types.MappingProxyType({}), wher
     if origin in (list, tuple):
         of = args if origin is tuple and args[-1] is not ... else (args[0],) * len(_is(list, data, where))
         if len(_is(list, data, where)) != len(of):
-            raise Misfit(f"{where} has {len(data)} values, not {len(of)}")
+            raise Misfit(f"{where} has {counted(len(data), 'value')}, not {len(of)}")
         return origin(
             build(kind, item, checks, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(of, data, strict=True))
         )

@@ -51,7 +51,7 @@ class Contents:
     Attributes:
         format: the `quant_method` of its config.
         transforms: of a rotated checkpoint, each group of transforms, and where it is applied.
-        bf16_bytes: what the model takes when decompressed.
+        bf16_bytes: what the model takes when dequantized.
         mtp_fp8_weights, mtp_bytes: of the layers for multi-token prediction, which sizes and rows count, too.
         notes: what its files and its config differ in; loading it warns of that.
     """
@@ -104,7 +104,7 @@ def look(folder: Path) -> Contents:
             weight = packed[name]
             info = weight.packed
             other, bf16 = other + size, bf16 + 2 * math.prod(weight.info.shape)
-            what = f"another format, decompressed while loading: {weight.kind}"
+            what = f"another format, dequantized while loading: {weight.kind}"
         elif info.dtype == FP8_DTYPE:
             fp8, bf16 = fp8 + size, bf16 + 2 * size
         elif name.endswith(("_scale", "_zero_point")):

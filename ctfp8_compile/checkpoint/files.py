@@ -86,17 +86,19 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return info.view.of(self.read_stored(info))
 
     def read_stored(self, info: TensorInfo) -> Tensor:
-        """Reads a tensor by what its file calls it."""
-        return self._open_files[info.file].get_tensor(info.name)
+        """Reads a tensor by what its file calls it; FP8 that a file keeps as bytes is FP8."""
+        return _as_fp8(self._open_files[info.file].get_tensor(info.name), info)
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the headers of the files say besides: of torchao, how its tensors are made."""
+        """What the headers of the files say beside the tensors."""
         return {key: text for handle in self._open_files.values() for key, text in (handle.metadata() or {}).items()}
 
     def read_rows(self, info: TensorInfo, rows: int) -> Tensor:
         """Reads the first rows of a tensor."""
-        return self._open_files[info.file].get_slice(info.name)[:rows] if info.shape else self.read_stored(info)
+        if not info.shape:
+            return self.read_stored(info)
+        return _as_fp8(self._open_files[info.file].get_slice(info.name)[:rows], info)
 
     def spellings(self, name: str) -> list[str]:
         """Our name of a tensor, and what files of this format usually call it."""
@@ -104,6 +106,21 @@ class Checkpoint(Mapping[str, TensorInfo]):
             name.removesuffix(ours) + theirs for theirs, ours in self.format.suffixes.items() if name.endswith(ours)
         )
         return list(dict.fromkeys([name, next(there, name)]))
+
+    def headers(self) -> Checkpoint:
+        """The same tensors, of which nothing can be read: no file is kept open."""
+        out = copy.copy(self)
+        out._open_files = {}
+        return out
+
+    def under(self, prefix: str, format: Format) -> Checkpoint:
+        """The tensors below a prefix of their names, named as if there were none, in another format."""
+        out = copy.copy(self)
+        out._tensors = {
+            name.removeprefix(prefix): info for name, info in self._tensors.items() if name.startswith(prefix)
+        }
+        out._spell(format)
+        return out
 
     def changed(self, hidden: Collection[str], added: Mapping[str, TensorInfo]) -> Checkpoint:
         """The same files, seen without some tensors and with others in their place."""
@@ -124,10 +141,19 @@ class InMemory(Checkpoint):
         self._spell(format)
 
     def read_stored(self, info: TensorInfo) -> Tensor:
-        return self._state[info.name]
+        return _as_fp8(self._state[info.name], info)
 
     def read_rows(self, info: TensorInfo, rows: int) -> Tensor:
-        return self._state[info.name][:rows] if info.shape else self._state[info.name]
+        return self.read_stored(info)[:rows] if info.shape else self.read_stored(info)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {}
+
+
+def _as_fp8(stored: Tensor, info: TensorInfo) -> Tensor:
+    is_bytes = info.dtype == FP8_DTYPE and stored.dtype == torch.uint8
+    return stored.view(torch.float8_e4m3fn) if is_bytes else stored
 
 
 _DTYPE_NAMES = {

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, SchemeError
 from .files import INDEX_FILE, SINGLE_FILE, Checkpoint, names_in
 from .formats import PLAIN, Format
 from .notes import Notes
+from .place import no_checkpoint
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def of_folder(folder: str | Path, notes: Notes | None = None) -> Folder:
         return _indexed(folder, Notes() if notes is None else notes)
     if (folder / SINGLE_FILE).is_file():
         return Folder((folder / SINGLE_FILE,))
-    raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there. Is this a checkpoint folder?")
+    if own := _consolidated(folder):
+        return Folder(own, found=False)
+    raise no_checkpoint(folder)
 
 
 def of_files(files: Iterable[str | Path], notes: Notes | None = None, needed: Container[str] = ()) -> Folder:
@@ -78,7 +81,14 @@ def of_files(files: Iterable[str | Path], notes: Notes | None = None, needed: Co
             more = {name: file for file in given if file not in found.files for name in names_in(file)}
             where = {**(found.where or {}), **more}
             return replace(found, files=(*found.files, *dict.fromkeys(more.values())), where=where)
+    if given and given[0] in (own := _consolidated(given[0].parent)):
+        return Folder(own, found=False)
     return Folder(given)
+
+
+def _consolidated(folder: Path) -> tuple[Path, ...]:
+    """Mistral's own files. They count where no others are, which hold the same weights."""
+    return tuple(sorted(folder.glob("consolidated*.safetensors")))
 
 
 def _indexed(folder: Path, notes: Notes, needed: Container[str] = ()) -> Folder:
@@ -195,6 +205,12 @@ def check_config_file(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError as error:
+        if (folder / "params.json").is_file():
+            raise CheckpointError(
+                f"{folder}: there is params.json, Mistral's own config, and no config.json, which transformers reads. Download "
+                f"config.json, and {SINGLE_FILE} or {INDEX_FILE} with its shards, from the same repository, or serve the folder "
+                "with vLLM, --load-format mistral --config-format mistral."
+            ) from error
         raise CheckpointError(f"{folder}: there is no config.json. Is this a checkpoint folder?") from error
     except ValueError as error:
         raise CheckpointError(f"{folder}: config.json is not valid JSON ({error}). Download the file again.") from error

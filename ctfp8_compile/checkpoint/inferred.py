@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from ..counted import such_as
 from ..errors import CheckpointError, SchemeError
 from . import formats
 from .files import FP8_DTYPE, Checkpoint, TensorInfo, input_scale_name, scale_name
+from .formats.comfyui import Layer
 from .resolve import by_shape
 
 #: How such files spell scales: as compressed-tensors, as `fp8` checkpoints, or the other way round.
@@ -31,10 +33,13 @@ def inferred(tensors: Checkpoint) -> Mapping[str, Any] | None:
     return infer(tensors) if any(beside) else None
 
 
-def infer(tensors: Checkpoint) -> Mapping[str, Any]:
-    """A config that covers every FP8 weight; a warning says what was found.
+def infer(tensors: Checkpoint, layers: Mapping[str, Layer] | None = None, said: bool = False) -> Mapping[str, Any]:
+    """A config that covers every FP8 weight. Unless the file `said` so itself, a warning says what was found.
 
     Activations are quantized where there is a static scale for them, and nowhere else: nothing says that they are.
+
+    Args:
+        layers: of a ComfyUI file, by module, what it says.
 
     Raises:
         SchemeError: a scale has a shape that says nothing.
@@ -43,12 +48,15 @@ def infer(tensors: Checkpoint) -> Mapping[str, Any]:
     for name, info in tensors.items():
         if info.dtype == FP8_DTYPE and (scale := tensors.get(scale_name(name))) is not None:
             words = _words(info, scale)
-            words["activation"] = "tensor" if input_scale_name(name) in tensors else "none"
+            layer = (layers or {}).get(name.removesuffix(".weight"), Layer())
+            static = "tensor" if input_scale_name(name) in tensors else "none"
+            words["activation"] = "none" if layer.full_precision else "mx" if layer.tiled else static
             groups[tuple(words.items())].append(name.removesuffix(".weight"))
     if not groups:
         raise SchemeError(
             "the state dict has no FP8 weight with a scale of its name beside it (weight_scale, scale_weight, "
-            "weight_scale_inv). Pass the quantization_config it was made with."
+            "weight_scale_inv). Pass the quantization_config it was made with; if its weights were cast to FP8 as they are, put "
+            "a weight_scale of torch.ones(()) beside each."
         )
     most = max(groups.values(), key=len)
     config: dict[str, Any] = {}
@@ -57,12 +65,14 @@ def infer(tensors: Checkpoint) -> Mapping[str, Any]:
         activation = words.pop("activation")
         targets = ["Linear"] if names is most else names
         config[f"group_{number}"] = formats.group(targets, formats.fp8_weights(**words), activation)
-    said = "; ".join(
-        f"{len(names)} weights, such as {names[0]}: " + ", ".join(f"{k} {v}" for k, v in key)
+    if said:
+        return formats.config_of_groups(config, [])
+    shapes = "; ".join(
+        f"{such_as(len(names), 'weight', names[0]).removesuffix(',')}: " + ", ".join(f"{k} {v}" for k, v in key)
         for key, names in groups.items()
     )
     warnings.warn(
-        f"no quantization_config was given; the shapes of scales say: {said}. Pass one if activations are to be quantized "
+        f"no quantization_config was given; the shapes of scales say: {shapes}. Pass one if activations are to be quantized "
         "in another way.",
         stacklevel=3,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,15 +33,18 @@ class Leftovers:
     unused: tuple[str, ...]
 
 
-def leftovers(tensors: Checkpoint, used: Collection[str], notes: Notes) -> Leftovers:
+def leftovers(
+    tensors: Checkpoint, used: Collection[str], notes: Notes, needed: Callable[[str], bool] = lambda name: False
+) -> Leftovers:
     """Finds them, and refuses those that say that the model computes something else.
 
     Args:
         used: names of the FP8 weights that are loaded, and of the scales they use.
         notes: what is superfluous is noted here.
+        needed: whether the model has a parameter that a tensor of this name goes to.
 
     Raises:
-        CheckpointError: leaving one out would change what the model computes.
+        CheckpointError: leaving one out would change what the model computes, or its weight is missing.
     """
     cache = tuple(name for name in tensors if _CACHE_SCALE.search(name))
     unused = []
@@ -50,6 +53,10 @@ def leftovers(tensors: Checkpoint, used: Collection[str], notes: Notes) -> Lefto
         if leaf not in _PARAMETERS:
             continue
         weight = tensors.get(f"{module}.weight")
+        if weight is None and needed(f"{module}.weight"):
+            raise CheckpointError(
+                f"{tensors[name]}: {module}.weight, which it belongs to, is not in the checkpoint. Download it again."
+            )
         if weight is None:
             notes.add("superfluous, there is no such weight", tensors[name].name)
         elif weight.dtype == FP8_DTYPE and weight.name not in used and f"{module}.weight" not in used:

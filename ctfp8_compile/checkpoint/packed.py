@@ -1,5 +1,5 @@
 """Weights of a mixed file that are not FP8 (INT8, packed INT4, NVFP4), or FP8 with zero points: compressed-tensors' own code
-decompresses them.
+dequantizes them.
 
 A file may quantize some layers to FP8 and others to another format. No kernel here reads the others; so that the whole model
 runs, they are made plain weights once, while loading. Their values are carried to the parameter as they are, like FP8 values,
@@ -19,6 +19,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 
+from ..counted import agreeing, such_as
 from ..errors import CheckpointError, SchemeError
 from .files import FP8_DTYPE, INTEGER_DTYPES, PACKED, SCALE_DTYPES, Checkpoint, TensorInfo, nbytes
 from .layout import Layout
@@ -62,7 +63,7 @@ class PackedWeight:
         """The last part of the packed tensor's name, in compressed-tensors' words."""
         return next(leaf for leaf, part in self.parts.items() if part == self.packed)
 
-    def decompress(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    def dequantize(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weight's values, from the tensors of `parts`.
 
         Raises:
@@ -73,11 +74,11 @@ class PackedWeight:
             value = compressor.decompress(dict(parts), self.scheme)["weight"]
         except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.packed}: cannot be decompressed as {self.format} ({error!r}). Download it again."
+                f"{self.packed}: cannot be dequantized as {self.format} ({error!r}). Download it again."
             ) from error
         if tuple(value.shape) != self.info.shape or not torch.isfinite(value).all():
             raise CheckpointError(
-                f"{self.packed}: decompressed as {self.format}, it has values that are not finite, or another shape than "
+                f"{self.packed}: dequantized as {self.format}, it has values that are not finite, or another shape than "
                 f"{list(self.info.shape)}. The file is damaged; quantize it again."
             )
         return value.to(dtype)
@@ -129,15 +130,17 @@ def seen_as_weights(tensors: Checkpoint, packed: Mapping[str, PackedWeight]) -> 
 
 
 def sentence(packed: Iterable[PackedWeight], dtype: torch.dtype) -> str:
-    """What decompressing costs: `6 weights are not FP8 (4-bit int, pack-quantized): …`."""
+    """What dequantizing costs: `6 weights are not FP8 (4-bit int, pack-quantized): …`."""
     weights = list(packed)
     kinds = sorted({weight.kind for weight in weights})
-    what = "are FP8 with zero points" if all(map(_is_fp8, weights)) else f"are not FP8 ({'; '.join(kinds)})"
+    what = "FP8 with zero points" if all(map(_is_fp8, weights)) else f"not FP8 ({'; '.join(kinds)})"
+    count = len(weights)
     values = sum(math.prod(weight.info.shape) for weight in weights) * dtype.itemsize
     stored = sum(nbytes(part) for weight in weights for part in weight.parts.values())
     return (
-        f"{len(weights)} weights, such as {weights[0].info.name}, {what}"
-        f": decompressed to {str(dtype).removeprefix('torch.')} by compressed-tensors, they take {values:,} bytes of memory "
+        f"{such_as(count, 'weight', weights[0].info.name)} {agreeing(count, 'is', 'are')} {what}"
+        f": dequantized to {str(dtype).removeprefix('torch.')} by compressed-tensors, {agreeing(count, 'it takes', 'they take')} "
+        f"{values:,} bytes of memory "
         f"where the file has {stored:,}"
     )
 
@@ -152,7 +155,7 @@ class PackedParameter:
 
     Attributes:
         layout: of its values, as the model's rows.
-        dtype: what it is decompressed to.
+        dtype: what it is dequantized to.
         weights: by name.
     """
 
@@ -203,7 +206,7 @@ class PackedParameter:
         for name, weight in self.weights.items():
             parts = {leaf: tensor.to(packed.device) for leaf, tensor in others[name].items()}
             parts[weight.leaf] = self.packed_layout.split_weight(packed, name)
-            value = weight.decompress(parts, self.dtype)
+            value = weight.dequantize(parts, self.dtype)
             for p in layout.placements:
                 if p.source == name:
                     rows[p.span] = value if p.index is None else value[p.index]
@@ -227,7 +230,7 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, leaf: str, read_
         names = BaseCompressor.get_value_from_registry(format_).compression_param_names(scheme)
     except (KeyError, NotImplementedError, StopIteration, ValueError) as error:
         raise SchemeError(
-            f"{packed}: group {group!r} says format={scheme.format!r}, which compressed-tensors cannot decompress."
+            f"{packed}: group {group!r} says format={scheme.format!r}, which compressed-tensors cannot dequantize."
         ) from error
     missing = [name for name in names if name.startswith("weight") and f"{module}.{name}" not in tensors]
     if leaf not in names or missing:

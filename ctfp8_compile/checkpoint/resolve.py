@@ -22,7 +22,7 @@ from .files import (
 )
 from .grid import Grid, as_matrix, squeezed
 from .notes import Notes
-from .scheme import Scheme, Schemes, UnlikeError, strategy_of
+from .scheme import MX_BLOCK, Scheme, Schemes, UnlikeError, strategy_of
 
 #: Blocks that files have whose config does not say: all rows and columns, one row, and squares.
 _SQUARES = (128, 64, 32, 256)
@@ -73,6 +73,10 @@ def resolve(tensors: Checkpoint, schemes: Schemes, name: str, notes: Notes) -> R
         if grid := _grid(weight, scale, scheme.block):
             if schemes.ignores(module):
                 notes.add(f"FP8, though quantization_config leaves it out; read by its group {group!r}", weight.name)
+            if scale.dtype == "U8" and not scheme.exponents and scheme.block != MX_BLOCK:
+                notes.add(
+                    "scales stored as bytes, which quantization_config does not say; read as powers of two", weight.name
+                )
             return _reading(tensors, name, grid, replace(scheme, exponents=scheme.exponents or exponents), notes)
         said = said or scheme
     if refused is not None:

@@ -22,11 +22,11 @@ from .scheme import Scheme
 
 @dataclass(frozen=True)
 class Cut:
-    """How one dimension is divided: into `groups` equal runs of indices, and each run over the ranks, as `torch.chunk` does.
+    """How one dimension is divided: into `groups` equal slices of indices, and each slice over the ranks, as `torch.chunk` does.
 
     Attributes:
         dim: counted from the front.
-        groups: 2 for gate and up in one parameter, of which each rank has a piece of both.
+        groups: 2 for gate and up in one parameter, of which each rank has a slice of both.
     """
 
     dim: int
@@ -40,8 +40,8 @@ class Cut:
         found = []
         for first in range(0, size, group):
             length = min(group, size - first)
-            piece = -(-length // self.ranks)
-            start, stop = (min(length, n * piece) for n in (self.rank, self.rank + 1))
+            share = -(-length // self.ranks)
+            start, stop = (min(length, n * share) for n in (self.rank, self.rank + 1))
             if start < stop:
                 found.append((first + start, first + stop))
         return found

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..counted import counted
 from ..errors import CheckpointError
 from .tensor_info import TensorInfo
 from .view import View
@@ -47,7 +48,8 @@ def _parts(tensors: Mapping[str, TensorInfo], found: re.Match[str], info: Tensor
     number = next(n for n in range(len(tensors)) if f"{experts}.{n}.{leaves[0]}.weight" not in tensors)
     if info.shape[:1] != (number,):
         raise CheckpointError(
-            f"{info}: the scales of {number} experts are stacked as [{number}, …] where they are not stored one by one. "
+            f"{info}: the scales of {counted(number, 'expert')} are stacked as [{number}, …] where they are not "
+            "stored one by one. "
             "Quantize the checkpoint again."
         )
     out = {}

@@ -236,19 +236,23 @@ def read_matrix(tensors: Checkpoint, transform: Transform, matrix: Matrix) -> tu
         CheckpointError: NaN or infinite values, a Hadamard matrix that is not orthogonal, no permutation.
     """
     weight = tensors.read_stored(tensors[matrix.name])
-    if not torch.isfinite(weight).all():
-        raise CheckpointError(f"{tensors[matrix.name]}: holds NaN or infinite values. Download the file again.")
-    if transform.type in HADAMARD and not _is_orthogonal(weight, matrix.scale):
-        raise CheckpointError(
-            f"{tensors[matrix.name]}: not orthogonal, so not the Hadamard matrix that transform {transform} is said to be. "
-            "Download the file again, or quantize the model again."
-        )
+    if (said := fault(weight, transform, matrix)) is not None:
+        raise CheckpointError(f"{tensors[matrix.name]}: {said}. Download the file again, or quantize the model again.")
     if not matrix.perm:
         return weight, None
     perm = tensors.read_stored(tensors[matrix.perm])
     if not torch.equal(perm.sort().values, torch.arange(len(perm))):
         raise CheckpointError(f"{tensors[matrix.perm]}: not a permutation. Download the file again.")
     return weight, perm
+
+
+def fault(weight: Tensor, transform: Transform, matrix: Matrix) -> str | None:
+    """Why values cannot be a transform's matrix; None where they can."""
+    if not torch.isfinite(weight).all():
+        return "holds NaN or infinite values"
+    if transform.type in HADAMARD and not _is_orthogonal(weight, matrix.scale):
+        return f"not orthogonal, so not the Hadamard matrix that transform {transform} is said to be"
+    return None
 
 
 def _is_orthogonal(weight: Tensor, scale: float) -> bool:

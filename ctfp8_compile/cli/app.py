@@ -22,6 +22,7 @@ from rich.table import Table
 from .. import __version__
 from ..errors import Ctfp8Error, UsageError
 from ..paused_gc import paused_gc
+from .alone import PassesAlone
 from .terminal import err, escape, out, size
 
 app = typer.Typer(
@@ -79,7 +80,7 @@ def main(
     atexit.register(gc.freeze)  # else Python looks for garbage in all that torch made before it ends: for 0.7 s
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
+def _command(function: Callable[..., None], **options: Any) -> Callable[..., None]:
     """Turns errors into a line or two on stderr and exit code 1; `--debug` lets them through."""
 
     @functools.wraps(function)
@@ -105,7 +106,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
                     _print(error)
                 raise typer.Exit(1) from None
 
-    return app.command()(command)
+    return app.command(**options)(command)
 
 
 def _print(error: Exception) -> None:
@@ -130,9 +131,11 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     inspect(checkpoint, as_json)
 
 
-@_command
+@functools.partial(_command, cls=PassesAlone)
 def explain(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="A checkpoint folder, or a hub id; --passes needs none.", metavar="CKPT")
+    ] = None,
     target: Target = None,
     cache: Annotated[
         int | None,
@@ -142,12 +145,28 @@ def explain(
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Also the weights; layers alike share a line.")
     ] = False,
+    passes: Annotated[
+        str | None,
+        typer.Option(help="Also run the passes, or only those named: match,rewrite,decompose; print what each did."),
+    ] = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="With --passes: the graph after each.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What becomes of the FP8 weights on a target, and why some stay dequantized. Nothing is compiled or run.
 
-    [dim]ctfp8 explain examples/models/moe --target cuda:sm90 --html moe.html[/]
+    [dim]ctfp8 explain examples/models/moe --target cuda:sm90 --html moe.html
+    ctfp8 explain examples/models/moe --target cuda:sm90 --passes[/]
     """
+    if passes is not None and not as_json:
+        from .passes import print_line
+
+        print_line(passes)
+    if graphs and passes is None:
+        raise UsageError("--graphs shows the graph after each pass; give --passes, too.")
+    if checkpoint is None:
+        if passes is None or graphs:
+            raise typer.BadParameter("Missing argument 'CKPT'; without one, --passes prints the pipeline and no more.")
+        return
     import torch
 
     from .. import StaticCacheDecoder
@@ -164,10 +183,14 @@ def explain(
         model, kwargs = StaticCacheDecoder(model, 1, cache), {}
         args = (args[0][:, :1], torch.tensor(0))
     with err().status("tracing …"):
-        report = explain_model(model, args, kwargs, target)
+        report = explain_model(model, args, kwargs, target, passes=passes, graphs=graphs)
     if html is not None:
         report.to_html(html)
         err().print(f"wrote {html}")
+    if passes is not None and not as_json:
+        from .passes import print_passes
+
+        print_passes(report.passes)
     print(json.dumps(report.to_dict()) if as_json else report if verbose else report.summary())
 
 
@@ -291,7 +314,7 @@ def bench(
     tp: Spread = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prefill and decode speed and weight memory, against the same model decompressed to bf16, in turn in one process.
+    """Prefill and decode speed and weight memory, against the same model dequantized to bf16, in turn in one process.
 
     [dim]ctfp8 bench examples/models/llama --plot llama.svg
     ctfp8 bench examples/models/llama --context 400[/]

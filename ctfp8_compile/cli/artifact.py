@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..aot.load import load
+from ..counted import agreeing, counted
 from ..errors import ArtifactError, CheckpointError, UsageError
 from .steps import Steps, Text, ends_of
 
@@ -66,7 +67,8 @@ def of_artifact(path: Path, tokenizer: str | None, prompt: str, max_new_tokens: 
     room = manifest.ranges.get(str(manifest.inputs[0].shape[-1]), (0, None))[1]
     if room is not None and ids.shape[1] + max_new_tokens > room:
         raise UsageError(
-            f"{path} has room for {room} tokens; the prompt has {ids.shape[1]}, and {max_new_tokens} new ones are more. Give a "
+            f"{path} has room for {counted(room, 'token')}; the prompt has {ids.shape[1]}, and "
+            f"{counted(max_new_tokens, 'new one')} {agreeing(max_new_tokens, 'is', 'are')} more. Give a "
             "smaller --max-new-tokens, or export it again with a larger --cache."
         )
     return Text(prompt, ArtifactDecoder(artifact), ids, _decode(tokens), _ends(folder))

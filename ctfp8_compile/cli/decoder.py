@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from ..errors import UsageError
 from ..hf.compat import cache_argument
 from ..hf.fp8_cache import CacheDtype
@@ -83,7 +84,8 @@ def of_checkpoint(
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and length > positions:
         err().print(
-            f"warning: {ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the {positions} positions "
+            f"warning: {counted(ids.shape[1], 'token')} of prompt and {counted(max_new_tokens, 'new one')} are more "
+            f"than the {counted(positions, 'position')} "
             "this model was made for; text beyond them may make no sense."
         )
     room = 1 << (length - 1).bit_length()  # so that Inductor's cache of compiled code serves many lengths

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..counted import counted
 from .steps import Text
 from .terminal import err
 
@@ -42,7 +43,7 @@ def generate(text: Text, max_new_tokens: int, temperature: float, seed: int, as_
     said = (
         "" if drafts is None else f", {drafts.tokens_per_step:.2f} a step, {drafts.acceptance:.0%} of drafts accepted"
     )
-    err().print(f"prompt: {length} tokens in {prefill * 1e3:.0f} ms; then {per_second:.1f} tokens/s{said}")
+    err().print(f"prompt: {counted(length, 'token')} in {prefill * 1e3:.0f} ms; then {per_second:.1f} tokens/s{said}")
 
 
 def _counted(drafts: Any) -> dict[str, float]:

@@ -10,25 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils import disable_progress_bars
 
+from ..checkpoint.place import near
 from ..errors import CheckpointError
 
 _CONFIGS = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
-
-
-def is_folder(checkpoint: str) -> bool:
-    """Whether it is a folder; otherwise it is a hub id, which is `owner/name`.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    if Path(checkpoint).is_dir():
-        return True
-    if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/")):
-        raise CheckpointError(f"{checkpoint}: no such folder, and not a hub id, which is owner/name.")
-    return False
 
 
 @contextlib.contextmanager
@@ -48,10 +35,10 @@ def headers(repository: str) -> Iterator[Path]:
             for name in _CONFIGS:
                 if api.file_exists(repository, name):
                     shutil.copy(api.hf_hub_download(repository, name), Path(folder, name))
-        except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError) as error:
+        except Exception as error:  # of the hub, or of the HTTP library it happens to use, which has classes of its own
             raise CheckpointError(
-                f"{repository}: no such folder, and the hub does not give its headers ({str(error).strip().splitlines()[0]}). "
-                "Is the id right? A private or gated repository needs `hf auth login`."
+                f"{repository}: no such folder, and the hub does not give its headers ({_first_line(error)}). "
+                f"Is the id right? A private or gated repository needs `hf auth login`.{near(Path(repository))}"
             ) from error
         for name, metadata in found.files_metadata.items():
             tensors = {
@@ -64,3 +51,7 @@ def headers(repository: str) -> Iterator[Path]:
                 file.write(len(text).to_bytes(8, "little") + text)
                 file.truncate(8 + len(text) + end)
         yield Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

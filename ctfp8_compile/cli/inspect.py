@@ -9,7 +9,9 @@ from pathlib import Path
 from rich.table import Table
 
 from ..checkpoint.contents import Contents, look
-from .headers import headers, is_folder
+from ..checkpoint.place import is_folder
+from ..counted import counted
+from .headers import headers
 from .terminal import escape, out, size
 
 
@@ -26,8 +28,7 @@ def inspect(checkpoint: str, as_json: bool) -> None:
 def _print(found: Contents) -> None:
     console = out()
     format = f"{found.format}: " if found.format else ""
-    files = f"{found.files} file{'s' * (found.files != 1)}"
-    console.print(f"[bold]{escape(found.model)}[/], {files}; {format}{escape(found.schemes)}")
+    console.print(f"[bold]{escape(found.model)}[/], {counted(found.files, 'file')}; {format}{escape(found.schemes)}")
     for transform in found.transforms:
         console.print(f"transform {escape(transform)}")
     table = Table(box=None, header_style="dim", pad_edge=False)

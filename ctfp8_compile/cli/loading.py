@@ -13,9 +13,11 @@ from huggingface_hub.utils import disable_progress_bars
 from transformers.distributed import DistributedConfig
 
 from .. import from_pretrained
+from ..checkpoint.folder import of_folder
 from ..checkpoint.packed import sentence
+from ..checkpoint.place import is_folder
+from ..counted import counted
 from ..errors import CheckpointError, TargetError, UsageError
-from .headers import is_folder
 from .terminal import err, escape
 
 CPU = torch.device("cpu")
@@ -39,10 +41,11 @@ def device_of(wanted: str | None) -> torch.device:
         raise UsageError(f"--device {wanted}: not a device. Write cpu, cuda, cuda:1 or xpu.") from None
     if device.type != "cpu":
         backend = getattr(torch, device.type)
+        kind = f"{device.type.upper()} device"
         count = backend.device_count() if backend.is_available() else 0
         if (device.index or 0) >= count:
             raise TargetError(
-                f"--device {wanted}: this machine has {count or 'no'} {device.type.upper()} device{'s' * (count > 1)}. Leave "
+                f"--device {wanted}: this machine has {counted(count, kind) if count else f'no {kind}'}. Leave "
                 "it out to run where this machine can."
             )
     return device
@@ -65,7 +68,8 @@ def load(checkpoint: str, debug: bool = False, tp: bool = False, device: torch.d
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
         disable_progress_bars()
-    is_folder(checkpoint)
+    if is_folder(checkpoint):
+        of_folder(checkpoint)  # before transformers asks for a config
     config = transformers.AutoConfig.from_pretrained(checkpoint)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     place: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=ranks)} if tp else {}

@@ -1,7 +1,8 @@
 """ATen graphs: building nodes, tracing weights back to their markers, printing."""
 
 from .nodes import arguments, before, call, fake_value, sizes, value
-from .text import format_graph, op_name
+from .same import same_kind, same_strides
+from .text import format_graph, format_value, op_name
 from .weight import (
     CACHED,
     MARKER,
@@ -26,6 +27,7 @@ __all__ = [
     "call",
     "fake_value",
     "format_graph",
+    "format_value",
     "is_marker",
     "is_plumbing",
     "is_traced_marker",
@@ -35,6 +37,8 @@ __all__ = [
     "name_markers",
     "op_name",
     "parameter_name",
+    "same_kind",
+    "same_strides",
     "sizes",
     "trace_weight",
     "value",

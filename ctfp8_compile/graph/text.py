@@ -8,9 +8,12 @@ import torch
 from torch import fx
 
 from ..compat import OpOverload
-from .nodes import value
 
 aten = torch.ops.aten
+_SHORT = {
+    torch.bfloat16: "bf16", torch.float32: "f32", torch.float16: "f16", torch.float8_e4m3fn: "f8e4m3", torch.int64: "i64",
+    torch.int32: "i32", torch.bool: "b1",
+}  # fmt: skip
 
 
 def format_graph(graph: fx.Graph) -> str:
@@ -18,8 +21,6 @@ def format_graph(graph: fx.Graph) -> str:
 
     Assertions that export adds about metadata are left out.
     """
-    short = {torch.bfloat16: "bf16", torch.float32: "f32", torch.float16: "f16", torch.float8_e4m3fn: "f8e4m3",
-             torch.int64: "i64", torch.int32: "i32", torch.bool: "b1"}  # fmt: skip
     names: dict[fx.Node, str] = {}
     lines = []
 
@@ -30,13 +31,6 @@ def format_graph(graph: fx.Graph) -> str:
             return "[" + ", ".join(show(a) for a in arg) + "]"
         return str(arg).removeprefix("torch.")
 
-    def describe(v: Any) -> str:
-        if isinstance(v, torch.Tensor):
-            return f"{short.get(v.dtype, str(v.dtype))}[{', '.join(str(s) for s in v.shape)}]"
-        if isinstance(v, (list, tuple)):
-            return "(" + ", ".join(describe(x) for x in v) + ")"
-        return "" if v is None else str(v)
-
     for node in graph.nodes:
         if node.op == "output":
             lines.append(f"return {show(node.args[0])}")
@@ -45,11 +39,34 @@ def format_graph(graph: fx.Graph) -> str:
             continue
         names[node] = f"%{len(names)}"
         if node.op in ("placeholder", "get_attr"):
-            lines.append(f"{names[node]} = {node.op} : {describe(value(node))}")
+            lines.append(f"{names[node]} = {node.op} : {_described(_value(node))}")
             continue
         parts = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items()]
-        lines.append(f"{names[node]} = {op_name(node)}({', '.join(parts)}) : {describe(value(node))}")
+        lines.append(f"{names[node]} = {op_name(node)}({', '.join(parts)}) : {_described(_value(node))}")
     return "\n".join(lines)
+
+
+def format_value(value: Any) -> str:
+    """`bf16[2, 8] strides [8, 1] on cpu`: all that a graph knows of a value."""
+    if isinstance(value, torch.Tensor):
+        strides = ", ".join(map(str, value.stride()))
+        return f"{_described(value)} strides [{strides}] on {value.device}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(map(format_value, value)) + ")"
+    return str(value)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{_SHORT.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(map(_described, value)) + ")"
+    return "" if value is None else str(value)
+
+
+def _value(node: fx.Node) -> Any:
+    """In any tracer's graph."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def op_name(node: fx.Node) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..checkpoint.files import Checkpoint, TensorInfo, decode_scale
 from ..checkpoint.scheme import is_fp8, word
+from ..counted import counted
 from ..errors import CheckpointError
 
 _NAME = re.compile(
@@ -93,7 +94,7 @@ def read_cache_scales(
 
 def cache_sentence(cache: CacheScales, names: Collection[str]) -> str:
     """What to say of the cache when a checkpoint is loaded; empty where it says nothing of one."""
-    scales = f" ({len(names)} scales in the file, such as {next(iter(names))})" if names else ""
+    scales = f" ({counted(len(names), 'scale')} in the file, such as {next(iter(names))})" if names else ""
     if cache.instead:
         return (
             f"the checkpoint was calibrated for a key-value cache of {cache.instead} values{scales}, which there is not here: "
@@ -153,7 +154,8 @@ def _bias(tensors: Checkpoint, name: str, heads: int | None) -> Tensor:
 def _check_heads(info: TensorInfo, found: int, heads: int | None) -> None:
     if found != 1 and heads is not None and found != heads:
         raise CheckpointError(
-            f"{info}: a key-value cache has one scale, or one for each of the layer's {heads} heads, not {found}. Quantize the "
+            f"{info}: a key-value cache has one scale, or one for each of the layer's {counted(heads, 'head')}, not "
+            f"{found}. Quantize the "
             "checkpoint again."
         )
 

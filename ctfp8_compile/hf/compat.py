@@ -14,6 +14,10 @@ PRIVATE = {
     "HfQuantizer": ("transformers.quantizers.base.HfQuantizer", "5.23 5.24"),
     "register_quantization_config": ("transformers.quantizers.auto.register_quantization_config", "5.23 5.24"),
     "register_quantizer": ("transformers.quantizers.auto.register_quantizer", "5.23 5.24"),
+    "get_checkpoint_conversion_mapping": (
+        "transformers.conversion_mapping.get_checkpoint_conversion_mapping",
+        "5.23 5.24",
+    ),
     "get_model_conversion_mapping": ("transformers.conversion_mapping.get_model_conversion_mapping", "5.23 5.24"),
     "Concatenate": ("transformers.core_model_loading.Concatenate", "5.23 5.24"),
     "ConversionOps": ("transformers.core_model_loading.ConversionOps", "5.23 5.24"),
@@ -29,6 +33,7 @@ PRIVATE = {
     "remove_tied_weights_from_state_dict": (
         "transformers.modeling_utils.remove_tied_weights_from_state_dict", "5.23 5.24"
     ),
+    "load_offloaded_parameter": ("transformers.integrations.accelerate.load_offloaded_parameter", "5.23 5.24"),
     "ALL_ATTENTION_FUNCTIONS": ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS", "5.23 5.24"),
     "ALL_MASK_ATTENTION_FUNCTIONS": ("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS", "5.23 5.24"),
     "cached_file": ("transformers.utils.hub.cached_file", "5.23 5.24"),

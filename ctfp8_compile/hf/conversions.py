@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,19 +34,48 @@ from .compat import (
 )
 from .parallel import local_layout
 
-Arrivals = Mapping[str, list[tuple[str, str | None]]]
-"""By parameter or buffer of a model, the tensors of a checkpoint that go to it, and the pattern of a conversion that says so."""
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Where the tensors of a checkpoint go in a model.
+
+    Attributes:
+        by_target: by parameter or buffer, the tensors it comes from, each with the pattern of its converter; None: it is only
+            renamed. Of several targets of one converter the first.
+        converters: by pattern.
+    """
+
+    by_target: Mapping[str, list[tuple[str, str | None]]]
+    converters: Mapping[str, WeightConverter]
+
+    def targets_of(self, first: str) -> tuple[str, ...]:
+        """All parameters that its converter makes of the tensors of one of `by_target`."""
+        pattern = self.by_target[first][0][1]
+        if pattern is None:
+            return (first,)
+        patterns = self.converters[pattern].target_patterns
+        return tuple(first.replace(patterns[0], p) for p in patterns)
+
+    def targets(self) -> Iterator[str]:
+        for first in self.by_target:
+            yield from self.targets_of(first)
 
 
 def arrivals(
-    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], known: list[WeightTransform] | None = None
+    model: Any,
+    tensors: ckpt.Checkpoint,
+    declared: Mapping[str, Tensor],
+    more: Iterable[WeightRenaming] = (),
+    known: list[WeightTransform] | None = None,
 ) -> Arrivals:
     """Where the tensors of a checkpoint go.
 
     Args:
-        known: the conversions of the model; default: those that transformers has for it.
+        more: renamings beside transformers' own.
+        known: the conversions; default: those that transformers has for the model.
     """
     renamings, converters = _conversions(model, known)
+    renamings = [*renamings, *more]
     found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
@@ -53,10 +83,12 @@ def arrivals(
             target, pattern = name, None
         if target in declared:
             found[target].append((name, pattern))
-    return found
+    return Arrivals(found, {pattern: c for c in converters for pattern in c.source_patterns})
 
 
-def _conversions(model: Any, known: list[WeightTransform] | None) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+def _conversions(
+    model: Any, known: list[WeightTransform] | None = None
+) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     conversions = get_model_conversion_mapping(model) if known is None else [*known]
     conversions += per_expert_conversions(model, conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -64,18 +96,14 @@ def _conversions(model: Any, known: list[WeightTransform] | None) -> tuple[list[
 
 
 def layouts(
-    model: Any,
-    tensors: ckpt.Checkpoint,
-    declared: Mapping[str, Tensor],
-    arrived: Arrivals,
-    known: list[WeightTransform] | None = None,
+    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], arrived: Arrivals
 ) -> dict[str, Layout]:
     """For each parameter of the model that the checkpoint holds in FP8, or packed, or of which it does so in part: what its
-    rows come from. `known` as for `arrivals`."""
-    by_pattern = converters_by_pattern(model, known)
+    rows come from."""
+    by_pattern = arrived.converters
     found: dict[str, Layout] = {}
     traced: dict[Any, dict[str, Layout]] = {}
-    for target, sources in arrived.items():
+    for target, sources in arrived.by_target.items():
         if declared[target].is_floating_point():
             for name, _ in sources:
                 ckpt.check_weight(tensors[name])
@@ -86,7 +114,7 @@ def layouts(
         if not any(kinds):
             if pattern is not None:  # transformers' own error would name nothing
                 empty = {name: torch.empty(tensors[name].shape, device="meta") for name, _ in sources}
-                convert(model, by_pattern[pattern], target, sources, tensors, empty)
+                convert_sources(model, by_pattern[pattern], target, sources, tensors, empty)
             continue
         if pattern is None:
             info = tensors[sources[0][0]]
@@ -101,12 +129,6 @@ def layouts(
     return found
 
 
-def converters_by_pattern(model: Any, known: list[WeightTransform] | None = None) -> dict[str, WeightConverter]:
-    """By each pattern of tensors of a file that it takes, the conversion. `known` as for `arrivals`."""
-    _, converters = _conversions(model, known)
-    return {pattern: c for c in converters for pattern in c.source_patterns}
-
-
 def modules(model: Any, arrived: Arrivals) -> list[tuple[str, str]]:
     """The model's modules that the checkpoint has, in the model's order: the model's name of each, and the checkpoint's.
 
@@ -114,7 +136,9 @@ def modules(model: Any, arrived: Arrivals) -> list[tuple[str, str]]:
     module.
     """
     found: dict[str, str] = {}
-    for target, name in ((target, name) for target, sources in arrived.items() for name, p in sources if p is None):
+    for target, name in (
+        (target, name) for target, sources in arrived.by_target.items() for name, p in sources if p is None
+    ):
         ours, theirs = target.split("."), name.split(".")
         while ours and theirs and ours[-1] == theirs[-1]:
             del ours[-1], theirs[-1]
@@ -125,29 +149,40 @@ def modules(model: Any, arrived: Arrivals) -> list[tuple[str, str]]:
 
 def merged(arrived: Arrivals) -> list[str]:
     """The checkpoint's tensors that become a part of a parameter, such as each expert's."""
-    return [name for sources in arrived.values() for name, pattern in sources if pattern is not None]
+    return [name for sources in arrived.by_target.values() for name, pattern in sources if pattern is not None]
 
 
-def check_absent(model: Any, absent: Mapping[str, str], declared: Mapping[str, Tensor]) -> None:
+def takes(model: Any, declared: Mapping[str, Tensor], more: Iterable[WeightRenaming] = ()) -> Callable[[str], bool]:
+    """A function that says whether the model makes a parameter, or a part of one, of a tensor of this name in a checkpoint.
+
+    Args:
+        more: renamings beside transformers' own.
+    """
+    renamings, converters = _conversions(model)
+    renamings = [*renamings, *more]
+
+    def taken(name: str) -> bool:
+        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
+        return target in declared or name in declared
+
+    return taken
+
+
+def check_absent(absent: Mapping[str, str], taken: Callable[[str], bool]) -> None:
     """Refuses a checkpoint of which files are missing that the model needs.
 
     Args:
         absent: by name, tensors that an index says are in a file that is not there, and that file.
+        taken: whether the model makes something of a name.
 
     Raises:
         CheckpointError: one of them is a parameter of the model, or a part of one.
     """
-    conversions = get_model_conversion_mapping(model) if absent else []
-    conversions += per_expert_conversions(model, conversions)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    for name, shard in absent.items():
-        target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, declared)
-        if target in declared or name in declared:
-            raise CheckpointError(
-                f"{ckpt.INDEX_FILE} names the shard {shard}, which is missing, and the model needs {name} of it. Download it "
-                "again."
-            )
+    for name in filter(taken, absent):
+        raise CheckpointError(
+            f"{ckpt.INDEX_FILE} names the shard {absent[name]}, which is missing, and the model needs {name} of it. Download it "
+            "again."
+        )
 
 
 def turning(layouts: Mapping[str, Layout], mixed: Mapping[str, Any]) -> list[WeightConverter]:
@@ -285,15 +320,15 @@ def _trace_converter(
         first = traced[key]
         return {n: _renamed(layout, order) for n, layout in zip(wanted, first.values(), strict=True)}
 
-    def of_rows(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return convert(model, converter, target, sources, tensors, numbers)
+    def convert(numbers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return convert_sources(model, converter, target, sources, tensors, numbers)
 
-    result = trace(shapes, wanted, of_rows)
+    result = trace(shapes, wanted, convert)
     traced[key] = {name: result[name] for name in wanted}
     return traced[key]
 
 
-def convert(
+def convert_sources(
     model: Any,
     converter: WeightConverter,
     target: str,

@@ -11,26 +11,28 @@ from transformers import AutoModelForCausalLM
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, of_folder
-from ..checkpoint.formats import write_side_file
 from ..checkpoint.layout import identity
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import is_shifted
+from ..checkpoint.place import is_folder
 from ..checkpoint.scheme import Schemes
 from ..errors import CheckpointError, UsageError
 from ..inductor import recipe
 from ..model.freeze import dequantize_, freeze
 from ..model.parametrization import attach
 from ..model.plan import plan, read_scales
-from ..model.ranks import is_first, together
+from ..model.ranks import together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
-from . import drafts, mtp
+from . import consolidated, drafts, mtp
 from .configs import private_config, settle_dtype
-from .parallel import is_distributed, take_config
+from .origin import of_stock
+from .parallel import take_config
 from .quantizer import Config, Quantizer
 from .rotated_attention import unrotate_attention
+from .saving import SavesAsRead
 
 
 @paused_gc()
@@ -54,7 +56,7 @@ def from_pretrained(
         in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
         strict: refuse what is otherwise loaded with a warning: weights in other formats than FP8 (INT8, packed INT4, NVFP4),
-            which compressed-tensors' own code decompresses; parameters whose parts are stored in different ways, which become
+            which compressed-tensors' own code dequantizes; parameters whose parts are stored in different ways, which become
             `dtype`; files that their quantization_config or their index do not fit, which are read as they are.
         compile: also do what `ctfp8.compile(model)` does, with a dict of its arguments if one is given.
         **transformers_kwargs: as for `auto_class.from_pretrained`: `dtype`, `device_map`, `attn_implementation`, ….
@@ -74,11 +76,12 @@ def from_pretrained(
     with together(distributed is not None):
         folder = Path(path_or_id)
         files = None
-        if folder.is_dir() and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
+        if is_folder(path_or_id) and "variant" not in transformers_kwargs and "subfolder" not in transformers_kwargs:
             files = of_folder(folder)
             files.open()
-        config, holders = private_config(path_or_id, transformers_kwargs, strict, files)
-        settle_dtype(config, files, transformers_kwargs)
+        config, holders = private_config(path_or_id, transformers_kwargs, strict, files, auto_class)
+        consolidated.check(path_or_id, files, config)
+        settle_dtype(path_or_id, config, files, transformers_kwargs)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
             config.transformers_weights = files.files[0].name
     if distributed is not None:
@@ -95,8 +98,8 @@ def from_pretrained(
     if files is not None and not files.found:
         del model.config.transformers_weights
     holders.put_back(model.config)
-    model.hf_quantizer.side_file = holders.side_file
-    freeze(model)
+    model.hf_quantizer.holders = holders
+    freeze(model, SavesAsRead)
     mtp.remember(model, dequantize)
     drafts.watch(model)
     if in_memory:
@@ -114,37 +117,30 @@ def from_pretrained(
 def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) -> None:
     """Writes the model as the checkpoint it came from: its config, and names, shapes, dtypes and bits of its tensors.
 
-    `model.save_pretrained(folder)` does the same, but for ModelOpt's `hf_quant_config.json`: it becomes part of `config.json`.
-    Tensors that the model's class does not build, such as layers for multi-token prediction, are taken from where it was loaded.
-    Of a mixed file, weights in other formats than FP8 are read again from where the model was loaded.
+    `model.save_pretrained(folder)` does the same. What the model does not hold, such as layers for multi-token prediction, is
+    copied from the files it was loaded from; what was changed in it is saved as it is, in the dtype of its file if that holds it.
 
     Args:
         model: loaded by `from_pretrained` or prepared by `prepare`.
         **transformers_kwargs: as for `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        UsageError: the files are gone, or have changed, and hold what the model does not; the model holds an adapter.
     """
-    with together(is_distributed(model)):
-        source = getattr(model.config, "_name_or_path", "")
-        if source and Path(folder).resolve() == Path(source).resolve():
-            raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
-        if Path(folder).is_file():
-            raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
-        model.save_pretrained(folder, **transformers_kwargs)
-        side_file = getattr(getattr(model, "hf_quantizer", None), "side_file", None)
-        if side_file is not None and (not is_distributed(model) or is_first()):
-            write_side_file(Path(folder), *side_file)
+    model.save_pretrained(folder, **transformers_kwargs)
 
 
 def prepare(model: Any) -> Any:
     """Takes over a model that transformers loaded from a compressed-tensors FP8 checkpoint and that has not run yet.
 
-    transformers keeps the FP8 weights of Linears until the first forward pass; this replaces that decompression by our
+    transformers keeps the FP8 weights of Linears until the first forward pass; this replaces that dequantization by our
     parametrization, in place.
 
     Returns:
         `model`, as `from_pretrained` would have returned it.
 
     Raises:
-        UsageError: the weights were already decompressed (by a forward pass, or, for MoE experts, while loading).
+        UsageError: the weights were already dequantized (by a forward pass, or, for MoE experts, while loading).
         CheckpointError: a scale is missing or not usable.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -153,7 +149,7 @@ def prepare(model: Any) -> Any:
     quantizer = Quantizer(Config(config if isinstance(config, dict) else config.to_dict()))
     if (format := quantizer.schemes.format.name) != "compressed-tensors":
         raise UsageError(
-            f"transformers loads {format!r} checkpoints into modules of its own, or decompresses them. Load this one with "
+            f"transformers loads {format!r} checkpoints into modules of its own, or dequantizes them. Load this one with "
             "ctfp8.from_pretrained, which keeps the model's modules and its FP8 weights."
         )
     if quantizer.transforms:
@@ -164,13 +160,13 @@ def prepare(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("weight_packed") or (name.endswith(".weight") and not parameter.is_floating_point()):
             raise UsageError(
-                f"{name} is in another format than FP8, which only loading decompresses. Load the checkpoint with "
+                f"{name} is in another format than FP8, which only loading dequantizes. Load the checkpoint with "
                 "ctfp8.from_pretrained."
             )
     weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
     quantizer.schemes.embeddings |= {name for name, module in fp8.items() if isinstance(module, nn.Embedding)}
-    _refuse_decompressed(model, quantizer.schemes, fp8)
+    _refuse_dequantized(model, quantizer.schemes, fp8)
     found = []
     notes = Notes()
     for name, module in fp8.items():
@@ -196,16 +192,17 @@ def prepare(model: Any) -> Any:
         attach(module, "weight", info, weight_scale, input_scale)
     for key, hook in list(model._forward_pre_hooks.items()):
         if getattr(hook, "__module__", "").startswith("compressed_tensors"):
-            del model._forward_pre_hooks[key]  # it would decompress the weights on the first forward
+            del model._forward_pre_hooks[key]  # it would dequantize the weights on the first forward
     model.hf_quantizer = quantizer
     quantizer.take_over_saving(model)
-    freeze(model)
+    quantizer.origin = of_stock(model, quantizer.schemes.format)
+    freeze(model, SavesAsRead)
     mtp.remember(model, plain=False)
     drafts.watch(model)
     return model
 
 
-def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]) -> None:
+def _refuse_dequantized(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]) -> None:
     """Raises if a weight that the config says is FP8 is not FP8 any more."""
     for name, parameter in model.named_parameters():
         module = name.rpartition(".")[0]
@@ -213,7 +210,7 @@ def _refuse_decompressed(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]
         linear = isinstance(model.get_submodule(module), nn.Linear) and name.endswith(".weight") and not fp8
         if parameter.dtype != FP8 and (expert or (linear and schemes.group(module) is not None)):
             raise UsageError(
-                f"{name} was quantized in the checkpoint, but transformers has decompressed it to {parameter.dtype} "
+                f"{name} was quantized in the checkpoint, but transformers has dequantized it to {parameter.dtype} "
                 f"({'it does so with experts while loading' if expert else 'on the first forward pass'}). "
                 "Load the checkpoint with ctfp8.from_pretrained, which keeps it in FP8."
             )

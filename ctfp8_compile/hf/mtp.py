@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.folder import of_files
 from ..checkpoint.leftovers import leftovers, used_names
 from ..checkpoint.mtp import mtp_names
 from ..checkpoint.notes import Notes
@@ -35,7 +33,7 @@ from ..model.plan import QuantizedParameter, plan, read_scales
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from . import compat
-from .conversions import Arrivals, arrivals, convert, converters_by_pattern, layouts
+from .conversions import Arrivals, arrivals, convert_sources, layouts
 from .embeddings import embedding_names
 from .quantizer import Quantizer
 
@@ -65,7 +63,7 @@ def remember(model: Any, plain: bool) -> None:
     """Notes where the MTP layers of a model that was just loaded are, if there are any, or its class builds some."""
     config = model.config.get_text_config(decoder=True)
     quantizer = model.hf_quantizer
-    if getattr(config, "num_mtp_layers", None) or mtp_names(quantizer.source.tensors):
+    if getattr(config, "num_mtp_layers", None) or _stored(quantizer):
         vars(model)["_ctfp8_mtp"] = MtpSource(quantizer, plain)  # not a module's child: not of its parameters
         with contextlib.suppress(UsageError):  # before 5.24 there is none
             _take_over(compat.MtpModel)
@@ -76,12 +74,17 @@ def source_of(model: Any) -> MtpSource | None:
     return vars(model).get("_ctfp8_mtp")
 
 
+def _stored(quantizer: Quantizer) -> set[str]:
+    """Our names of the tensors of MTP layers in the files."""
+    return set() if quantizer.origin is None else mtp_names(quantizer.origin.tensors)
+
+
 def has_layers(model: Any) -> bool:
     """Whether `mtp_layers` has something to build: the class declares MTP layers, and the files hold some."""
     source = source_of(model)
     config = model.config.get_text_config(decoder=True)
     declared = getattr(config, "num_mtp_layers", None)
-    return source is not None and bool(declared) and bool(mtp_names(source.quantizer.source.tensors))
+    return source is not None and bool(declared) and bool(_stored(source.quantizer))
 
 
 def check(model: Any) -> MtpSource:
@@ -91,7 +94,7 @@ def check(model: Any) -> MtpSource:
         UsageError: its class builds no MTP layers, or its files hold none.
     """
     source, config = source_of(model), model.config.get_text_config(decoder=True)
-    stored = [] if source is None else sorted(mtp_names(source.quantizer.source.tensors))
+    stored = [] if source is None else sorted(_stored(source.quantizer))
     declared = getattr(config, "num_mtp_layers", None)
     if stored and not declared:
         raise UsageError(
@@ -99,7 +102,7 @@ def check(model: Any) -> MtpSource:
             f"for {type(model).__name__} ({'its config says 0' if declared == 0 else 'its config has no num_mtp_layers'}). The "
             f"layers are kept when the model is saved. {_WITHOUT}, or with assistant_model= or prompt_lookup_num_tokens=."
         )
-    if source is not None and not source.quantizer.source.files:
+    if source is not None and source.quantizer.origin is None:
         raise UsageError(
             "which files this model was loaded from is not known, as ctfp8.prepare took it over, and with them the layers for "
             "multi-token prediction. Load the checkpoint with ctfp8.from_pretrained."
@@ -195,10 +198,9 @@ def _from_file(
     tensors, notes = _tensors(main, quantizer), Notes()
     packed = find(tensors, quantizer.schemes)
     tensors, known = seen_as_weights(tensors, packed), _conversions(main, model)
-    arrived = arrivals(model, tensors, declared, known)
-    by_pattern = converters_by_pattern(model, known)
-    _check_complete(main, declared, _made(arrived, by_pattern), arrived, tensors)
-    found = layouts(model, tensors, declared, arrived, known)
+    arrived = arrivals(model, tensors, declared, known=known)
+    _check_complete(main, declared, arrived, tensors)
+    found = layouts(model, tensors, declared, arrived)
     quantizer.schemes.embeddings |= embedding_names(model, found)
     plans: dict[str, QuantizedParameter] = {}
     mixed: dict[str, MixedParameter] = {}
@@ -229,9 +231,9 @@ def _from_file(
     }
     values |= {target: info.again(tensors)[0] for target, info in mixed.items()}
     values |= {target: info.again(tensors)[0] for target, info in others.items()}
-    for target, sources in arrived.items():
+    for target in arrived.by_target:
         if target not in values:
-            values |= _plain(model, target, sources, tensors, declared, by_pattern)
+            values |= _plain(model, target, tensors, declared, arrived)
     return values, plans, scales
 
 
@@ -241,13 +243,14 @@ def _tensors(main: Any, quantizer: Quantizer) -> ckpt.Checkpoint:
     Raises:
         UsageError: they have changed since the model was loaded, or hold transforms for these layers.
     """
-    try:
-        tensors = of_files(quantizer.source.files).open(quantizer.schemes.format)
-    except (CheckpointError, SafetensorError, OSError) as error:
+    origin = quantizer.origin
+    assert origin is not None
+    if (changed := origin.source.gone()) is not None:
         raise UsageError(
-            f"the layers for multi-token prediction are in the files that the model was loaded from, which have changed since "
-            f"({error}). Load the checkpoint again."
-        ) from error
+            f"the layers for multi-token prediction are in the files that the model was loaded from, and {changed}. Load the "
+            "checkpoint again."
+        )
+    tensors = origin.folder.open(quantizer.schemes.format)
     config = main.config.get_text_config(decoder=True)
     ours = mtp_names(tensors, range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers))
     if quantizer.transforms and any(tensors[name].dtype == ckpt.FP8_DTYPE for name in ours):
@@ -277,21 +280,9 @@ def _stays_float32(main: Any, name: str) -> bool:
     return any(re.search(rf"(^|\.){part}(\.|$)", name) for part in kept)
 
 
-def _made(arrived: Arrivals, by_pattern: Mapping[str, Any]) -> set[str]:
-    """The parameters that the file's tensors become; a conversion may make several."""
-    out = set(arrived)
-    for target, sources in arrived.items():
-        if (pattern := sources[0][1]) is not None:
-            first, *others = by_pattern[pattern].target_patterns
-            out |= {target.replace(first, other) for other in others}
-    return out
-
-
-def _check_complete(
-    main: Any, declared: Mapping[str, Tensor], made: set[str], arrived: Arrivals, tensors: ckpt.Checkpoint
-) -> None:
+def _check_complete(main: Any, declared: Mapping[str, Tensor], arrived: Arrivals, tensors: ckpt.Checkpoint) -> None:
     """Refuses layers of which a tensor is missing, and says which tensors have no place in them."""
-    missing = sorted(set(declared) - made)
+    missing = sorted(set(declared) - set(arrived.targets()))
     where = Path(getattr(main.config, "_name_or_path", "") or "the checkpoint").name
     if missing:
         raise CheckpointError(
@@ -299,7 +290,7 @@ def _check_complete(
             f"({len(missing)} missing in all: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}). {_WITHOUT}, or "
             "download the checkpoint again."
         )
-    used = {name for sources in arrived.values() for name, _ in sources}
+    used = {name for sources in arrived.by_target.values() for name, _ in sources}
     ignored = re.compile("|".join([*compat.MtpModel._keys_to_ignore_on_load_unexpected, r"rotary_emb\.inv_freq$"]))
     weights = [n for n in tensors if n not in used and not ignored.search(n) and not _beside_a_weight(n, tensors)]
     if weights:
@@ -318,19 +309,15 @@ def _beside_a_weight(name: str, tensors: ckpt.Checkpoint) -> bool:
 
 
 def _plain(
-    model: Any,
-    target: str,
-    sources: list[tuple[str, str | None]],
-    tensors: ckpt.Checkpoint,
-    declared: Mapping[str, Tensor],
-    by_pattern: Mapping[str, Any],
+    model: Any, target: str, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], arrived: Arrivals
 ) -> dict[str, Tensor]:
     """By name, parameters that the file holds as numbers."""
+    sources = arrived.by_target[target]
     pattern = sources[0][1]
     values = {name: tensors.value(tensors[name]) for name, _ in sources}
     if pattern is None:
         return {target: values[sources[0][0]]}
-    made = convert(model, by_pattern[pattern], target, sources, tensors, values)
+    made = convert_sources(model, arrived.converters[pattern], target, sources, tensors, values)
     return {name: value for name, value in made.items() if name in declared}
 
 

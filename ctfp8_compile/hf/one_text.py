@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from ..counted import agreeing, counted
 from ..errors import UsageError
 
 
@@ -56,7 +57,8 @@ class OneText(StaticCache):
         new = tokens.shape[1]
         if rows != self.rows:
             raise UsageError(
-                f"the static cache is for {self.rows} sequences, and the input has {rows} (with beams, or several answers to a "
+                f"the static cache is for {counted(self.rows, 'sequence')}, and the input has {rows} (with beams, or "
+                "several answers to a "
                 "prompt, the number of them all). Make one for them: ctfp8.static_cache(model, batch_size=…)."
             )
         if new > 1 and positions is not None and positions.dim() == 2:
@@ -68,7 +70,8 @@ class OneText(StaticCache):
             self.last_position += new
         if self.filled + new > self.limit:
             raise UsageError(
-                f"the static cache has room for {self.limit} tokens; it holds {self.filled}, and {new} more were given. Make a "
+                f"the static cache has room for {counted(self.limit, 'token')}; it holds {self.filled}, and {new} "
+                f"more {agreeing(new, 'was', 'were')} given. Make a "
                 "larger one: ctfp8.static_cache(model, max_length=…)."
             )
         self.filled += new
@@ -93,7 +96,8 @@ class OneText(StaticCache):
 
     def _another_text(self) -> UsageError:
         return UsageError(
-            f"the static cache still holds {self.filled} tokens of another text. Call cache.reset() before the next one."
+            f"the static cache still holds {counted(self.filled, 'token')} of another text. Call cache.reset() before "
+            "the next one."
         )
 
 

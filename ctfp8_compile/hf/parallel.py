@@ -21,6 +21,7 @@ from transformers.distributed import DistributedConfig
 
 from ..checkpoint.layout import Layout
 from ..checkpoint.shard import Cut, Cuts, Shard, cure, held, local_shape, of_rank, put, shard
+from ..counted import counted
 from ..errors import UsageError
 from ..model.parametrization import Dequantize, quantized_parameters
 from ..model.plan import QuantizedParameter
@@ -136,7 +137,8 @@ def warn_of_cut_blocks(model: nn.Module) -> None:
     name, (part, scheme) = next(iter(smaller.items()))
     before, after = ("x".join(map(str, block)) for block in (part.whole.block(scheme), part.block(scheme)))
     warnings.warn(
-        f"{name}: the border between two ranks cuts its blocks of {before}, which become {after} ({len(smaller)} weights in "
+        f"{name}: the border between two ranks cuts its blocks of {before}, which become {after} "
+        f"({counted(len(smaller), 'weight')} in "
         f"all). Results are the same; a kernel for whole blocks does not take them; {cure(list(smaller.values()))}.",
         stacklevel=2,
     )

@@ -164,7 +164,7 @@ class _Summed(_Local, AllReduceParallel):
 
 
 class _Experts(_Local, MoeExpertsParallel):
-    """Each rank has a piece of every expert."""
+    """Each rank has a slice of every expert."""
 
     def transform_output_post_forward(self, module: nn.Module, output: Any, mesh: Any) -> Any:
         return None if output is None else _all_reduce(output, mesh)
@@ -194,10 +194,10 @@ def _all_reduce(x: Tensor, mesh: Any) -> Tensor:
 
 
 def _all_gather(x: Tensor, size: int, mesh: Any) -> Tensor:
-    """Along the last dimension, whose last pieces may be shorter."""
-    piece = -(-size // mesh.size())
-    if x.shape[-1] != piece:
-        x = nn.functional.pad(x, (0, piece - x.shape[-1]))
+    """Along the last dimension, whose last slices may be shorter."""
+    share = -(-size // mesh.size())
+    if x.shape[-1] != share:
+        x = nn.functional.pad(x, (0, share - x.shape[-1]))
     whole = _arrived(_gather(x.movedim(-1, 0).contiguous(), 0, _group(mesh)))
     return whole[:size].movedim(0, -1)
 

@@ -11,11 +11,10 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,14 +25,14 @@ from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes, heads_of
 from ..checkpoint.shard import Cuts
+from ..checkpoint.source import Source
 from ..checkpoint.transforms import check_named, is_matrix, read_transforms
-from ..errors import CheckpointError, SchemeError, UsageError
+from ..counted import counted
+from ..errors import SchemeError, UsageError
 from ..model import rotation
 from ..model.mixed import MixedParameter, is_mixed, mix
 from ..model.mixed import sentence as mixed_sentence
-from ..model.parametrization import Dequantize, quantized_parameters, stored_weight
 from ..model.plan import QuantizedParameter, plan, read_scales
-from ..model.ranks import is_first
 from ..ops import FP8
 from .cache_scales import CacheScales, cache_sentence, read_cache_scales
 from .cache_shapes import cache_shapes
@@ -42,10 +41,9 @@ from .compat import (
     QuantizationConfigMixin,
     WeightConverter,
     WeightRenaming,
+    get_model_conversion_mapping,
     register_quantization_config,
     register_quantizer,
-    remove_tied_weights_from_state_dict,
-    revert_weight_conversion,
 )
 from .conversions import (
     Arrivals,
@@ -56,13 +54,16 @@ from .conversions import (
     merged,
     modules,
     per_expert_conversions,
+    takes,
     turning,
 )
 from .embeddings import attach_tied, embedding_names, leave_tied, untie
-from .parallel import check_heads, cut, gather, gather_quantized, is_distributed, localize, warn_of_cut_blocks
+from .origin import Origin
+from .parallel import check_heads, cut, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
 from .rotated_attention import rotate_attention
-from .saving import Source, as_read, refuse_adapters
+from .saving import whole_state
+from .text_part import part_renamings
 
 _STALE = "not_in_the_index"
 
@@ -114,9 +115,14 @@ class Quantizer(HfQuantizer):
         weights = {".weight_packed": ".weight", **self.schemes.format.weights}
         self.renamings = [WeightRenaming(rf"{re.escape(theirs)}$", ours) for theirs, ours in weights.items()]
         self.own_conversions: list[Any] = []
-        self.source = Source()
-        #: ModelOpt's file beside `config.json`, and whether that has no config of its own.
-        self.side_file: tuple[str, bool] | None = None
+        #: What a text model needs to find its tensors in a larger model's file.
+        self.part: list[WeightRenaming] = []
+        #: What the model was loaded from; None: nobody knows.
+        self.origin: Origin | None = None
+        #: Whether only what is beside the tensors is being written, see `saving`.
+        self.writes = False
+        #: The config that was read, and which parts of it held ours: `configs.Holders`.
+        self.holders: Any = None
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}
@@ -126,6 +132,8 @@ class Quantizer(HfQuantizer):
         self.cache_scales: dict[str, Tensor] = {}
         #: Of a rotated checkpoint, the transforms of activations.
         self.transforms = read_transforms(self.schemes.format.config)
+        #: Where in the model they are.
+        self.placed: list[rotation.Placed] = []
         #: What they say.
         self.cache = CacheScales()
         #: Of the file, by its names, what no weight uses: saved as it was.
@@ -144,7 +152,7 @@ class Quantizer(HfQuantizer):
         return None if stored == ckpt.FP8_DTYPE or not stored.startswith(("F", "BF")) else dtype
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        if param_name in self.packed:  # what it takes once decompressed
+        if param_name in self.packed:  # what it takes once dequantized
             info = self.packed[param_name]
             return math.prod(info.layout.shape) * info.dtype.itemsize / param.numel()
         return param.element_size()
@@ -157,19 +165,20 @@ class Quantizer(HfQuantizer):
         self.schemes.heads = heads_of(model.config.to_dict())
         declared = model.state_dict()
         folder = of_files(checkpoint_files or (), notes, declared)
-        check_absent(model, folder.absent, declared)
+        stock, prefix = get_model_conversion_mapping(model), model.base_model_prefix
+        check_absent(folder.absent, takes(model, declared, part_renamings(folder.absent, declared, prefix, stock)))
         tensors = folder.open(self.schemes.format)
         self.stale = folder.stale
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
             checkpoint_files[:] = map(str, folder.files)
-        all_of_it = {info.name: info for info in tensors.values()}
+        source = Source.of(tensors)
         stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
             tensors = seen_as_weights(tensors, packed)
-            arrived = arrivals(model, tensors, declared)
-            targets = {tensors[n].name: target for target, sources in arrived.items() for n, _ in sources}
-            self.source = Source(folder.files, all_of_it, targets)
+            self.part = part_renamings(tensors, declared, prefix, stock)
+            arrived = arrivals(model, tensors, declared, self.part)
+            self.origin = Origin(source, folder, tensors.headers(), declared, arrived)
             found = layouts(model, tensors, declared, arrived)
             self.schemes.embeddings |= embedding_names(model, found)
             for target, layout in found.items():
@@ -186,7 +195,7 @@ class Quantizer(HfQuantizer):
                 self._accept_packed(model, packed)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self.others = {target: info.read(tensors) for target, info in self.packed.items()}
-            self._set_leftovers_aside(model, tensors, notes)
+            self._set_leftovers_aside(model, tensors, takes(model, declared, self.part), notes)
             self._place_transforms(model, tensors, arrived)
             if self.mixed:
                 self._accept_mixed(model)
@@ -235,12 +244,14 @@ class Quantizer(HfQuantizer):
             raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
 
-    def _set_leftovers_aside(self, model: Any, tensors: ckpt.Checkpoint, notes: Notes) -> None:
+    def _set_leftovers_aside(
+        self, model: Any, tensors: ckpt.Checkpoint, taken: Callable[[str], bool], notes: Notes
+    ) -> None:
         """Scales of a quantized KV cache are for `fp8_cache`; they, and what is superfluous, are written back when saving."""
         weights = {name for info in self.plans.values() for name in info.scales}
         weights |= {name for info in self.mixed.values() for name in info.grids}
         inputs = [ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales]
-        found = leftovers(tensors, used_names(weights, inputs), notes)
+        found = leftovers(tensors, used_names(weights, inputs), notes, taken)
         self.cache_scales = tensors.read(found.cache)
         self.unused = {tensors[name].name: tensors.read_stored(tensors[name]) for name in found.unused}
         layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
@@ -271,7 +282,7 @@ class Quantizer(HfQuantizer):
         self.matrix_names = [name for name in tensors if is_matrix(name, tensors)]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        conversions = [*weight_conversions, *per_expert_conversions(model, weight_conversions)]
+        conversions = [*weight_conversions, *self.part, *per_expert_conversions(model, weight_conversions)]
         placed = {target: info.layout for target, info in self.plans.items()}
         placed |= {target: info.packed_layout for target, info in self.packed.items()}
         own = turning(placed, self.mixed)
@@ -298,7 +309,8 @@ class Quantizer(HfQuantizer):
         ]
         if elsewhere:
             raise UsageError(
-                f"{elsewhere[0]} is to stay on disk ({len(elsewhere)} quantized weights in all), which is not supported: they "
+                f"{elsewhere[0]} is to stay on disk ({counted(len(elsewhere), 'quantized weight')} in all), which is "
+                "not supported: they "
                 "are kept on a device or in memory. Give device_map or max_memory room for them."
             )
         if is_distributed(model):
@@ -322,6 +334,8 @@ class Quantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config.__dict__.pop("_is_quantized", None)
         self.take_over_saving(model)
+        if self.origin is not None:
+            self.origin.keep_computed(model)
         return model
 
     def take_over_saving(self, model: Any) -> None:
@@ -333,75 +347,8 @@ class Quantizer(HfQuantizer):
         ]
         model._weight_conversions = []
 
-    @property
-    def _read_again(self) -> dict[str, PackedParameter | MixedParameter]:
-        """By name, the parameters that saving takes from the file again: their values do not give back its bits."""
-        return {**self.packed, **self.mixed}
-
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: FP8 tensors as the checkpoint had them, the rest as transformers would save it."""
-        refuse_adapters(model)
-        own = state = model.state_dict()
-        other = {
-            *self._read_again,
-            *(f"{name}.{leaf}" for name, _, _ in rotation.rotations(model) for leaf in ("weight", "perm")),
-        }
-        plain = {k: v for k, v in state.items() if ".parametrizations." not in f".{k}" and k not in other}
-        plain = remove_tied_weights_from_state_dict(plain, model)
-        plain = {k: gather(v, *self.cuts[k]) if k in self.cuts else v for k, v in plain.items()}
-        writes = not self.cuts or is_first()
-        model._weight_conversions = self.conversions
-        try:
-            state = revert_weight_conversion(model, plain) if writes else {}
-        finally:
-            model._weight_conversions = []
-        for name, owner, dequantize in quantized_parameters(model):
-            weight = stored_weight(owner, name.rpartition(".")[2])
-            if name in self.cuts:
-                weight, dequantize = gather_quantized(weight, dequantize, self.plans[name])
-            if writes:
-                state |= _checkpoint_tensors(dequantize, weight)
-        state |= self._stored_tensors(model) | rotation.stored_tensors(model)
-        if not writes:
+        """What transformers' own `save_pretrained` writes: nothing while ours does, see `saving`."""
+        if self.writes:
             return {}, {}
-        whole = {name: plain.get(name, value) for name, value in own.items()}
-        return as_read(state | self.cache_scales | self.unused, self.source, self.schemes.format, whole)
-
-    def _stored_tensors(self, model: Any) -> dict[str, Tensor]:
-        """What was dequantized or decompressed while loading, read from the file again.
-
-        Raises:
-            UsageError: the file is not there any more, or a value is not what it says.
-        """
-        if not self._read_again:
-            return {}
-        try:
-            tensors = of_files(self.source.files).open(self.schemes.format)
-            out: dict[str, Tensor] = {}
-            for target, info in self._read_again.items():
-                value, stored = info.again(tensors)
-                if not torch.equal(value, model.get_parameter(target).to(value.device)):
-                    raise UsageError(
-                        f"{target} was dequantized and has changed since, so that it cannot be saved as it was read. Load the "
-                        "checkpoint with ctfp8.from_pretrained(..., dequantize=True) to change weights."
-                    )
-                out |= {name: tensor.clone() for name, tensor in stored.items()}
-        except (CheckpointError, SafetensorError) as error:
-            raise UsageError(
-                f"{len(self._read_again)} weights were dequantized while loading, and are saved as their file has them; it has "
-                f"changed since ({error}). Load the checkpoint again."
-            ) from error
-        return out
-
-
-def _checkpoint_tensors(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
-    """Weights and scales of one parameter under the names, shapes and dtypes they had in the checkpoint."""
-    info = dequantize.info
-    out: dict[str, Tensor] = {}
-    for source, stored in info.scales.items():
-        # a copy of its own: tensors that share memory cannot be saved
-        out[info.names[source]] = info.layout.split_weight(weight, source).clone()
-        stored.write(info.stored_scale(source, dequantize.weight_scale), out)
-    for source, stored in info.input_scales.items():
-        stored.write(dequantize.static_scale(source), out)
-    return out
+        return whole_state(model, self), {}

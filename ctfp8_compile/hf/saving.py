@@ -1,114 +1,152 @@
-"""What `save_pretrained` takes from the files that a model was loaded from, so that it gives back what was read.
-
-A model holds its tensors in its own dtype, and not all of those of a file: a layer for multi-token prediction, a second copy of a
-tied weight, the other half of a composite model are left out. Here each tensor of the source comes back with its dtype; its bits
-are the file's where the model's value is that of the file, else the model's.
-"""
+"""Writes a model as the checkpoint it came from: every tensor of that, one parameter in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import inspect
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from huggingface_hub import HfApi
 from torch import Tensor
 
-from ..checkpoint import files as ckpt
-from ..checkpoint.folder import of_files
-from ..checkpoint.formats import Format
-from ..errors import CheckpointError, UsageError
-
-_DTYPES = ckpt.SCALE_DTYPES | ckpt.INTEGER_DTYPES | {"F64": torch.float64, "I64": torch.int64, "BOOL": torch.bool}
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a model was loaded from.
-
-    Attributes:
-        files: of the checkpoint.
-        tensors: by the file's names.
-        targets: by the file's names, the parameters and buffers that its tensors went to.
-    """
-
-    files: tuple[Path, ...] = ()
-    tensors: Mapping[str, ckpt.TensorInfo] = field(default_factory=dict)
-    targets: Mapping[str, str] = field(default_factory=dict)
+from ..checkpoint.writer import Writer
+from ..errors import UsageError
+from ..model.freeze import KeepsFP8
+from ..model.ranks import agree, is_first, together
+from .parallel import is_distributed
+from .save_plan import SavePlan, Unit
 
 
-def as_read(
-    state: Mapping[str, Tensor], source: Source, format: Format, own: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A state dict in the names of a file, with the dtypes of that file and all of its tensors.
+class SavesAsRead(KeepsFP8):
+    """Mixed into the class of a transformers model with FP8 weights."""
 
-    Args:
-        state: what the model has, by the file's names.
-        own: the model's state dict.
-
-    Returns:
-        the state dict, and the metadata of the files' headers.
-
-    Raises:
-        UsageError: tensors that the model does not hold are to be taken from files that are not there any more.
-    """
-    out = dict(state)
-    beside = [info for name, info in source.tensors.items() if name not in state and name not in source.targets]
-    files = _open(source, format, beside)
-    for name, info in source.tensors.items():
-        if name in state:
-            out[name] = _as_stored(state[name], info, files)
-        elif (
-            (target := source.targets.get(name))
-            and (value := own.get(target)) is not None
-            and tuple(value.shape) == info.shape
-        ):
-            out[name] = _as_stored(value, info, files).clone()  # the second copy of a tied weight
-    if files is not None:
-        out |= {info.name: files.read_stored(info) for info in beside}  # of what the model's class does not build
-    return out, {} if files is None else files.metadata
-
-
-def _open(source: Source, format: Format, beside: Sequence[ckpt.TensorInfo]) -> ckpt.Checkpoint | None:
-    """The files; None where they have changed and nothing but them is needed."""
-    try:
-        files = of_files(source.files).open(format)
-        known = {info.name for info in files.values()}
-        if all(info.name in known for info in beside):
-            return files
-        reason = "a tensor is not there"
-    except (CheckpointError, SafetensorError, OSError) as error:
-        reason = str(error)
-    if not beside:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `save_pretrained`, whose tensors are those of the checkpoint that was loaded."""
+        stock: Callable[..., Any] = super().save_pretrained  # type: ignore[misc]
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is None or getattr(
+            self, "_hf_peft_config_loaded", False
+        ):  # an adapter of transformers': saved alone
+            return stock(save_directory, *args, **kwargs)
+        given = inspect.signature(stock).bind(save_directory, *args, **kwargs)
+        arguments = {**given.arguments, **given.arguments.pop("kwargs", {})}
+        with together(is_distributed(self)):
+            _save(self, quantizer, stock, Path(arguments.pop("save_directory")), arguments)
         return None
-    raise UsageError(
-        f"{beside[0].name} is in the files that the model was loaded from, and not in the model ({len(beside)} tensors in all, "
-        f"such as layers for multi-token prediction). It is saved as it was read, and the files have changed since ({reason}). "
-        "Load the checkpoint again."
-    )
+
+    def barrier_after_gathered_checkpoint_save(self, distributed_config: Any) -> None:
+        """transformers' `save_pretrained` waits here for all ranks; ours calls it on the first alone, and waits by itself."""
+        if not self.hf_quantizer.writes:  # type: ignore[attr-defined]
+            super().barrier_after_gathered_checkpoint_save(distributed_config)  # type: ignore[misc]
 
 
-def _as_stored(value: Tensor, info: ckpt.TensorInfo, files: ckpt.Checkpoint | None) -> Tensor:
-    """A value in the dtype that the file has: the file's own bits, if the model's dtype can tell no difference."""
-    dtype = _DTYPES.get(info.dtype)
-    if dtype is None or value.dtype == dtype or tuple(value.shape) != (info.view.whole or info.shape):
-        return value
-    if not value.is_floating_point() or not dtype.is_floating_point:
-        return value
-    if files is None:
-        return value.to(dtype)
-    stored = files.read_stored(info)
-    same = torch.equal(stored.to(value.dtype), value.to(stored.device))
-    return stored if same else value.to(dtype)
+@torch.no_grad()
+def _save(model: Any, quantizer: Any, stock: Callable[..., Any], folder: Path, arguments: dict[str, Any]) -> None:
+    _check(quantizer, folder, arguments)
+    most = _bytes(arguments.get("max_shard_size", "50GB"))
+    push = arguments.pop("push_to_hub", False)
+    upload: dict[str, Any] = {
+        key: arguments.pop(key) for key in ("repo_id", "commit_message", "create_pr") if key in arguments
+    }
+    saves = arguments.get("is_main_process", True) and is_first()
+    plan = SavePlan(model, quantizer)
+    before = model._get_files_timestamps(folder) if push and saves and folder.is_dir() else {}
+    gathers = [name for unit in plan.units for name in unit.gathers] if is_first() else []
+    if is_distributed(model):
+        gathers = _of_first(gathers)
+    if not is_first():
+        plan.held.follow(gathers)
+    elif not saves:
+        plan.held.follow(name for name in gathers if name in plan.held.cuts)
+    else:
+        entries = [entry for unit in plan.units for entry in unit.entries]
+        metadata = {} if plan.origin is None else plan.origin.source.metadata
+        with Writer(folder, entries, most, arguments.get("variant"), metadata) as writer:
+            for unit in plan.units:
+                _write(writer, unit)
+            _configs(model, quantizer, stock, folder, arguments)
+            writer.finish({"total_parameters": model.num_parameters()})
+        plan.say()
+    if is_distributed(model):
+        agree()
+    if push and saves:
+        _upload(model, folder, before, arguments.get("token"), upload)
 
 
-def refuse_adapters(model: Any) -> None:
-    """Raises where adapters are inside: their tensors would be saved under names that nothing loads."""
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            raise UsageError(
-                f"{name} holds an adapter, which a checkpoint of the model has no place for. Save the adapter with "
-                "peft_model.save_pretrained(folder), and the model after peft_model.unload()."
-            )
+def whole_state(model: Any, quantizer: Any) -> dict[str, Tensor]:
+    """All that is saved, in memory: for programs of transformers' that ask for a model's tensors to write them themselves."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return {k: v for k, v in model.state_dict().items() if ".parametrizations." not in k}
+    plan = SavePlan(model, quantizer)
+    out: dict[str, Tensor] = {}
+    for unit in plan.units:
+        made = {t.name: t.read() for t in unit.stored} if unit.make is None else unit.make()
+        out |= {entry.name: made[entry.name].clone() for entry in unit.entries}
+    return out
+
+
+def _check(quantizer: Any, folder: Path, arguments: dict[str, Any]) -> None:
+    """Refuses what cannot be done before anything is."""
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; a checkpoint is saved to a folder.")
+    source = [] if quantizer.origin is None else quantizer.origin.source.stamps
+    if any(folder.resolve() in (file.parent.resolve(), file.resolve().parent) for file in source):
+        raise UsageError(f"{folder}: the model's weights are mapped from the files there; save to another folder.")
+    if arguments.get("state_dict") is not None:
+        raise UsageError("state_dict: a model with FP8 weights is saved as it is. Leave it out.")
+    if arguments.get("distributed_checkpoint"):
+        raise UsageError(
+            "distributed_checkpoint=True is not supported with FP8 weights; without it, rank 0 writes all."
+        )
+
+
+def _write(writer: Writer, unit: Unit) -> None:
+    if unit.make is None:
+        for stored in unit.stored:
+            writer.write(stored.name, stored.chunks())
+        return
+    made = unit.make()
+    for entry in unit.entries:
+        writer.write(entry.name, made[entry.name])
+
+
+def _configs(model: Any, quantizer: Any, stock: Callable[..., Any], folder: Path, arguments: dict[str, Any]) -> None:
+    """Everything but the tensors: transformers writes it, and puts back what it changes in the model's config."""
+    quantizer.writes = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            stock(folder, **arguments)
+    finally:
+        quantizer.writes = False
+    if quantizer.holders is not None:
+        quantizer.holders.write(model.config, folder, quantizer.origin.tensors)
+
+
+def _upload(model: Any, folder: Path, before: Any, token: Any, given: dict[str, Any]) -> None:
+    repo = HfApi(token=token).create_repo(given.get("repo_id", folder.name), exist_ok=True).repo_id
+    model._upload_modified_files(
+        folder, repo, before, commit_message=given.get("commit_message"), token=token,
+        create_pr=given.get("create_pr", False),
+    )  # fmt: skip
+
+
+def _of_first(names: list[str]) -> list[str]:
+    agree()
+    said: list[Any] = [names]
+    dist.broadcast_object_list(said, src=0)
+    found: list[str] = said[0]
+    return found
+
+
+def _bytes(size: int | str) -> int:
+    """Of `50GB`, `200KB` or a number, as transformers takes it."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"max_shard_size={size!r} is not a size such as '5GB'.")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from ..compat import CompileWrapper, CustomGraphPass, RestartAnalysis, compile_f
 from ..errors import TargetError, UsageError
 from ..graph import fake_value, is_traced_marker, name_markers
 from ..model.storage import detach_from_mmap, some_loaded
-from ..passes import horizontal_fusion, prepack, regions
+from ..passes import regions
 from ..passes.collectives import WAYS
 from ..passes.regions import Regions
-from ..report import Report
+from ..report import Ran, Report
 from ..target import Target
-from . import strides, weight_only
 from .packed import WithPacked
 from .prepacked import WithPrepacked
 from .toolchain import missing
@@ -35,7 +35,14 @@ _RENAMED: dict[Any, Any] = {
     "ctfp8.join": "ctfp8.horizontal_fusion",
     ("ctfp8.collectives", "codes"): ("ctfp8.collectives", "fp8"),
 }
-OPTIONS = ("ctfp8.target", "ctfp8.kernels", "ctfp8.horizontal_fusion", "ctfp8.collectives", "ctfp8.regions")
+OPTIONS = (
+    "ctfp8.target",
+    "ctfp8.kernels",
+    "ctfp8.horizontal_fusion",
+    "ctfp8.collectives",
+    "ctfp8.regions",
+    "ctfp8.passes",
+)
 
 
 def backend(
@@ -52,7 +59,8 @@ def backend(
             FP8 weights are on. `ctfp8.kernels`: `"auto"`, or only those of `"fbgemm"`, `"mslk"`, `"scaled_mm"` or `"triton"`.
             `ctfp8.horizontal_fusion`: whether linears with one input become one matmul; default: yes. `ctfp8.collectives`, of a
             model on several processes: `"fp8"` all-gathers FP8 values, `"tokens"` also spreads norms over the ranks.
-            `ctfp8.regions`: whether layers that repeat, four or more, are compiled once; default: on CPUs.
+            `ctfp8.regions`: whether layers that repeat, four or more, are compiled once; default: on CPUs. `ctfp8.passes`: the
+            passes that run, such as `"match,rewrite,decompose"`, and no others, whatever the options before say.
 
     Raises:
         UsageError: the graph needs gradients, or an option is unknown.
@@ -62,68 +70,77 @@ def backend(
     name_markers(gm.graph)
     marked = [node for node in gm.graph.nodes if is_traced_marker(node)]
     if not marked:
-        if not some_loaded():  # else a piece, after a graph break
+        if not some_loaded():  # else the graph after a graph break, without a weight
             _warn_no_fp8()
     elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise UsageError(
             "ctfp8 compiles for inference, but an input of this graph requires a gradient. "
             "Call the model under torch.no_grad(), or detach the input."
         )
-    target = _target(ours.get("ctfp8.target"), marked)
-    if "ctfp8.kernels" in ours:
-        target = target.limited_to(ours["ctfp8.kernels"])
-    collectives = ours.get("ctfp8.collectives", "as traced")
-    if collectives not in WAYS:
-        raise UsageError(f"ctfp8.collectives={collectives!r}: it is one of {', '.join(WAYS)}.")
-    wrapper = CompileWrapper(mode, theirs, None)
-    config = dict(wrapper.config)
+    target = _target(ours, marked)
+    config = _config(mode, theirs, target, bool(marked))
+    pipeline, said = _pipeline(ours, target, config)
+    config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), pipeline)
+    context = passes.Context(target, "compile", regions=Regions(said))
+    if marked:
+        pipeline.run("traced", gm.graph, context)
+    return _finished(gm, _inputs(gm, example_inputs, context), config, context, len(marked))
+
+
+def _config(mode: str | None, options: dict[str, Any], target: Target, marked: bool) -> dict[str, Any]:
+    """Inductor's options: the user's, and ours where they say nothing."""
+    config = dict(CompileWrapper(mode, options, None).config)
     if marked and target.device != "cpu":
         # rows of an activation are quantized by one kernel, however long; split, three would do it where rows are few
         config.setdefault("split_reductions", False)
     if marked and target.device == "cpu":
         config = small_loops_alone(torch.get_num_threads()) | config
-    config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), collectives)
-    if marked:
-        strides.keep(gm.graph)
-        passes.share_rotations(gm.graph)
-    if marked and ours.get("ctfp8.horizontal_fusion", True):
-        horizontal_fusion.declare(gm.graph)
-    if marked and target.device != "cpu":
-        prepack.declare(gm.graph, target)
-    prepacked = prepack.take_out(gm.graph)
-    inputs = list(example_inputs)
-    for place, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if any(node is one.sources[0] for one in prepacked):
-            inputs[place] = fake_value(node)
-    groups = horizontal_fusion.groups(gm.graph)
-    repeated = (
-        _regions(gm, ours.get("ctfp8.regions", target.device == "cpu"), collectives, config) if marked else Regions()
-    )
+    return config
+
+
+def _pipeline(ours: dict[str, Any], target: Target, config: dict[str, Any]) -> tuple[passes.Pipeline, str]:
+    """The passes that the options ask for; and why repeated layers will not be regions, where they were meant to be."""
+    if "ctfp8.passes" in ours:
+        return passes.parse(ours["ctfp8.passes"]), ""
+    collectives = ours.get("ctfp8.collectives", "as traced")
+    if collectives not in WAYS:
+        raise UsageError(f"ctfp8.collectives={collectives!r}: it is one of {', '.join(WAYS)}.")
+    without = [] if ours.get("ctfp8.horizontal_fusion", True) else ["horizontal-fusion"]
+    wanted = ours.get("ctfp8.regions", target.device == "cpu")
+    asked = [f"{name} asks" for name in ("cpp_wrapper", "freezing") if config.get(name, getattr(inductor_config, name))]
+    asked += ["norms spread over ranks ask"] * (collectives == "tokens")
+    if asked or not wanted:
+        without.append("regions")
+    said = f"layers compiled one by one, as {asked[0]} for" if wanted and asked else ""
+    return passes.standard(WAYS[collectives], without), said
+
+
+def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], context: passes.Context) -> list[Any]:
+    """What Inductor compiles for: prepacked scales take the place of those they are made of."""
+    first = {one.sources[0] for one in context.prepacked}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [fake_value(n) if n in first else x for n, x in zip(placeholders, example_inputs, strict=True)]
+
+
+def _finished(
+    gm: fx.GraphModule, inputs: list[Any], config: dict[str, Any], context: passes.Context, marked: int
+) -> Callable[..., Any]:
+    """The compiled graph, called as the caller of the model does; its report is among those of this process."""
     before = len(_reports)
-    compiled, repeated = _compile(gm, inputs, config, repeated)
+    compiled, repeated = _compile(gm, inputs, config, context.regions)
     if marked and len(_reports) == before:
-        log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", len(marked), target)
+        log.info("%d uses of FP8 weights for %s; code came from Inductor's cache", marked, context.target)
     elif len(_reports) > before:
-        _reports[before:] = [repeated.report(_reports[before:])]
+        parts = _reports[before:]
+        ran = Ran.summed([context.ran, *(part.passes for part in parts)])
+        _reports[before:] = [replace(repeated.report(parts), passes=ran)]
         log.info("%s", _reports[-1].summary())
-    if prepacked:
-        compiled = WithPrepacked(compiled, gm.graph, prepacked)
-    if groups:
-        compiled = WithPacked(compiled, gm.graph, groups)
+    if context.prepacked:
+        compiled = WithPrepacked(compiled, gm.graph, context.prepacked)
+    if context.packed:
+        compiled = WithPacked(compiled, gm.graph, context.packed)
     # outermost: what is packed in a file must not be taken for moved, and then leave it one by one
-    return _detaching_first(compiled) if marked and target.device == "cpu" else compiled
-
-
-def _regions(gm: fx.GraphModule, wanted: bool, collectives: str, config: dict[str, Any]) -> Regions:
-    """Makes regions of a graph's repeated layers, where they are wanted and everything that was asked for works with them."""
-    if not wanted:
-        return Regions()
-    for other in ("cpp_wrapper", "freezing"):
-        if config.get(other, getattr(inductor_config, other)):
-            return Regions(f"layers compiled one by one, as {other} asks for")
-    if collectives == "tokens":
-        return Regions("layers compiled one by one, as norms spread over ranks ask for")
-    return regions.declare(gm)
+    return _detaching_first(compiled) if marked and context.target.device == "cpu" else compiled
 
 
 def _compile(
@@ -165,18 +182,18 @@ def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
 class Fp8Pass(CustomGraphPass):
     """Our pipeline as Inductor's post-grad pass; another custom pass the user set runs before it.
 
-    Its `uuid` enters the key of Inductor's code cache: same sources, target and kernels, same code.
+    Its `uuid` enters the key of Inductor's code cache: same sources, passes, target and kernels, same code.
     """
 
-    def __init__(self, target: Target, first: Any = None, collectives: str = "as traced"):
-        self.target, self.first, self.collectives = target, first, collectives
+    def __init__(self, target: Target, first: Any = None, pipeline: passes.Pipeline | None = None):
+        self.target, self.first = target, first
+        self.pipeline = passes.standard() if pipeline is None else pipeline
 
     def __call__(self, graph: fx.Graph) -> None:
         for custom in self.first if isinstance(self.first, (list, tuple)) else [self.first]:
             if custom is not None:
                 custom(graph)
-        report = passes.run(graph, self.target, collectives=self.collectives)
-        weight_only.inline(graph)
+        report = passes.run(graph, self.target, pipeline=self.pipeline, way="compile")
         if report.rewritten or report.kept or report.attention:
             _reports.append(report)
 
@@ -190,8 +207,8 @@ class Fp8Pass(CustomGraphPass):
         return (
             _source_hash(),
             passes.fingerprint(),
+            str(self.pipeline),
             str(self.target),
-            self.collectives,
             lowering.fingerprint(self.target),
             tuple(map(str, theirs)),
         )
@@ -238,8 +255,13 @@ def _renamed(option: str, value: Any) -> tuple[str, Any]:
     return name, today
 
 
-def _target(wanted: str | None, marked: list[fx.Node]) -> Target:
-    """The target asked for, checked against the device the weights are on; by default that device."""
+def _target(ours: dict[str, Any], marked: list[fx.Node]) -> Target:
+    """The target asked for, checked against the device the weights are on, by default that device; with its kernels."""
+    target = _machine(ours.get("ctfp8.target"), marked)
+    return target.limited_to(ours["ctfp8.kernels"]) if "ctfp8.kernels" in ours else target
+
+
+def _machine(wanted: str | None, marked: list[fx.Node]) -> Target:
     weights = [n.args[0].meta.get("example_value") for n in marked if isinstance(n.args[0], fx.Node)]
     device = next((w.device for w in weights if isinstance(w, Tensor)), torch.device("cpu"))
     if wanted is None:
@@ -257,7 +279,7 @@ def _target(wanted: str | None, marked: list[fx.Node]) -> Target:
 def _warn_no_fp8() -> None:
     warnings.warn(
         "backend='ctfp8': this graph holds no FP8 weight, so it is compiled by plain Inductor. Load the checkpoint with "
-        "ctfp8_compile.from_pretrained (transformers' own from_pretrained decompresses the weights), or a plain "
+        "ctfp8_compile.from_pretrained (transformers' own from_pretrained dequantizes the weights), or a plain "
         "nn.Module with ctfp8_compile.load_state_dict.",
         stacklevel=3,
     )

@@ -28,9 +28,11 @@ from ..compat import (
     guard_failures,
     valid_vec_isa_list,
 )
+from ..counted import counted
 from ..errors import Ctfp8Error, UsageError
 from ..ops import FP8
 from ..paused_gc import paused_gc
+from .backend import backend
 from .progress import Progress
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,7 +47,8 @@ def compile(model: Model, **torch_compile_arguments: Any) -> Model:
 
     Args:
         model: with FP8 weights, in eval mode: a transformers model, one with PEFT adapters, any module, a loaded artifact.
-        **torch_compile_arguments: as for `torch.compile`: `fullgraph`, `mode`, `options`, `dynamic`, `backend`, ….
+        **torch_compile_arguments: as for `torch.compile`: `fullgraph`, `mode`, `options`, `dynamic`, `backend`, …. `mode` and
+            `options` may both be given, which `torch.compile` refuses; an option wins over what the mode sets.
 
     Returns:
         `model`.
@@ -80,7 +83,7 @@ class Compiled:
         self._torchdynamo_orig_callable, self.arguments = function, arguments
         # torch counts compilations by function; the forward of most transformers models is one and the same wrapper
         apart = {"isolate_recompiles": True} if _ISOLATES else {}
-        self._run = torch.compile(function, **{**apart, **arguments})
+        self._run = torch.compile(function, **{**apart, **_for_torch(arguments)})
         if _started not in callback_handler.start_callbacks:  # torch's reset drops them
             callback_handler.register_start_callback(_started)
             callback_handler.register_end_callback(_ended)
@@ -142,7 +145,8 @@ def _why(limit: int, failed: list[str]) -> str:
     else:
         cure = f"Vary it less, or allow more graphs: torch.compiler.config.recompile_limit = {2 * limit}."
     return (
-        f"this model was compiled {limit} times, which is torch's limit, and none of its graphs fits this call: {count} of "
+        f"this model was compiled {counted(limit, 'time')}, which is torch's limit, and none of its graphs fits this "
+        f"call: {count} of "
         f"{len(guards)} because of {guard}. {cure}"
     )
 
@@ -189,7 +193,14 @@ def _weights(model: nn.Module | None) -> str:
     layers = {found[0] for name in names if (found := re.match(r".*?\.\d+\.", name))}
     where = f" in {len(layers)} layers" if len(layers) > 1 else ""
     device = next(chain(model.parameters(), model.buffers())).device.type
-    return f"{len(names)} FP8 weights{where} for {device}"
+    return f"{counted(len(names), 'FP8 weight')}{where} for {device}"
+
+
+def _for_torch(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With the mode bound to the backend where options are given, too: `torch.compile` takes only one of them, Inductor both."""
+    if arguments["backend"] != "ctfp8" or None in (arguments.get("mode"), arguments.get("options")):
+        return arguments
+    return {**arguments, "mode": None, "backend": functools.partial(backend, mode=arguments["mode"])}
 
 
 def _named(code: Any) -> str:

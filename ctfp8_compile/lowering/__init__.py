@@ -18,9 +18,9 @@ __all__ = [
     "attention_gate",
     "choose",
     "fingerprint",
+    "has_streaming_gemv",
     "kernels_of",
     "no",
-    "has_streaming_gemv",
 ]
 
 

@@ -14,8 +14,8 @@ from torch import fx
 
 from .. import ops
 from ..graph import call
-from ..target import Target
 from ..ops import cpu as cpu_kernels
+from ..target import Target
 from .kernel import MATMULS, SCALINGS, Operands, Problem, ScaleLayout, Verdict, no
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,8 +1,8 @@
 """Embeddings, on every target: the rows that are asked for are gathered as FP8 and scaled; the table is never dequantized.
 
-    %y = embedding(dequantize(%table, %scale), %ids)    →    %q = embedding(%table, %ids)
-                                                             %s = embedding(%scale, %ids)
-                                                             %y = to(mul(to(%q, f32), %s), bf16)
+%y = embedding(dequantize(%table, %scale), %ids)    →    %q = embedding(%table, %ids)
+                                                         %s = embedding(%scale, %ids)
+                                                         %y = to(mul(to(%q, f32), %s), bf16)
 """
 
 from __future__ import annotations

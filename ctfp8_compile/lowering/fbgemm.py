@@ -129,9 +129,7 @@ def _groupwise_grouped_reference(XQ: Tensor, WQ: Tensor, x_scale: Tensor, w_scal
     parts = x_scale.reshape(-1)[: groups * sum(rows)].split([groups * n for n in rows])
     scale_a = x_scale.new_ones((XQ.shape[0], groups))
     scale_a[: sum(rows)] = torch.cat([part.view(groups, n).t() for part, n in zip(parts, rows, strict=True)])
-    return torch.ops.ctfp8.scaled_grouped_mm(
-        XQ, WQ, scale_a, w_scale.mT, M_sizes.cumsum(0), [128, 128], torch.bfloat16
-    )
+    return torch.ops.ctfp8.scaled_grouped_mm(XQ, WQ, scale_a, w_scale.mT, M_sizes.cumsum(0), [128, 128], torch.bfloat16)
 
 
 def _version(library: str) -> str:

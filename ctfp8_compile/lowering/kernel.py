@@ -50,7 +50,7 @@ class Problem:
     """One matmul with an FP8 weight.
 
     Attributes:
-        kind: `linear` (`x @ weight.T + bias`), `grouped_mm` (rows sorted by expert, `offs` their ends) or
+        kind: `linear` (`x @ weight.T + bias`), `grouped_mm` (rows sorted by expert, `offs` their cumulative offsets) or
             `gathered_mm` (`expert_ids` the expert of each row); or `embedding` (rows of the weight, `x` their ids).
         x_shape: `[..., K]`; entries may be symbolic.
         weight_shape: `[N, K]` or `[E, N, K]`.
@@ -98,7 +98,7 @@ class Operands:
         weight, weight_scale: `[N, K]` or `[E, N, K]` float8_e4m3fn, and its float32 scales.
         input_scale: static activation scales, `[S]` or `[E, S]` float32; None where activations are not static.
         bias: `[N]`, of a linear; or None.
-        offs: ends of the experts' rows, `[E]` int32, of a `grouped_mm`.
+        offs: cumulative offsets of the experts' rows, `[E]` int32, of a `grouped_mm`.
         expert_ids: the expert of each row, `[M]`, of a `gathered_mm`.
     """
 

@@ -35,6 +35,9 @@ QUANTIZE = (
     _ctfp8.quantize_mx.default,
 )
 
+#: Matmuls that wait for their kernel.
+SCALED = (_ctfp8.scaled_mm.default, _ctfp8.scaled_grouped_mm.default)
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -44,7 +47,7 @@ class Scaled:
         x, scale_a: FP8 activations `[M, K]`, and their scales `[M, G]` or `[1, 1]` float32.
         weight, weight_scale: `[N, K]` or `[E, N, K]` FP8 values and their float32 scales.
         bias: of a linear, or None.
-        offs: ends of the experts' rows, of a grouped matmul.
+        offs: cumulative offsets of the experts' rows, of a grouped matmul.
     """
 
     x: fx.Node
@@ -81,7 +84,7 @@ class ScaledKernel:
     version: Callable[[], str] = lambda: torch.__version__
     scale_layout: ScaleLayout = ""
     preferred: Callable[[Problem, Target], bool] = lambda problem, target: False
-    lowers: ClassVar[tuple[Any, ...]] = (_ctfp8.scaled_mm.default, _ctfp8.scaled_grouped_mm.default)
+    lowers: ClassVar[tuple[Any, ...]] = SCALED
 
     def supports(self, problem: Problem, target: Target) -> Verdict:
         if target.capability is not None and target.capability < (8, 9):
@@ -183,7 +186,9 @@ def _ends(do: ops.Do, ids: fx.Node, experts: int) -> fx.Node:
 
 def numbers(do: ops.Do, count: Any, device: torch.device) -> fx.Node:
     """`arange(count)`, in the form that every release of Inductor has a lowering for."""
-    return do(torch.ops.prims.iota.default, count, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False)
+    return do(
+        torch.ops.prims.iota.default, count, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False
+    )
 
 
 def expert_of_rows(do: ops.Do, x: fx.Node, offs: fx.Node | None) -> fx.Node:
@@ -204,7 +209,9 @@ def lower_quantize(graph: fx.Graph, node: fx.Node) -> None:
         if node.target is QUANTIZE[0]:
             results = ops.quantize_per_token_steps(do, *arguments(node))
         elif node.target is QUANTIZE[1]:
-            results = ops.quantize_per_group_steps(do, arguments(node)[0], value(arguments(node)[0]).shape[1], arguments(node)[1])
+            results = ops.quantize_per_group_steps(
+                do, arguments(node)[0], value(arguments(node)[0]).shape[1], arguments(node)[1]
+            )
         elif node.target is QUANTIZE[3]:
             results = ops.quantize_mx_steps(do, arguments(node)[0], value(arguments(node)[0]).shape[1])
         else:

@@ -23,7 +23,7 @@ from .said_dtype import say_dtypes, unsay_dtypes
 from .storage import DetachFromMmap
 
 
-class _KeepsFP8:
+class KeepsFP8:
     """Mixed into the class of a model with FP8 weights: casts and pickles are refused before anything is half done."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -77,11 +77,14 @@ _TRAIN = (
 )
 
 
-def freeze(model: nn.Module) -> None:
+def freeze(model: nn.Module, kind: type[KeepsFP8] = KeepsFP8) -> None:
     """Makes the root of a model refuse what would lose its FP8 weights; also sets `eval()` and no gradients.
 
     If the C++ CPU kernels were built before, eager code takes them from here on; compiling a model builds them. When the
     model first runs, its CPU weights leave the mapped files.
+
+    Args:
+        kind: what is mixed into the model's class.
     """
     register()
     for parameter in model.parameters():
@@ -89,8 +92,8 @@ def freeze(model: nn.Module) -> None:
     model.eval()
     with contextlib.suppress(cpu_kernels.KernelBuildError):  # the compiler will say so where it matters
         cpu_kernels.load(build=False)
-    if not isinstance(model, _KeepsFP8):
-        model.__class__ = _keeps_fp8(type(model))  # type: ignore[arg-type]  # a module's class hashes like any
+    if not isinstance(model, KeepsFP8):
+        model.__class__ = _keeps_fp8(type(model), kind)  # type: ignore[arg-type]  # a module's class hashes like any
         say_dtypes(model)
         for module in _around_fp8(model):
             module._apply = types.MethodType(_apply_whole, module)  # type: ignore[method-assign]
@@ -115,21 +118,21 @@ def _apply_whole(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool 
 
 
 @functools.cache
-def _keeps_fp8(cls: Any) -> Any:
+def _keeps_fp8(cls: Any, kind: type[KeepsFP8]) -> Any:
     """One class for all roots of a class: `torch.compile` guards it."""
     namespace = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (_KeepsFP8, cls), namespace)
+    return type(cls)(cls.__name__, (kind, cls), namespace)
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
     """Replaces every FP8 parameter by its dequantized value, in place: a plain model, twice the memory.
 
     Transforms of a rotated checkpoint are multiplied into the weights."""
-    if isinstance(model, _KeepsFP8):
+    if isinstance(model, KeepsFP8):
         for module in _around_fp8(model):
             vars(module).pop("_apply", None)
         unsay_dtypes(model)
-        model.__class__ = type(model).__mro__[2]
+        model.__class__ = type(model).__bases__[1]
     for path, module, dequantize in list(quantized_parameters(model)):
         name = path.rpartition(".")[2]
         detach(module, name, dequantize.value(stored_weight(module, name)).contiguous())

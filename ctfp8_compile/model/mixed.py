@@ -20,6 +20,7 @@ from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedWeight
 from ..checkpoint.resolve import resolve
 from ..checkpoint.scheme import Schemes
+from ..counted import agreeing, such_as
 from ..errors import CheckpointError
 from .plan import read_weight_scale
 
@@ -62,7 +63,7 @@ class MixedParameter:
     def _part(self, name: str, stored: Tensor) -> Tensor:
         if name in self.packed:
             others = {leaf: tensor.to(stored.device) for leaf, tensor in self.others[name].items()}
-            return self.packed[name].decompress({**others, self.packed[name].leaf: stored}, self.dtype)
+            return self.packed[name].dequantize({**others, self.packed[name].leaf: stored}, self.dtype)
         if name not in self.grids:
             return stored.to(self.dtype)
         if ckpt.has_nan(stored):
@@ -135,8 +136,10 @@ def sentence(mixed: Mapping[str, MixedParameter]) -> str:
     fp8 = next(iter(info.grids), None)
     examples = [info.stored[name] for name in (fp8, _unlike(info.layout.sources, fp8, info)) if name is not None]
     return (
-        f"{len(mixed)} parameters, such as {target}, are made of tensors that are stored in different ways, such as "
-        f"{' and '.join(map(str, examples))}: they become {str(info.dtype).removeprefix('torch.')} and take {values:,} bytes of "
+        f"{such_as(len(mixed), 'parameter', target)} {agreeing(len(mixed), 'is', 'are')} made of tensors that are stored in "
+        "different ways, such as "
+        f"{' and '.join(map(str, examples))}: {agreeing(len(mixed), 'it becomes', 'they become')} "
+        f"{str(info.dtype).removeprefix('torch.')} and {agreeing(len(mixed), 'takes', 'take')} {values:,} bytes of "
         f"memory where the file has {stored:,}"
     )
 

@@ -26,7 +26,8 @@ class StoredScale:
         shape: of the view.
         grid: of a weight's scale, which blocks of the weight it is of; None for one of activations.
         view: what of the file's tensor it is.
-        bits: of reciprocals, the tensor as it was: the reciprocal of a reciprocal may be the number beside it.
+        bits: the tensor as it was, where the view's values do not give it back: the reciprocal of a reciprocal may be the
+            number beside it, and between tiles there may be anything.
     """
 
     name: str
@@ -44,6 +45,10 @@ class StoredScale:
         stored = ckpt.encode_scale(scale, self.dtype)
         if not self.view.whole:
             state[self.name] = stored.clone()
+            return
+        tiled = self.bits if self.view.tiles is not None else None
+        if tiled is not None and torch.equal(self.view.of(tiled).view(torch.uint8), stored.cpu().view(torch.uint8)):
+            state[self.name] = tiled.clone()
             return
         if self.name not in state:
             state[self.name] = torch.empty(self.view.whole, dtype=self.dtype, device=stored.device)
@@ -103,7 +108,10 @@ def plan(
 
     def stored(name: str, grid: Grid | None = None) -> StoredScale:
         info = tensors[name]
-        bits = tensors.read_stored(info).clone() if info.view.inverse else None
+        bits = None
+        if info.view.inverse or info.view.tiles is not None:
+            bits = tensors.read_stored(info).clone()
+            bits = None if info.view.tiles is not None and info.view.tiles.is_all_of(bits) else bits
         dtype = (ckpt.SCALE_DTYPES | ckpt.EXPONENT_DTYPES)[info.dtype]
         return StoredScale(info.name, dtype, info.shape, grid, info.view, bits)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.files import Checkpoint
 from ..checkpoint.transforms import AROUND, ATTENTION, Matrices, Matrix, Transform, read_matrix
-from ..errors import CheckpointError, SchemeError
+from ..errors import CheckpointError, SchemeError, UsageError
 from ..ops import ROTATE
 
 
@@ -209,10 +209,21 @@ def rotations(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rotation]]:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every matrix, and every permutation, once, under the name the file had it."""
+    """Every matrix, and every permutation, once, under the name the file had it.
+
+    Raises:
+        UsageError: modules that share a matrix hold different values of it.
+    """
     out: dict[str, Tensor] = {}
-    for _, _, rotation in rotations(model):
-        out |= rotation.stored_tensors()
+    users: dict[str, str] = {}
+    for user, _, rotation in rotations(model):
+        for name, tensor in rotation.stored_tensors().items():
+            if name in out and out[name] is not tensor and not torch.equal(out[name].cpu(), tensor.cpu()):
+                raise UsageError(
+                    f"{user} and {users[name]} share the matrix {name} of the checkpoint, and hold different ones now. Write to "
+                    "it in place, which changes it for all (rotation.weight.copy_(...)), or load the checkpoint again."
+                )
+            out[name], users[name] = tensor, user
     return out
 
 

@@ -29,8 +29,8 @@ from ..lowering import KINDS
 from ..ops import FP8
 from .decision import Decision, found_by, match
 from .fold import Folder
-from .pipeline import RULES
 from .rule import VIEW_OPS, Match, View
+from .rules import RULES
 
 _NODES = ("node", "x", "weight", "weight_scale", "input_scale", "bias", "offs", "expert_ids")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -109,9 +109,10 @@ def _agree(noted: Match, rule: str, found: Decision | None) -> None:
     if found is not None and found.match is not None and found.rule == rule:
         if replace(found.match, parameter=noted.parameter) != noted:
             raise _lie(noted)
-    elif rule in {known.name for known in RULES}:
-        raise _lie(noted)
-    elif any(n is not None and n not in noted.node.all_input_nodes for n in (noted.x, noted.bias, noted.offs, noted.expert_ids)):
+    elif rule in {known.name for known in RULES} or any(
+        n is not None and n not in noted.node.all_input_nodes
+        for n in (noted.x, noted.bias, noted.offs, noted.expert_ids)
+    ):
         raise _lie(noted)
 
 

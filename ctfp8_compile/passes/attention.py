@@ -28,6 +28,7 @@ aten = torch.ops.aten
 _ATTENTION = torch.ops.ctfp8.attention.default
 _WHOLE = aten.scaled_dot_product_attention.default
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
+ATTENTIONS = (_WHOLE, _FLASH)
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 
 
@@ -87,9 +88,11 @@ def _find(graph: fx.Graph, target: Target) -> list[_Found]:
 
 
 def _match(node: fx.Node, target: Target) -> _Found | None:
-    if node.op != "call_function" or node.target not in (_WHOLE, _FLASH):
+    if node.op != "call_function" or node.target not in ATTENTIONS:
         return None
-    named = dict(zip((a.name for a in node.target._schema.arguments), arguments(node), strict=False)) | dict(node.kwargs)
+    named = dict(zip((a.name for a in node.target._schema.arguments), arguments(node), strict=False)) | dict(
+        node.kwargs
+    )
     query, mask, scale = named["query"], named.get("attn_mask"), named.get("scale")
     heads = value(query).shape[1] if value(query).dim() == 4 else 0
     keys, values = (_unrepeated(named[name]) for name in ("key", "value"))

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +59,9 @@ def gather_fp8(graph: fx.Graph) -> int:
             for user in list(node.users):
                 part = call(graph, operator.getitem, both, arguments(user)[1], like=node)
                 whole = part
-                if arguments(user)[1] == 0 or node.target is not QUANTIZE[2]:  # a scale for the whole tensor is everywhere
+                if (
+                    arguments(user)[1] == 0 or node.target is not QUANTIZE[2]
+                ):  # a scale for the whole tensor is everywhere
                     whole = _gathered(graph, part, count, group, node)
                 user.replace_all_uses_with(whole, propagate_meta=False)
                 graph.erase_node(user)
@@ -207,9 +208,9 @@ def _is(node: Any, name: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is _op(name)
 
 
-#: By the value of the option `ctfp8.collectives`, what is done, in order.
-WAYS: dict[str, tuple[Callable[[fx.Graph], int], ...]] = {
+#: By the value of the option `ctfp8.collectives`, the passes that it asks for.
+WAYS: dict[str, tuple[str, ...]] = {
     "as traced": (),
-    "fp8": (gather_fp8,),
-    "tokens": (scatter_tokens, gather_fp8),
+    "fp8": ("gather-fp8",),
+    "tokens": ("scatter-tokens", "gather-fp8"),
 }

@@ -18,8 +18,8 @@ from torch import fx
 
 from ..graph import arguments, before, call, value
 from ..ops.triton import WEIGHT_ONLY
-from .rewrite import Kernels
 from .horizontal_fusion import PACK
+from .rewrite import Kernels
 
 aten = torch.ops.aten
 _ctfp8 = torch.ops.ctfp8
@@ -31,8 +31,13 @@ _PARTS = {
 }
 
 
-def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:
-    """Combines in place what reads all parts of a `pack` node with the same kernel; other parts go apart again."""
+def combine_linears(graph: fx.Graph, kernels: Kernels) -> int:
+    """Combines in place what reads all parts of a `pack` node with the same kernel; other parts go apart again.
+
+    Returns:
+        How many groups were combined.
+    """
+    done = 0
     groups: dict[Any, list[tuple[int, fx.Node]]] = defaultdict(list)
     for node in graph.nodes:
         if (at := _PARTS.get(node.target)) and (part := _part(arguments(node)[at[0]])) is not None:
@@ -44,10 +49,12 @@ def combine_linears(graph: fx.Graph, kernels: Kernels) -> None:
         members.sort(key=lambda member: member[0])
         if weight.target is PACK and sum(value(node).shape[-1] for _, node in members) == value(weight).shape[0]:
             _combine(graph, members, kernels)
+            done += 1
     for node in [n for n in graph.nodes if n.target is PACK]:
         _apart(graph, node)
     for node in [n for n in graph.nodes if n.target is aten.slice.Tensor and not n.users]:
         graph.erase_node(node)
+    return done
 
 
 def _combine(graph: fx.Graph, members: list[tuple[int, fx.Node]], kernels: Kernels) -> None:

@@ -1,9 +1,9 @@
 """Replaces a marker that no rule took with plain ATen, so that the graph is right on any target.
 
-    before                                        after
-    %d = ctfp8.dequantize(%w, %s, …, bf16)        %f = to(%w, f32)
-                                                  %m = mul(%f, %s)
-                                                  %d = to(%m, bf16)
+before                                        after
+%d = ctfp8.dequantize(%w, %s, …, bf16)        %f = to(%w, f32)
+                                              %m = mul(%f, %s)
+                                              %d = to(%m, bf16)
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _convert = torch.ops.prims.convert_element_type.default
 
 
 def decompose(graph: fx.Graph, caches: bool = True) -> dict[fx.Node, fx.Node]:
-    """Decomposes every rotation, and every marker that is still used; returns what took the place of each. Views of weights go with the rest.
+    """Decomposes every rotation, and every marker that is still used; returns what took the place of each.
+
+    Views of weights go with the rest.
 
     Args:
         caches: whether those of FP8 caches too. An artifact keeps them, for the attention of the machine that loads it.
@@ -43,7 +45,15 @@ def decompose(graph: fx.Graph, caches: bool = True) -> dict[fx.Node, fx.Node]:
             x, matrix, scale, transposed, precision, _ = arguments(node)
             do = functools.partial(_do, graph, node)
             new = ops.rotate_steps(
-                do, x, sizes(graph, x, like=node), value(x).dtype, matrix, value(matrix).shape[0], scale, transposed, precision
+                do,
+                x,
+                sizes(graph, x, like=node),
+                value(x).dtype,
+                matrix,
+                value(matrix).shape[0],
+                scale,
+                transposed,
+                precision,
             )
         replaced[node] = new
         node.replace_all_uses_with(new, propagate_meta=False)

@@ -88,4 +88,6 @@ def _same(found: Any, expected: Any, weight: fx.Node, scale: fx.Node, match: Mat
             and len(found) == len(expected)
             and all(_same(f, e, weight, scale, match) for f, e in zip(found, expected, strict=True))
         )
-    return type(found) is type(expected) and (found is expected if isinstance(expected, torch.dtype) else found == expected)
+    return type(found) is type(expected) and (
+        found is expected if isinstance(expected, torch.dtype) else found == expected
+    )

@@ -35,8 +35,8 @@ _MARKERS = (MARKER, MARKER.overloadpacket)
 _BY_ROW = "by row"
 
 
-def declare(graph: fx.Graph) -> None:
-    """Declares, in place, which parameters are to be packed.
+def declare(graph: fx.Graph) -> int:
+    """Declares, in place, which parameters are to be packed; returns how many groups of linears are one then.
 
     Args:
         graph: of dynamo or torch.export, in which linears are whole and a marker's weight is a placeholder.
@@ -70,6 +70,7 @@ def declare(graph: fx.Graph) -> None:
             pack(markers, 2, apart=False)  # they share their input, so they share its scale: the largest
         if len(arguments(linears[0])) > 2 and arguments(linears[0])[2] is not None:
             pack(linears, 2)
+    return sum(len(linears) > 1 for linears in by_input.values())
 
 
 def groups(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -93,7 +94,16 @@ def _alike(linear: fx.Node) -> Any:
         return None  # a kernel, or a block of scales, would not take them fused
     bias_dtype = fake_value(bias[0]).dtype if bias and bias[0] is not None else None
     scale_dtype = fake_value(scale).dtype
-    return cols, _BY_ROW if per_row else tuple(block), activation, dtype, scale_dtype, input_scale is None, bias_dtype, fake_value(weight).device
+    return (
+        cols,
+        _BY_ROW if per_row else tuple(block),
+        activation,
+        dtype,
+        scale_dtype,
+        input_scale is None,
+        bias_dtype,
+        fake_value(weight).device,
+    )
 
 
 def _own(parameter: Any) -> bool:

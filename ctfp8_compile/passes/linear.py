@@ -1,9 +1,9 @@
 """Replaces `linear(x, dequantize(w))`, in each of the forms tracers give it, with a matmul on the FP8 weight.
 
-    before                                              after
-    %d = ctfp8.dequantize(%w, %s, …)                    %y = ctfp8.dequantized_linear(%x, %w, %s, %b, block)
-    %t = permute(%d, [1, 0])
-    %y = addmm(%b, %x, %t)          (or mm, linear, or bmm over a broadcast weight)
+before                                              after
+%d = ctfp8.dequantize(%w, %s, …)                    %y = ctfp8.dequantized_linear(%x, %w, %s, %b, block)
+%t = permute(%d, [1, 0])
+%y = addmm(%b, %x, %t)          (or mm, linear, or bmm over a broadcast weight)
 """
 
 from __future__ import annotations

@@ -32,9 +32,14 @@ _MARKERS = (MARKER, MARKER.overloadpacket)
 _ON_PARAMETERS = (BY_ROW, TRANSPOSED, SWIZZLED, PACK)
 
 
-def declare(graph: fx.Graph, target: Target) -> None:
-    """Prepacks scales, in place, for the kernels that would take their weights; behind `horizontal_fusion.declare`."""
+def declare(graph: fx.Graph, target: Target) -> int:
+    """Prepacks scales, in place, for the kernels that would take their weights; behind `horizontal_fusion.declare`.
+
+    Returns:
+        How many.
+    """
     done: set[fx.Node] = set()
+    count = 0
     first = next((node for node in graph.nodes if node.op != "placeholder" and node.target not in _ON_PARAMETERS), None)
     for marker in [node for node in graph.nodes if node.op == "call_function" and node.target in _MARKERS]:
         scale = arguments(marker)[1]
@@ -42,8 +47,13 @@ def declare(graph: fx.Graph, target: Target) -> None:
         if whole in done or not (whole.op == "placeholder" or whole.target is PACK):
             continue
         done.add(whole)
-        with graph.inserting_before(first):  # in front of what it is made of, if that is packed; both leave the graph
-            _lay_out(graph, marker, whole, _layout(marker, target))
+        if not (layout := _layout(marker, target)):
+            continue
+        if first is not None and whole.target is PACK:
+            first.prepend(whole)
+        with graph.inserting_before(first):
+            count += _prepack(graph, marker, whole, layout)
+    return count
 
 
 def _layout(marker: fx.Node, target: Target) -> str:
@@ -71,13 +81,14 @@ def _rows(marker: fx.Node) -> tuple[Any, ...]:
     return (None,)
 
 
-def _lay_out(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> None:
+def _prepack(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> bool:
+    """Whether the layout is another than the checkpoint's."""
     users = list(whole.users)
     if layout == "by row":
         rows, block = fake_value(arguments(marker)[0]).shape[-2], arguments(marker)[3]
         scales = fake_value(whole).shape[-2]
         if scales == rows or rows % scales or not all(user.target in _MARKERS for user in users):
-            return
+            return False
         new = add(graph, BY_ROW, [whole], [rows])
         for user in users:
             user.update_arg(3, [1, block[1]])
@@ -88,9 +99,10 @@ def _lay_out(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> N
     elif layout == "swizzled":
         new = add(graph, UNSWIZZLED, add(graph, SWIZZLED, whole), fake_value(whole).shape[1])
     else:
-        return
+        return False
     for user in users:
         user.replace_input_with(whole, new)
+    return True
 
 
 @dataclass(frozen=True)
@@ -119,12 +131,13 @@ def take_out(graph: fx.Graph) -> list[Prepacked]:
     return found
 
 
-def fold(program: ExportedProgram) -> None:
-    """Gives a program a parameter for each thing that is made of parameters alone; those it was made of go."""
+def fold(program: ExportedProgram) -> int:
+    """Gives a program a parameter for each thing that is made of parameters alone; those it was made of go. Returns how many."""
     signature = program.graph_signature
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     gone = set()
-    for one in _found(program.graph):
+    found = _found(program.graph)
+    for one in found:
         first, *others = one.sources
         names = {source: specs[source.name].target for source in one.sources}
         value = one.of({source: program.state_dict.pop(name) for source, name in names.items()})
@@ -140,12 +153,15 @@ def fold(program: ExportedProgram) -> None:
             program.graph.erase_node(source)
     signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in gone]
     program.graph_module.recompile()
+    return len(found)
 
 
 def _found(graph: fx.Graph) -> list[Prepacked]:
     nodes = [n for n in graph.nodes if n.target in _ON_PARAMETERS]
     inner = {n for node in nodes for n in node.all_input_nodes}
-    return [Prepacked(node, tuple(dict.fromkeys(_sources(node))), _computation(node)) for node in nodes if node not in inner]
+    return [
+        Prepacked(node, tuple(dict.fromkeys(_sources(node))), _computation(node)) for node in nodes if node not in inner
+    ]
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:

@@ -1,9 +1,9 @@
 """Replaces each matmul for which a kernel was selected by what that kernel emits.
 
-    before                                              after
-    %d = ctfp8.dequantize(%w, %s, …)                    %y = ctfp8.dequantized_linear(%x, %w, %s, %b, block)
-    %t = permute(%d, [1, 0])
-    %y = addmm(%b, %x, %t)
+before                                              after
+%d = ctfp8.dequantize(%w, %s, …)                    %y = ctfp8.dequantized_linear(%x, %w, %s, %b, block)
+%t = permute(%d, [1, 0])
+%y = addmm(%b, %x, %t)
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..compat import statically_known_true
 from ..errors import UsageError
-from ..graph import before, call, is_plumbing, op_name, value
+from ..graph import before, call, is_plumbing, op_name, same_strides, value
 from ..lowering import Kernel, Operands
 from .decision import Decision
 
@@ -45,6 +46,8 @@ def rewrite(graph: fx.Graph, decisions: Sequence[Decision]) -> tuple[list[Decisi
         last = node.prev
         new = _build(graph, replace(decision, match=decision.match.mapped(lambda n: replaced.get(n, n))))
         _same_tensor(decision, node, new)
+        with before(graph, node):
+            new = _as_traced(graph, node, new)
         built = list(_nodes_after(last, new))
         for step in built:
             if step.target in decision.kernel.lowers:
@@ -57,8 +60,8 @@ def rewrite(graph: fx.Graph, decisions: Sequence[Decision]) -> tuple[list[Decisi
 
 
 def preview(decisions: Sequence[Decision]) -> list[Decision]:
-    """The decisions with what would be built for each; nothing is rewritten."""
-    return [d if d.kernel is None else _preview(d) for d in decisions]
+    """The decisions with what would be built for each, where nothing was; nothing is rewritten."""
+    return [d if d.kernel is None or d.after else _preview(d) for d in decisions]
 
 
 def _preview(decision: Decision) -> Decision:
@@ -87,7 +90,9 @@ def _names(built: Iterator[fx.Node] | Sequence[fx.Node]) -> tuple[str, ...]:
 def _build(graph: fx.Graph, decision: Decision) -> fx.Node:
     """Builds the replacement right before the matched node."""
     found, kernel, problem = decision.match, decision.kernel, decision.problem
-    assert found is not None and kernel is not None and problem is not None
+    assert found is not None
+    assert kernel is not None
+    assert problem is not None
     like = found.node
     with before(graph, like):
         weight, weight_scale, input_scale = (
@@ -97,7 +102,8 @@ def _build(graph: fx.Graph, decision: Decision) -> fx.Node:
         x = found.x
         for view in found.x_views:
             x = view.build(graph, x, like)
-        assert weight is not None and weight_scale is not None
+        assert weight is not None
+        assert weight_scale is not None
         operands = Operands(x, weight, weight_scale, input_scale, found.bias, found.offs, found.expert_ids)
         out = kernel.emit(graph, problem, operands, like)
         for view in found.out_views:
@@ -115,6 +121,25 @@ def _same_tensor(decision: Decision, old: fx.Node, new: fx.Node) -> None:
             f"{decision.parameter}: the rule {decision.rule!r} would replace {op_name(old)} of {a.dtype} {list(a.shape)} by "
             f"{b.dtype} {list(b.shape)}. Its pattern has to describe the node: see x_views and out_views of passes.Match."
         )
+
+
+def _as_traced(graph: fx.Graph, old: fx.Node, new: fx.Node) -> fx.Node:
+    """The replacement with the strides that what follows was traced with: a `view` may not take others."""
+    if same_strides(value(old), value(new)):
+        return new
+    steps = value(old).stride()
+    order = sorted(
+        range(len(steps)),
+        key=lambda dim: sum(statically_known_true(steps[dim] >= step) for step in steps),
+        reverse=True,
+    )
+    turned = order != list(range(len(steps)))
+    if turned:
+        new = call(graph, aten.permute.default, new, order, like=old)
+    new = call(graph, aten.clone.default, new, like=old, memory_format=torch.contiguous_format)
+    return (
+        call(graph, aten.permute.default, new, [order.index(d) for d in range(len(order))], like=old) if turned else new
+    )
 
 
 def _nodes_after(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:

@@ -62,7 +62,7 @@ class Match:
             dequantizes to.
         matrix: which of the weight's matrices, where it holds several and one was selected; a number or a node.
         bias: of a linear, or None.
-        offs: ends of the experts' rows, of a `grouped_mm`.
+        offs: cumulative offsets of the experts' rows, of a `grouped_mm`.
         expert_ids: the expert of each row, of a `gathered_mm`.
         x_views, out_views: the views of the activation that the kernel reads, and of its result that replaces the node.
     """

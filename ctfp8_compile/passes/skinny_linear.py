@@ -1,4 +1,4 @@
-"""Skinny linears (few rows of activations) with a large weight that is not quantized, such as a decoder's head, run as a streaming GEMV.
+"""Skinny linears (few rows) with a large weight that is not quantized, such as a decoder's head, run as a streaming GEMV.
 
     before                                   after
     %t = permute(%w, [1, 0])                 %y = ctfp8.linear(%x, %w, %b)
@@ -21,16 +21,23 @@ from ..target import Target
 
 aten = torch.ops.aten
 #: Elements from which on no cache keeps a weight from one step to the next.
-_LARGE = 1 << 22
+ELEMENTS = 1 << 22
+LARGE_LINEARS = (aten.linear.default, aten.mm.default, aten.addmm.default)
 #: Rows, at most, for which the operator is another than torch's.
-_FEW = 4
+ROWS = 4
 
 
-def stream_skinny_linears(graph: fx.Graph, target: Target) -> None:
-    """Rewrites such linears of a graph in place, if the target has a kernel for them. Rows may be a dynamic size."""
+def stream_skinny_linears(graph: fx.Graph, target: Target, rows: int = ROWS, elements: int = ELEMENTS) -> int:
+    """Rewrites such linears of a graph in place, if the target has a kernel for them; returns how many.
+
+    Args:
+        rows: at most so many of activations; their number may be a dynamic size.
+        elements: at least so many of the weight.
+    """
+    done = 0
     for node in graph.nodes:
         x, weight, bias = _linear(node)
-        if weight is None or not _is_large(weight) or not _may_be_few(value(x).shape[:-1]):
+        if weight is None or not _is_large(weight, elements) or not _may_be_few(value(x).shape[:-1], rows):
             continue
         if value(x).dtype != value(weight).dtype or not has_streaming_gemv(target, value(x).dtype):
             continue
@@ -38,6 +45,8 @@ def stream_skinny_linears(graph: fx.Graph, target: Target) -> None:
             new = call(graph, torch.ops.ctfp8.linear.default, x, weight, bias, like=node)
         node.replace_all_uses_with(new, propagate_meta=False)
         graph.erase_node(node)
+        done += 1
+    return done
 
 
 def _linear(node: fx.Node) -> tuple[Any, Any, Any]:
@@ -61,11 +70,11 @@ def _transposed(node: fx.Node) -> fx.Node | None:
     return of if node.target is aten.transpose.int and (dims[0] - dims[1]) % 2 else None
 
 
-def _is_large(weight: fx.Node) -> bool:
+def _is_large(weight: fx.Node, elements: int) -> bool:
     shape = value(weight).shape
     fixed = weight.op in ("placeholder", "get_attr") and all(isinstance(size, int) for size in shape)
-    return fixed and len(shape) == 2 and math.prod(shape) >= _LARGE
+    return fixed and len(shape) == 2 and math.prod(shape) >= elements
 
 
-def _may_be_few(sizes: Any) -> bool:
-    return math.prod(size for size in sizes if isinstance(size, int)) <= _FEW
+def _may_be_few(sizes: Any, rows: int) -> bool:
+    return math.prod(size for size in sizes if isinstance(size, int)) <= rows

@@ -19,17 +19,23 @@ from ..ops import ROTATE
 from ..report import Entry
 
 
-def share_rotations(graph: fx.Graph) -> None:
+def share_rotations(graph: fx.Graph) -> int:
     """Replaces each rotation of an activation by an earlier one that is the same, in any tracer's graph: q, k and v share it.
 
     This comes before horizontal fusion, which asks for linears with the same input.
+
+    Returns:
+        How many gave way.
     """
+    done = 0
     first: dict[Any, fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=ROTATE):
         same = first.setdefault(repr(node.args), node)  # node names are unique in a graph
         if same is not node:
             node.replace_all_uses_with(same, propagate_meta=False)
             graph.erase_node(node)
+            done += 1
+    return done
 
 
 def transforms(graph: fx.Graph) -> list[Entry]:

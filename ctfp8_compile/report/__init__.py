@@ -1,5 +1,5 @@
 """What became of each FP8 weight: as data, as text, as a picture."""
 
-from .report import Entry, Report
+from .report import Entry, Ran, Report
 
-__all__ = ["Entry", "Report"]
+__all__ = ["Entry", "Ran", "Report"]

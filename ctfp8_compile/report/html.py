@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..counted import agreeing
+
 if TYPE_CHECKING:
     from .report import Entry, Report
 
@@ -41,7 +43,7 @@ def page(report: Report) -> str:
     stored, plain = sum(e.nbytes for e in entries), sum(2 * math.prod(e.shape) for e in entries)
     read = sum(_read(report, e) for e in entries)
     facts = [
-        (str(len(entries)), "FP8 weights"),
+        (str(len(entries)), agreeing(len(entries), "FP8 weight", "FP8 weights")),
         (str(len(report.rewritten)), "rewritten"),
         (str(len(report.kept)), "dequantized in the graph"),
         (_size(stored), f"stored ({stored / plain:.2f}× of bf16)" if plain else "stored"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..counted import counted
 from .html import page
 
 #: A number between the dots of a name: of a layer, of an expert.
@@ -62,6 +64,34 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Ran:
+    """What one pass did to a graph.
+
+    Attributes:
+        name, stage: the pass, and which of the two graphs it changes.
+        matches: how many places it changed.
+        skipped: why it did not look; empty if it did.
+        graph: the graph after it, where that was asked for.
+    """
+
+    name: str
+    stage: str
+    matches: int
+    skipped: str = ""
+    graph: str = ""
+
+    @staticmethod
+    def summed(parts: Iterable[Iterable[Ran]]) -> tuple[Ran, ...]:
+        """One for each pass that ran over several graphs; skipped if it was in all of them."""
+        found: dict[str, Ran] = {}
+        for ran in itertools.chain.from_iterable(parts):
+            before = found.get(ran.name, ran)
+            matches = ran.matches + (before.matches if ran.name in found else 0)
+            found[ran.name] = replace(before, matches=matches, skipped=ran.skipped and before.skipped)
+        return tuple(found.values())
+
+
+@dataclass(frozen=True)
 class Report:
     """The result of rewriting one or several graphs for a target.
 
@@ -72,6 +102,7 @@ class Report:
         transforms: each transform of an activation that a rotated checkpoint asks for, by its module's name; `shape` is that of
             its matrix.
         layers: how a compiled graph's repeated layers were compiled; empty where none repeats.
+        passes: what each pass did, in their order; of repeated layers, those that were compiled count.
     """
 
     target: str
@@ -82,11 +113,12 @@ class Report:
     attention: tuple[Entry, ...] = ()
     transforms: tuple[Entry, ...] = ()
     layers: str = ""
+    passes: tuple[Ran, ...] = ()
 
     def summary(self) -> str:
         """One line: how many weights run on which kernel, how many stayed dequantized, and why."""
         total = len(self.rewritten) + len(self.kept)
-        parts = [f"{total} FP8 weights for {self.target}"]
+        parts = [f"{counted(total, 'FP8 weight')} for {self.target}"]
         for (rule, kernel), n in Counter((e.rule, e.kernel) for e in self.rewritten).most_common():
             parts.append(f"{n} {rule} → {kernel}")
         for reason, n in Counter(e.reason for e in self.kept).most_common():
@@ -118,12 +150,14 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as `json.dumps` takes them."""
+        passes = {"passes": [asdict(ran) for ran in self.passes]} if self.passes else {}
         return {
             "target": self.target,
             "rewritten": [asdict(e) for e in self.rewritten],
             "kept": [asdict(e) for e in self.kept],
             "attention": [asdict(e) for e in self.attention],
             "transforms": [asdict(e) for e in self.transforms],
+            **passes,
         }
 
     def to_html(self, path: str | Path) -> Path:

@@ -58,7 +58,7 @@ class Product(Two):
         return x @ self.down(self.up.weight).t()
 
 
-class Joined(Two):
+class Concatenated(Two):
     def forward(self, x, y):
         return self.up(x).sum() + self.down(y)
 
@@ -88,7 +88,7 @@ def test_a_weight_as_another_linears_input(tmp_path, kernel_everywhere):
 
 def test_a_size_derived_from_another_keeps_its_range(tmp_path):
     half = Dim("half", min=2, max=4)
-    model = _quantized(Joined())
+    model = _quantized(Concatenated())
     alone = _through_a_file(model, (X, X.clone()), tmp_path, dynamic_shapes={"x": {0: 2 * half}, "y": None})
     _close(alone(X.repeat(2, 1), X), model(X.repeat(2, 1), X))
     for rows in (2, 5, 10):

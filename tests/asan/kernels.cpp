@@ -158,7 +158,7 @@ bool dense(const Kernels& kernels, int64_t m, int64_t n, int64_t cols) {
 }
 
 // Whether each FP8 value, NaN among them, times one is its value, at each of some places of a chunk.
-bool every_code(const Kernels& kernels, int64_t m) {
+bool every_value(const Kernels& kernels, int64_t m) {
   constexpr int64_t cols = 101;
   const float one = 1;
   for (int64_t place : {0, 7, 8, 15, 16, 33, 63, 64, 100}) {
@@ -166,7 +166,7 @@ bool every_code(const Kernels& kernels, int64_t m) {
     const Array<char> x(m * cols * kernels.item);
     std::memset(fp8.data(), 0, 256 * cols);
     std::memset(x.data(), 0, m * cols * kernels.item);
-    for (int64_t code = 0; code < 256; ++code) fp8[code * cols + place] = static_cast<uint8_t>(code);
+    for (int64_t byte = 0; byte < 256; ++byte) fp8[byte * cols + place] = static_cast<uint8_t>(byte);
     for (int64_t i = 0; i < m; ++i) store(kernels, x.data(), i * cols + place, 1);
     const Array<float> y(m * 256);
     multiply(kernels, {fp8.data(), cols, &one, 0, 256, cols, 1, cols, 1}, x.data(), m, y.data());
@@ -193,10 +193,10 @@ bool attend(const Kernels& kernels, Stored stored, bool scaled, int64_t rows, in
         double& number = exact[((to == values.data()) * length + j) * width + k];
         const float value = (rand() % 17 - 8) / 8.f;
         const uint16_t half = bf16_of_float(value);
-        const uint8_t code = rand() % 64 | (rand() & 128);
+        const uint8_t byte = rand() % 64 | (rand() & 128);
         char* at = to + j * stride + k * item;
-        number = item == 1 ? tables.value[code] * (scaled ? scale : 2.) : value;
-        if (item == 1) *at = static_cast<char>(code);
+        number = item == 1 ? tables.value[byte] * (scaled ? scale : 2.) : value;
+        if (item == 1) *at = static_cast<char>(byte);
         if (item == 2) std::memcpy(at, &half, 2);
         if (item == 4) std::memcpy(at, &value, 4);
       }
@@ -264,7 +264,7 @@ bool attention(const Kernels& kernels) {
 
 bool matmul(const Kernels& kernels) {
   for (int64_t m : {1, 2, 3, 4, 5, 8, 9, 11, 13, 16, 17, 24, 32, 33, 64, 70, 130}) {
-    if (!every_code(kernels, m)) return std::printf("wrong: %s, the FP8 values, m %ld\n", kernels.name, long(m)), false;
+    if (!every_value(kernels, m)) return std::printf("wrong: %s, the FP8 values, m %ld\n", kernels.name, long(m)), false;
     for (int64_t n : {1, 2, 3, 8, 15, 33, 97}) {
       for (int64_t cols : {1, 2, 7, 15, 16, 17, 63, 64, 65, 127, 129, 300, 1100, 5500}) {
         for (int64_t block : {int64_t{0}, int64_t{1}, int64_t{7}, int64_t{128}, int64_t{1030}, cols}) {

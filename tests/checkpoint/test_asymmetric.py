@@ -66,7 +66,9 @@ def test_read_as_compressed_tensors_reads_them(strategy: str, shifted: str, tmp_
     exact = write(tmp_path / "in", args, shifted)
     count = 14 if shifted == "proj" else 2
     numbers = sum(w.numel() for n, w in exact.items() if n.endswith(f"{shifted}.weight"))
-    words = rf"{count} weights, such as .*, are FP8 with zero points: decompressed to bfloat16 .* take {2 * numbers:,} bytes"
+    words = (
+        rf"{count} weights, such as .*, are FP8 with zero points: dequantized to bfloat16 .* take {2 * numbers:,} bytes"
+    )
     with pytest.warns(UserWarning, match=words):
         model = ctfp8.from_pretrained(tmp_path / "in")
     for name, value in exact.items():

@@ -241,13 +241,13 @@ def test_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("offset", range(9))
-@pytest.mark.parametrize("code", [0x7F, 0xFF])
-def test_nan_codes_are_found_at_any_alignment(offset, code):
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_nan_values_are_found_at_any_alignment(offset, byte):
     data = torch.arange(5000, dtype=torch.int64).to(torch.uint8)
     data[(data & 0x7F) == 0x7F] = 0x7E
     weight = data[offset:4900].view(FP8)
     assert not has_nan(weight)
     for at in (0, 17, weight.numel() - 1):
         changed = data.clone()
-        changed[offset + at] = code
+        changed[offset + at] = byte
         assert has_nan(changed[offset:4900].view(FP8))

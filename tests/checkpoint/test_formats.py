@@ -257,7 +257,7 @@ def test_a_side_file_that_is_not_modelopts(tmp_path):
 
 def test_prepare_names_the_door_for_other_format(tmp_path):
     folder = respell(DATA / "llama/FP8_BLOCK", tmp_path / "in", "fp8")
-    stock = AutoModelForCausalLM.from_pretrained(folder)  # decompressed here; on a GPU its modules are others
+    stock = AutoModelForCausalLM.from_pretrained(folder)  # dequantized here; on a GPU its modules are others
     with pytest.raises(ctfp8.UsageError, match="not loaded from a quantized checkpoint"):
         ctfp8.prepare(stock)
     stock.config.quantization_config = FineGrainedFP8Config()
@@ -320,7 +320,7 @@ def test_a_plain_state_dict_of_several_schemes_and_with_static_activations():
     _, other, _ = _plain("scale_weight", "channel")
     state |= {key: value for key, value in other.items() if key.startswith("1")}
     state["0.scale_input"] = torch.tensor(0.02)
-    with pytest.warns(UserWarning, match="activation tensor; 1 weights, such as 1: strategy channel"):
+    with pytest.warns(UserWarning, match="activation tensor; weight 1: strategy channel"):
         ctfp8.load_state_dict(module, state, None)
     schemes = {name: d.info.scheme for name, _, d in quantized_parameters(module)}
     assert (schemes["0.weight"].activation, schemes["1.weight"].strategy) == ("tensor", "channel")

@@ -21,7 +21,7 @@ NAMES = ["llama/MXFP8", "qwen3moe/MXFP8"]
 
 
 def _truth(name):
-    """By checkpoint name, what compressed-tensors itself decompresses a weight to."""
+    """By checkpoint name, what compressed-tensors itself dequantizes a weight to."""
     config = json.loads((DATA / name / "config.json").read_text())["quantization_config"]
     scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry("mxfp8-quantized")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -84,6 +85,40 @@ def test_saved_bit_for_bit_and_loaded_again(case, want, tmp_path):
     configs = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (made.folder, tmp_path)]
     assert configs[0] == configs[1]
     assert relative_error(_logits(ctfp8.from_pretrained(tmp_path)), want) < BOUND
+
+
+def test_an_edited_matrix_is_saved_as_the_model_holds_it(case, tmp_path):
+    """An orthogonal one stays one with its sign turned; what does not load again is refused."""
+    made = case[1]
+    model = ctfp8.from_pretrained(made.folder)
+    _, _, rotation = next(rotations(model))
+    name = rotation.stored.name
+    rotation.weight.neg_()
+    model.save_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert {k for k in saved if not torch.equal(saved[k].view(torch.uint8), made.state[k].view(torch.uint8))} == {name}
+    assert torch.equal(saved[name], -made.state[name])
+    assert torch.equal(_logits(ctfp8.from_pretrained(tmp_path / "out")), _logits(model))
+    rotation.weight[0, 0] = torch.nan
+    with pytest.raises(
+        ctfp8.UsageError, match=f"{re.escape(name)} was changed, .*: holds NaN.*Load the checkpoint again"
+    ):
+        model.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_matrix_of_one_module_alone_and_one_taken_out_are_refused(tmp_path):
+    folder = rotated(tmp_path, CASES["R4"]).folder
+    model = ctfp8.from_pretrained(folder)
+    (_, _, first), (second, module, _) = list(rotations(model))[:2]
+    first.weight = -first.weight
+    with pytest.raises(ctfp8.UsageError, match=rf"{second} and .* share the matrix .*copy_"):
+        model.save_pretrained(tmp_path / "out")
+    model = ctfp8.from_pretrained(folder)
+    for path, module, _ in list(rotations(model)):
+        del module._modules[path.rpartition(".")[2]]
+    with pytest.raises(ctfp8.UsageError, match=r"down_proj: its transform R4.* was taken out.*dequantize=True"):
+        model.save_pretrained(tmp_path / "out")
 
 
 def test_dequantized_holds_the_transforms_in_its_weights(case, want, tmp_path):

@@ -58,7 +58,7 @@ def test_a_cache_used_again_without_reset_is_a_sentence_and_a_conversation_is_no
 
 def test_a_cache_for_another_batch_is_a_sentence(model):
     cache = ctfp8.static_cache(model, 1, 64)
-    with pytest.raises(ctfp8.UsageError, match=r"is for 1 sequences, and the input has 2"):
+    with pytest.raises(ctfp8.UsageError, match=r"is for 1 sequence, and the input has 2"):
         generate(model, IDS[:, :10], cache, max_new_tokens=2)
     with pytest.raises(ctfp8.UsageError, match=r"has 3 \(with beams"):
         generate(model, PROMPT, cache, max_new_tokens=2, num_beams=3)

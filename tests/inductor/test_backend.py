@@ -154,7 +154,7 @@ def test_gradients_get_a_sentence(small):
 def test_a_line_is_logged_at_compile(small, caplog):
     with caplog.at_level(logging.INFO, logger="ctfp8_compile"):
         torch.compile(small, backend="ctfp8")(torch.randn(3, 64))
-    assert any("1 FP8 weights for cpu" in r.getMessage() for r in caplog.records)
+    assert any("1 FP8 weight for cpu" in r.getMessage() for r in caplog.records)
 
 
 def test_cache_key_covers_target_kernels_and_sources(monkeypatch):

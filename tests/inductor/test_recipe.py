@@ -17,6 +17,7 @@ from torch import nn
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.compat import cache_argument
+from ctfp8_compile.inductor import backend as backend_module
 from ctfp8_compile.inductor import recipe
 
 LENGTHS = (5, 9, 17, 3, 30, 12, 21)
@@ -101,6 +102,34 @@ def test_our_compiler_gives_the_modules_values(module):
     torch.testing.assert_close(ctfp8.compile(module)(x), want, atol=1e-2, rtol=1e-2)
     with pytest.raises(ctfp8.UsageError, match="an input of this graph requires a gradient"):
         module(torch.randn(4, 1, 64, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (None, {"max_autotune": True, "coordinate_descent_tuning": True}),
+        ({"epilogue_fusion": False}, {"max_autotune": True, "epilogue_fusion": False}),
+        ({"ctfp8.regions": False, "max_autotune": False}, {"max_autotune": False, "coordinate_descent_tuning": True}),
+    ],
+)
+def test_mode_and_options_together(module, monkeypatch, options, wanted):
+    """Inductor gets what the mode sets, and the options over it; torch.compile itself takes one of the two."""
+    mode = "max-autotune-no-cudagraphs"
+    got = []
+
+    def compile_fx(graph, inputs, config_patches):
+        got.append(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr(backend_module, "compile_fx", compile_fx)
+    want = module(torch.ones(3, 64))
+    compiled = ctfp8.compile(module, mode=mode, options=options)
+    assert torch.equal(compiled(torch.ones(3, 64)), want)
+    assert wanted.items() <= got[0].items()
+    assert not [name for name in got[0] if name.startswith("ctfp8")]
+    if options:
+        with pytest.raises(RuntimeError, match="Either mode or options can be specified"):
+            torch.compile(module, backend="ctfp8", mode=mode, options=options)
 
 
 def test_inductor_is_asked_for_vector_instructions_once_and_beside(module, monkeypatch):

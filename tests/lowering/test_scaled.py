@@ -7,15 +7,12 @@ quantization.
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
-from conftest import DATA, IDS, fp8_config, quantize, relative_error
+from conftest import DATA, IDS, quantize, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.scaled import SM89, BlockwiseOnCpu, layer, quantized_activation
-from torch import nn
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering, ops, passes
@@ -23,6 +20,7 @@ from ctfp8_compile.lowering.kernel import Problem, choose
 from ctfp8_compile.target import Target
 
 FP8 = torch.float8_e4m3fn
+
 
 @settings(max_examples=60, deadline=None)
 @given(

@@ -48,8 +48,10 @@ def table() -> str:
     return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: with one, libraries must be installed")
-def test_the_table_is_what_the_gates_answer(kernel_everywhere, monkeypatch):
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs a machine without a GPU: with one, libraries must be installed"
+)
+def test_the_table_is_what_the_checks_answer(kernel_everywhere, monkeypatch):
     monkeypatch.setattr(scaled_mm, "release", lambda version: (2, 13))  # it is the table of torch 2.12 and later
     text = DOCUMENT.read_text()
     before, _, rest = text.partition(BEGIN)

@@ -218,7 +218,7 @@ def test_prepare_a_model_that_transformers_loaded(load):
         assert torch.equal(logits(model), logits(load(name)))
 
 
-def test_prepare_refuses_what_is_already_decompressed():
+def test_prepare_refuses_what_is_already_dequantized():
     with pytest.raises(ctfp8.UsageError, match="experts while loading"):
         ctfp8.prepare(AutoModelForCausalLM.from_pretrained(DATA / "qwen3moe/FP8_DYNAMIC"))
     ran = AutoModelForCausalLM.from_pretrained(DATA / "llama/FP8_DYNAMIC")

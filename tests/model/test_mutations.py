@@ -198,7 +198,7 @@ def other_scale(d: Draft) -> list[str]:
     return [name]
 
 
-def nan_code(d: Draft) -> list[str]:
+def nan_value(d: Draft) -> list[str]:
     name = d.pick(_is_fp8)
     fp8 = d.tensors[name].clone().view(torch.uint8)
     fp8.view(-1)[d.draw(st.integers(0, fp8.numel() - 1))] = d.one_of(0x7F, 0xFF)
@@ -206,7 +206,7 @@ def nan_code(d: Draft) -> list[str]:
     return [name]
 
 
-def other_code(d: Draft) -> list[str]:
+def other_value(d: Draft) -> list[str]:
     name = d.pick(_is_fp8)
     fp8 = d.tensors[name].clone().view(torch.uint8)
     fp8.view(-1)[d.draw(st.integers(0, fp8.numel() - 1))] ^= d.one_of(1, 8, 64, 128)
@@ -364,16 +364,16 @@ def edit_fp8(d: Draft) -> list[str]:
 
 CHANGES = (
     drop, drop_several, rename, swap, add, duplicate, retype, reinterpret, reshape, reshape_scale, bad_scale, other_scale,
-    nan_code, other_code, truncate, extend, flip_header, edit_index, edit_scheme, edit_activations, edit_coverage,
+    nan_value, other_value, truncate, extend, flip_header, edit_index, edit_scheme, edit_activations, edit_coverage,
     edit_config, other_config, junk_in_config, edit_model,
 )  # fmt: skip
 #: Of tensors alone, which every format has; and of its own config.
 FORMAT_CHANGES = (
-    drop, drop_several, rename, swap, add, retype, reinterpret, reshape, reshape_scale, bad_scale, other_scale, nan_code,
-    other_code, edit_fp8,
+    drop, drop_several, rename, swap, add, retype, reinterpret, reshape, reshape_scale, bad_scale, other_scale, nan_value,
+    other_value, edit_fp8,
 )  # fmt: skip
 #: Changes that no file may survive.
-FATAL = {bad_scale, nan_code, truncate, extend}
+FATAL = {bad_scale, nan_value, truncate, extend}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -435,7 +435,8 @@ def test_unchanged_checkpoints_load() -> None:
 def _names(message: str, names: list[str]) -> bool:
     """Whether a message names a tensor or file, or the parameter that a tensor is merged into."""
     merged = [re.sub(r"experts\.\d+\..*", "experts", name) for name in names]
-    scaled = [re.sub(r"_scale(_inv)?$", "", name) for name in names]  # a scale that says another scheme is its weight's
+    # a scale that says another scheme is its weight's
+    scaled = [re.sub(r"(\.input)?_scale(_inv)?$", "", name) for name in names]
     return any(name in message for name in (*names, *merged, *scaled))
 
 

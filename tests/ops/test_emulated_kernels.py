@@ -64,7 +64,8 @@ def test_kernels(processor: str, tmp_path: Path) -> None:
 
 
 @needing("ARM64")
-def test_operators_compile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["ops.cpp", "selection.cpp"])
+def test_operators_compile(file: str, tmp_path: Path) -> None:
     """They need torch for ARM64 to run; its headers are the same."""
     flags = [f"-I{path}" for path in include_paths() if Path(path).is_relative_to(Path(torch.__file__).parent)]
-    compiled(PROCESSORS["ARM64"][0], SOURCES / "ops.cpp", tmp_path, "-O0", "-fopenmp", *flags)
+    compiled(PROCESSORS["ARM64"][0], SOURCES / file, tmp_path, "-O0", "-fopenmp", *flags)

@@ -39,7 +39,9 @@ def test_a_compiled_model_reads_its_cache_once(dtype: torch.dtype) -> None:
     reports = ctfp8.compiled_reports()[before:]
     assert reports
     for report in reports:
-        assert [e.name for e in report.attention] == [f"model.layers.{i}.self_attn" for i in range(model.config.num_hidden_layers)]
+        assert [e.name for e in report.attention] == [
+            f"model.layers.{i}.self_attn" for i in range(model.config.num_hidden_layers)
+        ]
         assert {(e.kernel, e.reason) for e in report.attention} == {("fused attention", "")}
         assert f"{model.config.num_hidden_layers} attention to a cache → fused attention" in report.summary()
 
@@ -95,7 +97,9 @@ def test_an_artifact_fuses_where_it_is_loaded(tmp_path) -> None:
     assert [e.kernel for e in loaded.report.attention] == ["fused attention"] * layers
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
-        got = torch.cat([loaded(ids[:, :6], torch.tensor(0)), *(loaded(ids[:, i : i + 1], torch.tensor(i)) for i in (6, 7, 8))], 1)
+        got = torch.cat(
+            [loaded(ids[:, :6], torch.tensor(0)), *(loaded(ids[:, i : i + 1], torch.tensor(i)) for i in (6, 7, 8))], 1
+        )
     assert relative_error(got, want) < 1e-5
     report = ctfp8.explain(decoder, (ids, torch.tensor(0)))
     assert len(report.attention) == layers

@@ -82,7 +82,9 @@ def test_every_rule_gives_one_result_in_four_ways(tmp_path):
             module, weight, scale = _module(run, shape)
             args = tuple(a.to(torch.bfloat16) if a.is_floating_point() else a for a in args)
             exact = (weight.double() * scale.double()).float()
-            want[rule] = run(exact.to(torch.bfloat16).float(), *(a.float() if a.is_floating_point() else a for a in args))
+            want[rule] = run(
+                exact.to(torch.bfloat16).float(), *(a.float() if a.is_floating_point() else a for a in args)
+            )
             compiled = torch.compile(module, backend="ctfp8", fullgraph=True)
             for way in (module, compiled, ctfp8.lower(module, args).module()):
                 assert relative_error(way(*args), want[rule]) < 0.01, rule
@@ -134,3 +136,20 @@ def _weight(node):
     from ctfp8_compile.graph import trace_weight
 
     return trace_weight(node.args[0])
+
+
+@pytest.mark.parametrize("time", [7, 16])
+def test_consumers_get_the_strides_they_were_traced_with(time, kernel_everywhere):
+    """`matmul(W, x)` is `linear(x.mT, W).mT`, whose strides a `view` behind it does not take."""
+    rules = list(passes.RULES)
+    passes.register(add_a_rule.WeightOnTheLeft())
+    try:
+        module = add_a_rule.model()
+        plain = module.forward
+        module.forward = lambda x: plain(x).view(-1)
+        x = torch.randn(2, 256, time)
+        program = ctfp8.lower(module, (x,))
+        assert "ctfp8.dequantized_linear" in str(program.graph)
+        assert relative_error(program.module()(x), module(x)) < 1e-5
+    finally:
+        passes.RULES[:] = rules

@@ -171,7 +171,9 @@ class GoldenEmbedding(TestCase):
     maxDiff = None
 
     def test_a_scale_per_channel(self):
-        self.assertExpectedInline(_embedded("channel"), """\
+        self.assertExpectedInline(
+            _embedded("channel"),
+            """\
 %0 = placeholder : f8e4m3[6, 8]
 %1 = placeholder : f32[6, 1]
 %2 = placeholder : i64[1, 3]
@@ -180,10 +182,13 @@ class GoldenEmbedding(TestCase):
 %5 = embedding(%1, %2) : f32[1, 3, 1]
 %6 = mul(%4, %5) : f32[1, 3, 8]
 %7 = convert_element_type(%6, bfloat16) : bf16[1, 3, 8]
-return [%7]""")
+return [%7]""",
+        )
 
     def test_a_scale_per_tensor(self):
-        self.assertExpectedInline(_embedded("tensor"), """\
+        self.assertExpectedInline(
+            _embedded("tensor"),
+            """\
 %0 = placeholder : f8e4m3[6, 8]
 %1 = placeholder : f32[1, 1]
 %2 = placeholder : i64[1, 3]
@@ -192,10 +197,13 @@ return [%7]""")
 %5 = select(%1, 0, 0) : f32[1]
 %6 = mul(%4, %5) : f32[1, 3, 8]
 %7 = convert_element_type(%6, bfloat16) : bf16[1, 3, 8]
-return [%7]""")
+return [%7]""",
+        )
 
     def test_blocks_whose_last_is_a_part(self):
-        self.assertExpectedInline(_embedded("block"), """\
+        self.assertExpectedInline(
+            _embedded("block"),
+            """\
 %0 = placeholder : f8e4m3[6, 8]
 %1 = placeholder : f32[2, 3]
 %2 = placeholder : i64[1, 3]
@@ -217,4 +225,5 @@ return [%7]""")
 %18 = reshape(%17, [1, 3, 2]) : f32[1, 3, 2]
 %19 = cat([%12, %18], -1) : f32[1, 3, 8]
 %20 = convert_element_type(%19, bfloat16) : bf16[1, 3, 8]
-return [%20]""")
+return [%20]""",
+        )

@@ -11,10 +11,9 @@ from expecttest import TestCase
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile import passes
-from ctfp8_compile.passes import horizontal_fusion, prepack
 from ctfp8_compile.graph import format_graph
+from ctfp8_compile.passes import horizontal_fusion, prepack
 from ctfp8_compile.target import Target
-
 
 pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint was calibrated")
 
@@ -67,12 +66,17 @@ class Golden(TestCase):
 
     def test_a_lowered_cache_is_read_as_it_was_written(self):
         for calibrated in (False, True):
-            module, program = _Attention(calibrated), ctfp8.lower(_Attention(calibrated), _STATES, target="xpu").module()
+            module, program = (
+                _Attention(calibrated),
+                ctfp8.lower(_Attention(calibrated), _STATES, target="xpu").module(),
+            )
             for _ in range(3):  # the mask shows what the steps before left
                 torch.testing.assert_close(program(*_STATES), module(*_STATES))
 
     def test_an_fp8_cache_on_cuda(self):
-        self.assertExpectedInline(_cached(False, "cuda:sm90"), """\
+        self.assertExpectedInline(
+            _cached(False, "cuda:sm90"),
+            """\
 %0 = placeholder : torch.uint8[1, 2, 16, 33]
 %1 = placeholder : torch.uint8[1, 2, 16, 33]
 %2 = placeholder : i64[]
@@ -152,10 +156,13 @@ class Golden(TestCase):
 %76 = mul(%75, %73) : f32[1, 2, 16, 32]
 %77 = convert_element_type(%76, bfloat16) : bf16[1, 2, 16, 32]
 %78 = scaled_dot_product_attention(%3, %67, %77, %6, enable_gqa=True) : bf16[1, 4, 1, 32]
-return [%56, %57, %55, %78]""")
+return [%56, %57, %55, %78]""",
+        )
 
     def test_a_calibrated_cache_on_xpu(self):
-        self.assertExpectedInline(_cached(True, "xpu"), """\
+        self.assertExpectedInline(
+            _cached(True, "xpu"),
+            """\
 %0 = placeholder : torch.uint8[1, 2, 16, 32]
 %1 = placeholder : torch.uint8[1, 2, 16, 32]
 %2 = placeholder : i64[]
@@ -197,7 +204,8 @@ return [%56, %57, %55, %78]""")
 %38 = mul(%37, %35) : f32[1, 2, 16, 32]
 %39 = convert_element_type(%38, bfloat16) : bf16[1, 2, 16, 32]
 %40 = scaled_dot_product_attention(%5, %34, %39, %8, enable_gqa=True) : bf16[1, 4, 1, 32]
-return [%28, %29, %27, %40]""")
+return [%28, %29, %27, %40]""",
+        )
 
     def test_llama_block_before_lowering(self):
         hidden, rotary = torch.zeros(1, 5, 128, dtype=torch.bfloat16), torch.zeros(1, 5, 32, dtype=torch.bfloat16)

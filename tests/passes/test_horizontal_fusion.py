@@ -15,8 +15,8 @@ from torch._subclasses import FakeTensorMode
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.inductor import backend, packed  # noqa: F401 - Inductor's modules import each other in one order only
-from ctfp8_compile.ops import FP8
 from ctfp8_compile.model.parametrization import quantized_parameters, stored_weight
+from ctfp8_compile.ops import FP8
 
 pytestmark = pytest.mark.usefixtures("kernel_everywhere")
 FUSED = {"ctfp8.horizontal_fusion": True}
@@ -70,18 +70,18 @@ def test_a_program_has_one_matmul_for_one_input(strategy, activation, bias, targ
         assert relative_error(got, want) < 0.06  # its activations are quantized
 
 
-def test_static_scales_join_with_the_largest():
+def test_static_scales_fuse_to_the_largest():
     module = three("tensor", "tensor")
     scales = [q.input_scale for _, _, q in quantized_parameters(module)][:3]
     assert len({float(s) for s in scales}) == 3
-    joined = ctfp8.lower(module, (X,), target="xpu+scaled_mm").module()(X)
+    fused = ctfp8.lower(module, (X,), target="xpu+scaled_mm").module()(X)
     for scale in scales:
         scale.copy_(max(scales))
-    assert all(map(torch.equal, joined, ctfp8.lower(module, (X,), target="xpu+scaled_mm").module()(X)))
+    assert all(map(torch.equal, fused, ctfp8.lower(module, (X,), target="xpu+scaled_mm").module()(X)))
 
 
 @pytest.mark.parametrize(
-    ("rows", "strategy", "joined", "weight_only"),
+    ("rows", "strategy", "fused", "weight_only"),
     [
         ((64, 32, 32), "channel", [128, 128], 0),
         ((64, 40, 32), "channel", [96, 128], 1),  # k has no multiple of 16 rows: only the weight-only kernel takes it
@@ -89,10 +89,10 @@ def test_static_scales_join_with_the_largest():
         ((256, 64, 128), "block", [384, 128], 1),  # and so with a partial block in the middle
     ],
 )
-def test_what_would_not_be_taken_fused_stays_apart(rows, strategy, joined, weight_only):
+def test_what_would_not_be_taken_fused_stays_apart(rows, strategy, fused, weight_only):
     module = three(strategy, "group" if strategy == "block" else "token", rows=rows)
     program = ctfp8.lower(module, (X,), target="cuda:sm90")
-    assert [n.meta["val"].shape[-1] for n in matmuls(program)] == joined
+    assert [n.meta["val"].shape[-1] for n in matmuls(program)] == fused
     ours = [n.target for n in program.graph.nodes if "ctfp8" in str(n.target)]
     assert ours == weight_only * [torch.ops.ctfp8.weight_only_linear.default]
     assert len(ctfp8.explain(module, (X,), target="cuda:sm90").rewritten) == 4
@@ -100,7 +100,7 @@ def test_what_would_not_be_taken_fused_stays_apart(rows, strategy, joined, weigh
         assert relative_error(got, want) < 0.06
 
 
-def test_where_nothing_is_rewritten_nothing_is_joined():
+def test_where_nothing_is_rewritten_nothing_is_fused():
     module = three()
     program = ctfp8.lower(module, (X,), target="cuda:sm75")
     assert all(map(torch.equal, program.module()(X), module(X)))

@@ -34,13 +34,13 @@ def test_a_scale_for_the_whole_matrix_stays_one():
     (tensorwise,) = (n for n in program.graph.nodes if n.target is aten._scaled_mm.default)  # o
     assert [n.args[3].meta["val"].shape for n in (rowwise, tensorwise)] == [(128,), (1, 1)]
     assert [n.args[2].meta["val"].shape for n in (rowwise, tensorwise)] == [(15,), (1, 1)]
-    joined = program.state_dict["q.parametrizations.weight.0.weight_scale_prepacked"]
+    packed = program.state_dict["q.parametrizations.weight.0.weight_scale_prepacked"]
     q, k, v = (scales_of(module)[f"{name}.weight"] for name in "qkv")
-    assert torch.equal(joined[:, 0], torch.cat([q.expand(64, 1), k.expand(32, 1), v.expand(32, 1)])[:, 0])
+    assert torch.equal(packed[:, 0], torch.cat([q.expand(64, 1), k.expand(32, 1), v.expand(32, 1)])[:, 0])
 
 
-@pytest.mark.parametrize(("rows", "joined"), [((256, 128, 128), True), ((256, 64, 128), False)])
-def test_block_scales_are_transposed_once(rows, joined):
+@pytest.mark.parametrize(("rows", "packed"), [((256, 128, 128), True), ((256, 64, 128), False)])
+def test_block_scales_are_transposed_once(rows, packed):
     module = three("block", "group", rows=rows)
     program = ctfp8.lower(module, (X,), target="cuda:sm90")
     groupwise = [n for n in program.graph.nodes if "groupwise" in str(n.target)]
@@ -49,7 +49,7 @@ def test_block_scales_are_transposed_once(rows, joined):
         scale = node.args[3]
         while scale.target is aten.permute.default:
             scale = scale.args[0]
-        assert scale.op == "placeholder" or not joined  # no copy at a call
+        assert scale.op == "placeholder" or not packed  # no copy at a call
     for got, want in zip(program.module()(X), module(X), strict=True):
         assert relative_error(got, want) < 0.06
 

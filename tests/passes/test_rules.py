@@ -217,7 +217,10 @@ def test_choose_collects_the_sentences_of_all_kernels():
             return self.why == "b"
 
     problem = Problem("linear", T, (4, 32), (16, 32), (1, 32), "token", False)
-    assert choose((No("a"), No("b"), No("a")), problem, Target("cpu")) == (None, "b; a")  # what is preferred is asked first
+    assert choose((No("a"), No("b"), No("a")), problem, Target("cpu")) == (
+        None,
+        "b; a",
+    )  # what is preferred is asked first
 
 
 @pytest.mark.parametrize(("cols", "block"), [(130, 128), (150, 100), (160, 128), (35, 8)])

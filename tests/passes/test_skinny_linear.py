@@ -30,7 +30,9 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skinny_linear, "has_streaming_gemv", lambda target, dtype: target.device == "cpu")
 
 
-def rewritten(module: nn.Module, *inputs: Tensor, target: str = "cpu", decompose: bool = False, dynamic: bool = False) -> str:
+def rewritten(
+    module: nn.Module, *inputs: Tensor, target: str = "cpu", decompose: bool = False, dynamic: bool = False
+) -> str:
     shapes = ({0: ROWS},) if dynamic else None
     program = torch.export.export(module, inputs, dynamic_shapes=shapes)
     program = program.run_decompositions(None if decompose else {})
@@ -115,7 +117,10 @@ def test_float32_is_torchs() -> None:
 def with_large_vocabulary() -> tuple[nn.Module, nn.Module]:
     """A model in bfloat16, and the same in float64."""
     folder = DATA / "llama/FP8_DYNAMIC"
-    model, exact = ctfp8.from_pretrained(folder, dtype=torch.bfloat16), ctfp8.from_pretrained(folder, dequantize=True).double()
+    model, exact = (
+        ctfp8.from_pretrained(folder, dtype=torch.bfloat16),
+        ctfp8.from_pretrained(folder, dequantize=True).double(),
+    )
     head = torch.randn((1 << 22) // model.config.hidden_size + 1, model.config.hidden_size)
     model.lm_head.weight, exact.lm_head.weight = nn.Parameter(head.bfloat16()), nn.Parameter(head.bfloat16().double())
     return model, exact
@@ -126,15 +131,15 @@ def test_a_compiled_model_with_a_large_vocabulary(regions: bool) -> None:
     """Batches of one to five texts through `ctfp8.compile`, against float64."""
     model, exact = with_large_vocabulary()
     ctfp8.compile(model, options={"ctfp8.regions": regions})
-    codes: list[str] = []
+    sources: list[str] = []
     for batch in (1, 2, 4, 5):
         ids = torch.randint(0, 64, (batch, 7), generator=torch.Generator().manual_seed(batch))
         with torch.no_grad():
             out, code = run_and_get_code(model, ids, logits_to_keep=1)
             assert relative_error(out.logits, exact(ids, logits_to_keep=1).logits) < 0.02
-        codes += code
-    assert all(("ctfp8.linear" in code) == torch.ops.ctfp8_cpu.has_streaming_gemv() for code in codes)
-    assert codes
+        sources += code
+    assert all(("ctfp8.linear" in code) == torch.ops.ctfp8_cpu.has_streaming_gemv() for code in sources)
+    assert sources
 
 
 def test_an_artifact_in_a_fresh_process(tmp_path: Path) -> None:
@@ -145,8 +150,8 @@ def test_an_artifact_in_a_fresh_process(tmp_path: Path) -> None:
     with torch.no_grad():
         want = exact(ids).logits
     assert relative_error(run_fresh([tmp_path / "m.pt2"], ids, tmp_path)[0], want) < 0.02
-    codes = [node.target for node in ctfp8.load(tmp_path / "m.pt2")._run.graph.nodes]
-    assert (torch.ops.ctfp8.linear.default in codes) == torch.ops.ctfp8_cpu.has_streaming_gemv()
+    targets = [node.target for node in ctfp8.load(tmp_path / "m.pt2")._run.graph.nodes]
+    assert (torch.ops.ctfp8.linear.default in targets) == torch.ops.ctfp8_cpu.has_streaming_gemv()
 
 
 def test_only_avx512_bf16_has_the_kernel() -> None:

@@ -49,7 +49,7 @@ MXFP8_ODD = Sizes(hidden=160, intermediate=224, expert=96)
 
 @dataclass(frozen=True)
 class Experts:
-    """How a architecture's model fuses its experts, and what the file calls the pieces.
+    """How an architecture's model fuses its experts, and what the file calls the parts.
 
     In the model `gate_up_proj` is `[E, 2I, H]`, or `[E, H, 2I]` if `transposed`; gate and up are its halves, or its
     even and odd rows if `interleaved`. Ungated experts have `up_proj` alone. In the file each expert is Linears named

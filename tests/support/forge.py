@@ -163,9 +163,9 @@ def _linearise(reference: nn.Module, experts: Experts | None) -> tuple[PreTraine
                 homes[f"{parent}.{own}"] = weight.data.flatten(0, 1)
             continue
         linears = nn.ModuleList()
-        for index, pieces in enumerate(_pieces(module, experts)):
+        for index, parts in enumerate(_expert_linears(module, experts)):
             expert = ExpertMLP()
-            for own, (weight, bias) in pieces.items():
+            for own, (weight, bias) in parts.items():
                 setattr(expert, own, _linear(weight, bias))
                 homes[f"{name}.{index}.{own}"] = weight
             linears.append(expert)
@@ -177,7 +177,7 @@ def _is_fused(module: nn.Module) -> bool:
     return isinstance(getattr(module, "down_proj", None), nn.Parameter)
 
 
-def _pieces(module: nn.Module, experts: Experts) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
+def _expert_linears(module: nn.Module, experts: Experts) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
     """Per expert, file name → (weight `[out, in]`, bias), as views of the fused parameters."""
     gate, up, down = experts.names
     wide = "gate_up_proj" if experts.gated else "up_proj"

@@ -1,7 +1,7 @@
 """Makes mixed checkpoints of FP8 ones: some modules in another format, written by compressed-tensors' own compressors.
 
 mixed = mix(DATA / "llama/FP8_DYNAMIC", tmp_path / "in", {"W4A16": "re:.*down_proj$"})
-mixed.truth["model.layers.0.mlp.down_proj.weight"]     # what compressed-tensors decompresses it to
+mixed.truth["model.layers.0.mlp.down_proj.weight"]     # what compressed-tensors dequantizes it to
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Mixed:
-    """A folder, and by name what compressed-tensors itself decompresses each weight to that is not FP8."""
+    """A folder, and by name what compressed-tensors itself dequantizes each weight to that is not FP8."""
 
     folder: Path
     truth: Mapping[str, Tensor]

@@ -18,6 +18,7 @@ from . import auto_round, fbgemm, fp8, modelopt, quark, torchao
 from .format import PLAIN, Format, Suffixes, config_of_groups, fp8_weights, group
 from .names import canonical_names
 
+LEGACY = "compression_config"  #: compressed-tensors' first key for it in `config.json`
 SIDE_FILE = "hf_quant_config.json"  #: where ModelOpt writes the config, too or instead of in `config.json`
 
 
@@ -35,8 +36,12 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any]], Format]] = {
     "auto-round": auto_round.read,
     "torchao": torchao.read,
 }
-#: Spellings of scales that mean the same wherever they are: an inverse in name only, it is multiplied.
-_IN_ANY_FORMAT: Suffixes = {"_scale_inv": "_scale"}
+#: Spellings of scales that mean the same wherever they are: an inverse in name only, it is multiplied; Mistral's.
+_IN_ANY_FORMAT: Suffixes = {
+    "_scale_inv": "_scale",
+    ".qscale_weight": ".weight_scale",
+    ".qscale_act": ".input_scale",
+}
 
 
 #: Of a file without a config whose scales are spelled in any of these ways.
@@ -73,7 +78,7 @@ def config_of_folder(folder: Path) -> Mapping[str, Any] | None:
 
 def legacy_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantization config under compressed-tensors' first key for it, of a `config.json`."""
-    found = config.get("compression_config")
+    found = config.get(LEGACY)
     if not isinstance(found, Mapping):
         return None
     inner = found.get("quantization_config", found)
@@ -105,6 +110,7 @@ def write_side_file(folder: Path, content: str, alone: bool) -> None:
 
 
 __all__ = [
+    "LEGACY",
     "PLAIN",
     "SIDE_FILE",
     "SPELLED_ANYHOW",

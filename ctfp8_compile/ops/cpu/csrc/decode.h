@@ -42,10 +42,10 @@ struct Tables {
   alignas(64) uint8_t low[128] = {};
   float value[256] = {};
   constexpr Tables() {
-    for (uint32_t code = 0; code < 256; ++code) {
-      const uint32_t bits = float_bits_of_fp8(code);
-      value[code] = float_of_bits(bits);
-      if (code < 128) high[code] = bits >> 24, low[code] = bits >> 16 & 255;
+    for (uint32_t byte = 0; byte < 256; ++byte) {
+      const uint32_t bits = float_bits_of_fp8(byte);
+      value[byte] = float_of_bits(bits);
+      if (byte < 128) high[byte] = bits >> 24, low[byte] = bits >> 16 & 255;
     }
   }
 };

@@ -1,4 +1,4 @@
-// Weights that are bfloat16 themselves, for a few rows of activations: one run through memory, as in `dot_row` of gemv.h.
+// Weights that are bfloat16 themselves, for a few rows of activations: streamed through a GEMV, as by `dot_row` of gemv.h.
 #pragma once
 #include "gemv.h"
 

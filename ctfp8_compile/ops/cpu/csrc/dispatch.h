@@ -20,6 +20,9 @@ struct Selection {
 
 Selection& selection();
 
+// Frees what torch's brgemm keeps for this thread, where it is used.
+void release_brgemm();
+
 // Of activations; an error that names the operator, where they are of another.
 Dtype dtype_of(const at::Tensor& x, const char* op);
 

@@ -1,4 +1,4 @@
-// What an instruction-set file offers to ops.cpp. No torch header is included on this side: those files are compiled with
+// What an instruction-set file offers to the operators. No torch header is included on this side: those files are compiled with
 // `#pragma GCC target`, and an inline function of torch compiled there could end up in the binary for every CPU.
 #pragma once
 #include <cstdint>

@@ -23,11 +23,13 @@ from ..ops.triton import GPUS, WEIGHT_ONLY
 _OPERATORS = set(WEIGHT_ONLY.values())
 
 
-def inline(graph: fx.Graph) -> None:
-    """Replaces each weight-only operator on a GPU by what it does, in place."""
-    for node in [n for n in graph.nodes if n.op == "call_function" and n.target in _OPERATORS]:
-        if value(node).device.type in GPUS:
-            _inline(graph, node)
+def inline_triton(graph: fx.Graph) -> int:
+    """Replaces each weight-only operator on a GPU by what it does, in place; returns how many."""
+    found = [n for n in graph.nodes if n.op == "call_function" and n.target in _OPERATORS]
+    on_gpus = [node for node in found if value(node).device.type in GPUS]
+    for node in on_gpus:
+        _inline(graph, node)
+    return len(on_gpus)
 
 
 def _inline(graph: fx.Graph, node: fx.Node) -> None:

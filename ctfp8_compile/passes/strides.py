@@ -10,12 +10,16 @@ from torch import Tensor, fx
 from ..graph import arguments, fake_value
 
 
-def keep(graph: fx.Graph) -> None:
+def keep_strides(graph: fx.Graph) -> int:
     """Copies, in place in a graph of dynamo's, what is concatenated with nothing but empty tensors: to a contiguous tensor.
 
     A growing cache begins empty. Inductor drops what is empty, and keeps the strides of the rest: what a prompt leaves would
     lie as its keys were computed, and what the first token leaves, contiguous: a graph for either.
+
+    Returns:
+        How many.
     """
+    done = 0
     for node in graph.find_nodes(op="call_function", target=torch.cat):
         parts = arguments(node)[0]
         if not isinstance(parts, (list, tuple)) or node.kwargs.get("out") is not None:
@@ -31,6 +35,8 @@ def keep(graph: fx.Graph) -> None:
         copy.meta = dict(node.meta)
         node.replace_all_uses_with(copy, propagate_meta=False)
         graph.erase_node(node)
+        done += 1
+    return done
 
 
 def _is_empty(value: Any) -> bool:

@@ -1,0 +1,45 @@
+"""The values that a model holds, whole on the first of several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint.shard import Cuts
+from ..errors import UsageError
+from ..model.parametrization import Dequantize, quantized_parameters, stored_weight
+from .compat import load_offloaded_parameter
+from .origin import plain_state
+from .parallel import gather, gather_quantized
+
+
+class Held:
+    """Values of a model's parameters and buffers. Every rank asks for the same in the same order."""
+
+    def __init__(self, model: Any, quantizer: Any):
+        self.model, self.plans = model, quantizer.plans
+        self.cuts: Mapping[str, tuple[tuple[int, ...], Cuts]] = quantizer.cuts
+        self.plain = plain_state(model)
+        self.fp8 = {name: (owner, how) for name, owner, how in quantized_parameters(model)}
+
+    def value(self, name: str) -> Tensor:
+        if name in self.cuts:
+            return gather(self.plain[name], *self.cuts[name])
+        value = self.plain[name]
+        return load_offloaded_parameter(self.model, name) if value.device.type == "meta" else value
+
+    def quantized(self, name: str) -> tuple[Tensor, Dequantize]:
+        owner, how = self.fp8[name]
+        weight = stored_weight(owner, name.rpartition(".")[2])
+        if name in self.cuts:
+            return gather_quantized(weight, how, self.plans[name])
+        if weight.device.type == "meta":
+            raise UsageError(f"{name} was moved out of memory, and cannot be saved from there. Load the model again.")
+        return weight, how
+
+    def follow(self, names: Iterable[str]) -> None:
+        """What ranks other than the first do while that one writes."""
+        for name in names:
+            self.quantized(name) if name in self.fp8 else self.value(name)

@@ -1,0 +1,8 @@
+"""Intel AutoRound: python write_auto_round.py SOURCE SCHEME OUT, round to nearest, its own format"""
+
+import sys
+
+from auto_round import AutoRound
+
+source, scheme, out = sys.argv[1:]
+AutoRound(source, scheme=scheme, iters=0, device_map="cpu").quantize_and_save(out, format="auto_round")

@@ -1,0 +1,11 @@
+"""GPTQModel: python write_gptqmodel.py SOURCE METHOD OUT, weights rounded to FP8 without calibration"""
+
+import sys
+
+from gptqmodel import GPTQModel
+from gptqmodel.quantization import FP8Config
+
+source, method, out = sys.argv[1:]
+model = GPTQModel.load(source, FP8Config(weight_scale_method=method), device="cpu")
+model.quantize(calibration=None)
+model.save(out)
