@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..inductor.recipe import Compiled
 from ..model.beside import Beside, put_beside
 from . import compat, mtp
-from .static_cache import layers_of
+from .static_cache import layers_of, static_cache
 
 
 def watch(model: Any) -> None:
@@ -63,6 +63,11 @@ def _drafting(make: Any) -> Any:
             config = kwargs.get("generation_config") or args[0]
             generator.mtp_model, own = compiled(self, max(config.max_length, getattr(cache, "limit", 0)))
             generator.mtp_cache = own or generator.mtp_cache
+        assistant = getattr(generator, "assistant_model", None)
+        if assistant is not None and isinstance(assistant.forward, Compiled):
+            config = kwargs.get("generation_config") or args[0]
+            if (fixed := _of_assistant(assistant, config.max_length)) is not None:
+                generator.assistant_kwargs["cache"] = fixed
         return generator
 
     return candidate_generator
@@ -170,6 +175,16 @@ def _traced(main: Any) -> list[Beside]:
     positions = torch.arange(16, device=device)[None]
     depths = range(len(layers.layers))
     return [Beside(step, (k, hidden, positions, None, positions), "layers.layers.", "mtp.layers.") for k in depths]
+
+
+def _of_assistant(assistant: Any, max_length: int) -> Any:
+    """An empty static cache for a compiled assistant, kept from call to call; None where tokens cannot be taken back from one."""
+    cache = vars(assistant).get("_ctfp8_draft_cache")
+    if cache is None or cache.limit < max_length or cache.layers[0].device != assistant.device:
+        cache = static_cache(assistant, 1, max(_ROOM, 1 << (max_length - 1).bit_length()))
+        vars(assistant)["_ctfp8_draft_cache"] = cache
+    cache.reset()
+    return cache if cache.is_croppable else None
 
 
 class StaticMtpCache(StaticCache):

@@ -295,8 +295,8 @@ def test_kinds_of_layers_that_a_config_does_not_say(tmp_path: Path) -> None:
 
 
 def test_a_model_that_was_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers loaded it (dense layers: it dequantizes experts), and nobody here knows its files: a sentence, not FP8 values
-    as numbers."""
+    """transformers loaded it (dense layers: it dequantizes experts). Where its files are not known any more: a sentence, not FP8
+    values as numbers."""
     spec = MTP_ARCHITECTURES["glm4_moe"]
 
     def dense(layers: int) -> Any:
@@ -307,7 +307,12 @@ def test_a_model_that_was_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(MTP_ARCHITECTURES, "dense", replace(spec, config=dense))
     made = make_mtp("dense", "FP8_DYNAMIC", tmp_path)
     assert torch.equal((whole := loaded(made)).generate(IDS, **GREEDY, use_mtp=True), whole.generate(IDS, **GREEDY))
-    model = ctfp8.prepare(made.auto_class.from_pretrained(made.folder))
+    model = ctfp8.prepare(made.auto_class.from_pretrained(made.folder, dtype=torch.float32))
+    assert sorted(fp8_sources(mtp_layers(model))) == sorted(made.names)
+    assert torch.equal(model.generate(IDS, **GREEDY, use_mtp=True), whole.generate(IDS, **GREEDY))
+    stock = made.auto_class.from_pretrained(made.folder)
+    stock.config._name_or_path = "nowhere"
+    model = ctfp8.prepare(stock)
     with pytest.raises(ctfp8.UsageError, match=r"as ctfp8\.prepare took it over"):
         MtpModel.from_pretrained(model)
     assert model.generate(IDS, **GREEDY).shape[1] == IDS.shape[1] + 12
