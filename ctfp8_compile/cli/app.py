@@ -320,7 +320,7 @@ def bench(
     ctfp8 bench examples/models/llama --context 400[/]
     """
     from ..model.freeze import dequantize_
-    from .bench import Way, check_plot, compare, draw
+    from .bench import check_plot, compare, draw
     from .drafted import Drafts
     from .loading import device_of, load, load_tokenizer
 
@@ -339,15 +339,8 @@ def bench(
         check_plot(plot)
     where = device_of(device)
     plain, model = dequantize_(load(checkpoint, _debug, tp, where)), load(checkpoint, _debug, tp, where)
-    ways = {"ctfp8": Way(model, "ctfp8")}
-    if context is not None:
-        prompt_tokens = context
-        ways = {"ctfp8, FP8 cache": Way(model, "ctfp8", "fp8"), "ctfp8, bf16 cache": Way(model, "ctfp8", "bf16")}
-    if drafts:
-        ways[f"ctfp8, {drafts}"] = Way(model, "ctfp8", drafts=drafts)
-    ways["bf16 eager"] = Way(plain, None, "bf16")
-    if inductor:
-        ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
+    prompt_tokens = prompt_tokens if context is None else context
+    ways = _ways(plain, model, context is not None, drafts, inductor)
     results = compare(ways, prompt_tokens, new_tokens, rounds, err(), context is None, ids)
     if plot is not None:
         name, what = Path(checkpoint).resolve().name, "prompt" if context is None else "context"
@@ -356,8 +349,27 @@ def bench(
     if as_json:
         print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
         return
+    out().print(_speeds(results, prompt_tokens, bool(drafts)))
+
+
+def _ways(plain: Any, model: Any, long: bool, drafts: Any, inductor: bool) -> dict[str, Any]:
+    """What is compared: by its name in the table."""
+    from .bench import Way
+
+    ways = {"ctfp8": Way(model, "ctfp8")}
+    if long:
+        ways = {"ctfp8, FP8 cache": Way(model, "ctfp8", "fp8"), "ctfp8, bf16 cache": Way(model, "ctfp8", "bf16")}
+    if drafts:
+        ways[f"ctfp8, {drafts}"] = Way(model, "ctfp8", drafts=drafts)
+    ways["bf16 eager"] = Way(plain, None, "bf16")
+    if inductor:
+        ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
+    return ways
+
+
+def _speeds(results: dict[str, Any], prompt_tokens: int, drafted: bool) -> Table:
     base = results["bf16 eager"]
-    more = ("tokens a step", "accepted") if drafts else ()
+    more = ("tokens a step", "accepted") if drafted else ()
     table = Table("", "prefill", "decode", "weights", "cache", *more, box=None, header_style="dim")
     for way, speed in results.items():
         accepted = "" if speed.acceptance is None else f"{speed.acceptance:.0%}"
@@ -367,9 +379,9 @@ def bench(
             f"{speed.tokens_per_second:.1f} tokens/s ({speed.tokens_per_second / base.tokens_per_second:.2f}×)",
             f"{size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
             f"{size(speed.cache_bytes)} ({speed.cache_bytes / max(base.cache_bytes, 1):.2f}×)",
-            *((f"{speed.tokens_per_step:.2f}", accepted) if drafts else ()),
+            *((f"{speed.tokens_per_step:.2f}", accepted) if drafted else ()),
         )
-    out().print(table)
+    return table
 
 
 def _check_place(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
 from . import consolidated, drafts, mtp
-from .configs import private_config, settle_dtype
+from .configs import Holders, private_config, settle_dtype
 from .origin import of_stock
 from .parallel import take_config
 from .quantizer import Config, Quantizer
@@ -73,6 +74,28 @@ def from_pretrained(
     """
     with_info = transformers_kwargs.pop("output_loading_info", False)
     distributed = take_config(transformers_kwargs, dequantize)
+    model, info, holders = _load(path_or_id, auto_class, strict, distributed, transformers_kwargs)
+    holders.put_back(model.config)
+    model.hf_quantizer.holders = holders
+    freeze(model, SavesAsRead)
+    mtp.remember(model, dequantize)
+    drafts.watch(model)
+    if in_memory:
+        detach_from_mmap((*model.parameters(), *model.buffers()))
+    if dequantize:
+        unrotate_attention(model)
+        dequantize_(model)
+        model.hf_quantizer.remove_quantization_config(model)
+        holders.take_away(model.config)
+    if compile is not False:
+        recipe.compile(model, **({} if compile is True else compile))
+    return (model, info) if with_info else model
+
+
+def _load(
+    path_or_id: str | Path, auto_class: Any, strict: bool, distributed: Any, transformers_kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any], Holders]:
+    """The model as transformers loads it with our quantizer, its loading info, and who held its quantization_config."""
     with together(distributed is not None):
         folder = Path(path_or_id)
         files = None
@@ -97,21 +120,7 @@ def from_pretrained(
         _check_complete(path_or_id, info, files)
     if files is not None and not files.found:
         del model.config.transformers_weights
-    holders.put_back(model.config)
-    model.hf_quantizer.holders = holders
-    freeze(model, SavesAsRead)
-    mtp.remember(model, dequantize)
-    drafts.watch(model)
-    if in_memory:
-        detach_from_mmap((*model.parameters(), *model.buffers()))
-    if dequantize:
-        unrotate_attention(model)
-        dequantize_(model)
-        model.hf_quantizer.remove_quantization_config(model)
-        holders.take_away(model.config)
-    if compile is not False:
-        recipe.compile(model, **({} if compile is True else compile))
-    return (model, info) if with_info else model
+    return model, info, holders
 
 
 def save_pretrained(model: Any, folder: str | Path, **transformers_kwargs: Any) -> None:
@@ -147,6 +156,26 @@ def prepare(model: Any) -> Any:
     if config is None:
         raise UsageError("this model was not loaded from a quantized checkpoint. Use ctfp8.from_pretrained.")
     quantizer = Quantizer(Config(config if isinstance(config, dict) else config.to_dict()))
+    _refuse_unprepared(model, quantizer)
+    weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+    fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
+    quantizer.schemes.embeddings |= {name for name, module in fp8.items() if isinstance(module, nn.Embedding)}
+    _refuse_dequantized(model, quantizer.schemes, fp8)
+    _attach_to_modules(model, quantizer.schemes, fp8)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if getattr(hook, "__module__", "").startswith("compressed_tensors"):
+            del model._forward_pre_hooks[key]  # it would dequantize the weights on the first forward
+    model.hf_quantizer = quantizer
+    quantizer.take_over_saving(model)
+    quantizer.origin = of_stock(model, quantizer.schemes.format)
+    freeze(model, SavesAsRead)
+    mtp.remember(model, plain=False)
+    drafts.watch(model)
+    return model
+
+
+def _refuse_unprepared(model: Any, quantizer: Quantizer) -> None:
+    """Raises if transformers has made of the checkpoint what cannot be taken over."""
     if (format := quantizer.schemes.format.name) != "compressed-tensors":
         raise UsageError(
             f"transformers loads {format!r} checkpoints into modules of its own, or dequantizes them. Load this one with "
@@ -163,21 +192,21 @@ def prepare(model: Any) -> Any:
                 f"{name} is in another format than FP8, which only loading dequantizes. Load the checkpoint with "
                 "ctfp8.from_pretrained."
             )
-    weights = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
-    fp8 = {name: module for name, module in weights.items() if module.weight.dtype == FP8}
-    quantizer.schemes.embeddings |= {name for name, module in fp8.items() if isinstance(module, nn.Embedding)}
-    _refuse_dequantized(model, quantizer.schemes, fp8)
+
+
+def _attach_to_modules(model: Any, schemes: Schemes, fp8: Mapping[str, nn.Module]) -> None:
+    """Replaces compressed-tensors' own handling of modules by our parametrization, of all once each was read."""
     found = []
     notes = Notes()
     for name, module in fp8.items():
         own = {f"{name}.{k}": v for k, v in module.state_dict().items()}
         tensors = ckpt.InMemory(own)
-        if is_shifted(tensors, quantizer.schemes, name):
+        if is_shifted(tensors, schemes, name):
             raise UsageError(
                 f"{name}.weight has zero points, and only loading dequantizes such a weight. Load the checkpoint with "
                 "ctfp8.from_pretrained."
             )
-        info = plan(tensors, quantizer.schemes, identity(f"{name}.weight", module.weight.shape), model.dtype, notes)
+        info = plan(tensors, schemes, identity(f"{name}.weight", module.weight.shape), model.dtype, notes)
         leftovers(tensors, used_names(info.scales, map(ckpt.input_scale_name, info.input_scales)), notes)
         found.append((module, info, *read_scales(tensors, info)))
     notes.say()
@@ -190,16 +219,6 @@ def prepare(model: Any) -> Any:
         if getattr(wrapped, "__globals__", {}).get("__name__", "").startswith("compressed_tensors."):
             del module.forward  # it quantizes as it goes, and writes to the weight
         attach(module, "weight", info, weight_scale, input_scale)
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if getattr(hook, "__module__", "").startswith("compressed_tensors"):
-            del model._forward_pre_hooks[key]  # it would dequantize the weights on the first forward
-    model.hf_quantizer = quantizer
-    quantizer.take_over_saving(model)
-    quantizer.origin = of_stock(model, quantizer.schemes.format)
-    freeze(model, SavesAsRead)
-    mtp.remember(model, plain=False)
-    drafts.watch(model)
-    return model
 
 
 def _refuse_dequantized(model: Any, schemes: Schemes, fp8: dict[str, nn.Module]) -> None:
