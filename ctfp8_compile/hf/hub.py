@@ -194,7 +194,7 @@ def _refuse_unprepared(model: Any, quantizer: Quantizer) -> None:
             )
 
 
-def _attach_to_modules(model: Any, schemes: Schemes, fp8: Mapping[str, nn.Module]) -> None:
+def _attach_to_modules(model: Any, schemes: Schemes, fp8: Mapping[str, Any]) -> None:
     """Replaces compressed-tensors' own handling of modules by our parametrization, of all once each was read."""
     found = []
     notes = Notes()
