@@ -90,7 +90,12 @@ GONE = (
         "weights are decompressed",
         ('compressor.decompress(parts, scheme)["weight"]', '"quantization_status": "decompressed"'),
     ),
-    Gone(r"(?<!font-)\bfamil(y|ies)\b", "architecture", "one file for each family of models", ("font-family: sans",)),
+    Gone(
+        r"(?<!font-)(?<!the same )\bfamil(y|ies)\b",
+        "architecture",
+        "one file for each family of models",
+        ("font-family: sans", "an assistant of the same family"),
+    ),
     Gone(
         r"\boffs`? (are )?(their|its|the) ends\b|\bends of the experts\b", "cumulative offsets", "`offs` their ends", ()
     ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable
 
-#: A layer behind the last one (DeepSeek, GLM, Step, Ling): what joins an embedding and a hidden state says what it is.
-_JOINS = re.compile(r"^(.*?(?:^|\.)layers\.(\d+)\.)(?:eh_proj|enorm|hnorm)\.")
+#: A layer behind the last one (DeepSeek, GLM, Step, Ling): what combines an embedding and a hidden state says what it is.
+_COMBINING = re.compile(r"^(.*?(?:^|\.)layers\.(\d+)\.)(?:eh_proj|enorm|hnorm)\.")
 #: Layers in a part of their own (Qwen, Mellum, Inkling, MiMo, ERNIE).
 _OWN_PART = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _LAYER = re.compile(r"^.*?(?:^|\.)layers\.\d+\.")
@@ -19,8 +19,8 @@ def mtp_names(names: Iterable[str], behind: Container[int] | None = None) -> set
         behind: numbers of the layers behind the last one that count; default: all.
     """
     names = list(names)
-    joins = [found for name in names if (found := _JOINS.match(name))]
-    layers = {found[1] for found in joins if behind is None or int(found[2]) in behind}
+    combining = [found for name in names if (found := _COMBINING.match(name))]
+    layers = {found[1] for found in combining if behind is None or int(found[2]) in behind}
     return {
         name
         for name in names

@@ -24,6 +24,7 @@ from ..checkpoint.mtp import mtp_names
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, find, seen_as_weights
 from ..checkpoint.packed import sentence as packed_sentence
+from ..counted import counted
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.freeze import dequantize_, freeze
 from ..model.mixed import MixedParameter, is_mixed, mix
@@ -98,7 +99,8 @@ def check(model: Any) -> MtpSource:
     declared = getattr(config, "num_mtp_layers", None)
     if stored and not declared:
         raise UsageError(
-            f"{stored[0]} is of a layer for multi-token prediction ({len(stored)} tensors in all), but transformers builds none "
+            f"{stored[0]} is of a layer for multi-token prediction ({counted(len(stored), 'tensor')} in all), but "
+            "transformers builds none "
             f"for {type(model).__name__} ({'its config says 0' if declared == 0 else 'its config has no num_mtp_layers'}). The "
             f"layers are kept when the model is saved. {_WITHOUT}, or with assistant_model= or prompt_lookup_num_tokens=."
         )
@@ -295,7 +297,8 @@ def _check_complete(main: Any, declared: Mapping[str, Tensor], arrived: Arrivals
     weights = [n for n in tensors if n not in used and not ignored.search(n) and not _beside_a_weight(n, tensors)]
     if weights:
         warnings.warn(
-            f"{where}: layers for multi-token prediction hold {len(weights)} tensors that transformers does not build, such as "
+            f"{where}: layers for multi-token prediction hold {counted(len(weights), 'tensor')} that transformers "
+            "does not build, such as "
             f"{tensors[weights[0]]}; drafts are made without them.",
             stacklevel=2,
         )

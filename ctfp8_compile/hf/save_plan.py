@@ -21,6 +21,7 @@ from ..checkpoint import files as ckpt
 from ..checkpoint.source import Stored, same_bits
 from ..checkpoint.transforms import fault
 from ..checkpoint.writer import DTYPES, NAMES, Entry
+from ..counted import agreeing, counted, such_as
 from ..errors import CheckpointError, UsageError
 from ..model.parametrization import Dequantize
 from ..model.ranks import is_first
@@ -159,8 +160,9 @@ class SavePlan:
                 self._add(Unit.of_files(self.raw[name] for name in stored if name not in self.done))
         except (CheckpointError, SafetensorError) as error:
             raise UsageError(
-                f"{len(again)} weights were dequantized while loading, and are saved as their file has them; it has "
-                f"changed since ({error}). Load the checkpoint again."
+                f"{counted(len(again), 'weight')} dequantized while loading would be saved as in the file, which has "
+                "changed since "
+                f"({error}). Load the checkpoint again."
             ) from error
 
     # --- everything else -----------------------------------------------------------------------------------------
@@ -308,8 +310,10 @@ class SavePlan:
                 self._add(Unit((Entry.like(name, tensor),), partial(dict, ((name, tensor),))))
         if lost := [tensor.name for tensor in rest if tensor.name not in self.done]:
             raise UsageError(
-                f"{lost[0]} is in the files that the model was loaded from, and not in the model ({len(lost)} tensors in all, "
-                "such as layers for multi-token prediction). It is saved as it was read, and the files have changed since "
+                f"{lost[0]} is in the files that the model was loaded from, and not in the model "
+                f"({counted(len(lost), 'tensor')} in all, such as layers for multi-token prediction). It is saved as "
+                "it was read, and "
+                "the files have changed since "
                 f"({self.gone}). Load the checkpoint again."
             )
 
@@ -317,19 +321,22 @@ class SavePlan:
         """Warns of what is not saved as it was read."""
         if self.dropped:
             warnings.warn(
-                f"{len(self.dropped)} tensors of the checkpoint, such as {self.dropped[0]}, are not saved: the model has no such "
+                f"{such_as(len(self.dropped), 'tensor', self.dropped[0])} of the checkpoint "
+                f"{agreeing(len(self.dropped), 'is', 'are')} not saved: the model has no such "
                 "parameter any more. If it should, load it again.",
                 stacklevel=2,
             )
         if self.inexact:
+            number = len(self.inexact)
             warnings.warn(
-                f"{len(self.inexact)} tensors, such as {self.inexact[0]}, have values that their dtype in the checkpoint "
-                f"({self.raw[self.inexact[0]].dtype}) does not hold: they are saved in the model's.",
+                f"{such_as(number, 'tensor', self.inexact[0])} {agreeing(number, 'has', 'have')} values that "
+                f"{agreeing(number, 'its', 'their')} dtype in the checkpoint ({self.raw[self.inexact[0]].dtype}) does not hold: "
+                f"{agreeing(number, 'it is', 'they are')} saved in the model's.",
                 stacklevel=2,
             )
         if self.rounded:
             warnings.warn(
-                f"scales of {len(self.rounded)} weights, such as {self.rounded[0]}, have values that their dtype in the "
+                f"scales of {such_as(len(self.rounded), 'weight', self.rounded[0])} have values that their dtype in the "
                 "checkpoint does not hold: they are rounded.",
                 stacklevel=2,
             )

@@ -36,7 +36,7 @@ def test_a_cache_used_past_its_end_is_a_sentence(model):
     assert isinstance(cache, StaticCache)
     assert generate(model, PROMPT, cache, max_new_tokens=3, min_new_tokens=3).shape == (1, 13)
     cache.reset()
-    with pytest.raises(ctfp8.UsageError, match=r"has room for 12 tokens; it holds 12, and 1 more were given"):
+    with pytest.raises(ctfp8.UsageError, match=r"has room for 12 tokens; it holds 12, and 1 more was given"):
         generate(model, PROMPT, cache, max_new_tokens=8, min_new_tokens=8)
     with pytest.raises(ctfp8.UsageError, match=r"has room for 12 tokens; it holds 0, and 20 more were given"):
         cache.reset() or model(IDS[:1], **{cache_argument(model): cache})
