@@ -46,7 +46,7 @@ NOT_CHECKPOINTS = {
     "models": "is there. Give one of the checkpoints in it: models/llama, models/moe.",
     "many": "many/run-0, many/run-1, many/run-2, many/run-3, many/run-4 and 4 more.",
     "empty": "is there. Is this a checkpoint folder?",
-    "./models/lama": "no such folder, and not a hub id, which is owner/name. Found there: models/llama.",
+    "./models/llam": "no such folder, and not a hub id, which is owner/name. Found there: models/llama.",
     "./models/x/y/z": "no such folder, and not a hub id, which is owner/name. Found there: models/llama, models/moe.",
     "./empty/llama": "no such folder, and not a hub id, which is owner/name.",
     "nowhere": "no such folder, and not a hub id, which is owner/name.",
@@ -84,10 +84,10 @@ def test_a_name_like_a_hub_id_is_looked_for_there_first_and_then_beside(
         raise Unreachable("no route to host\nmore")
 
     monkeypatch.setattr("huggingface_hub.HfApi.get_safetensors_metadata", fails)
-    result = CliRunner().invoke(app, ["inspect", "models/lama"])
+    result = CliRunner().invoke(app, ["inspect", "models/llam"])
     assert result.exit_code == 1
     said = " ".join(result.stderr.split())
     assert said.startswith(
-        "error: models/lama: no such folder, and the hub does not give its headers (no route to host)."
+        "error: models/llam: no such folder, and the hub does not give its headers (no route to host)."
     )
     assert said.endswith("Found there: models/llama.")
