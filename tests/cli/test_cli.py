@@ -301,7 +301,7 @@ ERRORS = {
     "no text": (["generate", "{shipped}/llama", "--prompt", "", "--eager"], "the prompt is empty"),
     "not quantized": (["explain", "{data}/llama/dense"], "no quantization_config"),
     "no target": (["explain", "{data}/llama/FP8", "--target", "tpu"], "'tpu' is not a target"),
-    "no pass": (["explain", "{data}/llama/FP8", "--passes", "matc"], "there is no pass 'matc'; there are keep-strides"),
+    "no pass": (["explain", "{data}/llama/FP8", "--passes", "mach"], "there is no pass 'mach'; there are keep-strides"),
     "passes in no order": (["explain", "{data}/llama/FP8", "--passes", "rewrite,match"], "has to run behind match"),
     "graphs of nothing": (["explain", "{data}/llama/FP8", "--graphs"], "give --passes, too"),
     "no place": (["explain", "{data}/llama/FP8", "--html", "{tmp}/no/x.html"], "does not exist. Make it first."),

@@ -284,7 +284,7 @@ def test_an_order_that_does_not_work_is_refused(one):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("match,matc", "there is no pass 'matc'; there are keep-strides, "),
+        ("match,mach", "there is no pass 'mach'; there are keep-strides, "),
         ("rewrite,match", "the pass rewrite has to run behind match: behind match, whose decisions it carries out"),
         ("match,match", "the pass match stands twice"),
         ("match,horizontal-fusion", "horizontal-fusion changes the graph as it was traced, and match the one after"),
