@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import CACHED, arguments, before, call, module_name, op_name, value
+from ..graph import CACHED, arguments, before, call, module_name, op_name, same_strides, value
 from ..lowering import attention_gate
 from ..report import Entry
 from ..target import Target
@@ -74,6 +74,9 @@ def fuse_attention(graph: fx.Graph, target: Target) -> list[Entry]:
             )
             new = call(graph, _ATTENTION, found.query, keys, values, key_scale, value_scale, found.mask, found.scale,
                        like=found.result)  # fmt: skip
+            if value(found.result).is_contiguous() and not same_strides(value(new), value(found.result)):
+                # a query that was put together (partial rotary embeddings): what views the result knows it as it lay
+                new = call(graph, aten.clone.default, new, like=found.result, memory_format=torch.contiguous_format)
         found.result.replace_all_uses_with(new, propagate_meta=False)
     dead = [n for found in every if not found.reason for n in (found.result, found.node)]
     for node in dict.fromkeys(dead):

@@ -51,7 +51,7 @@ WAYS = {
     "MTP": (1, {"use_mtp": True}, 4),
     "two MTP layers": (2, {"use_mtp": True}, 4),
     "look-up": (1, {"prompt_lookup_num_tokens": 3}, 3),
-    "assistant": (1, {}, 4),
+    "assistant": (1, {}, 5),
 }
 
 
