@@ -243,6 +243,7 @@ own:wide/FP8_DYNAMIC layer M=1
   aten._scaled_mm [1, 14336] x [14336, 256]""",
         )
 
+    @pytest.mark.long
     def test_sm100(self):
         text = self.compile(Gpu("cuda:sm100"), Case("own:biased/MXFP8", rows=20, build="first"))
         self.assertExpectedInline(
@@ -256,6 +257,7 @@ own:biased/MXFP8 layer M=20
   silu""",
         )
 
+    @pytest.mark.long
     def test_sm80(self):
         text = self.compile(
             Gpu("cuda:sm80"),

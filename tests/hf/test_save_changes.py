@@ -613,6 +613,7 @@ def gone_on_two(folder: Path, out: Path) -> str:
     return ""
 
 
+@pytest.mark.long
 def test_two_ranks_whose_files_are_gone(tmp_path):
     said = on_ranks(2, gone_on_two, with_more(LLAMA, tmp_path / "in"), tmp_path / "out")
     assert all("Load the checkpoint again" in text for text in said)

@@ -44,6 +44,7 @@ def two_are_enough(monkeypatch):
 CASES = ["llama/FP8_DYNAMIC", "qwen3/FP8_BLOCK", "llama/FP8_DYNAMIC_KV", "mixtral/FP8", "qwen3moe/FP8_DYNAMIC"]
 
 
+@pytest.mark.quick("llama/FP8_DYNAMIC", "qwen3moe/FP8_DYNAMIC")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("cache", ["static", "growing", "none"])
 def test_a_model_computes_the_same_bits(name, cache, two_are_enough):
