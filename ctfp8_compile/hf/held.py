@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,14 @@ from ..model.parametrization import Dequantize, quantized_parameters, stored_wei
 from .compat import load_offloaded_parameter
 from .origin import plain_state
 from .parallel import gather, gather_quantized
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What all ranks send to the first in one step: a parameter, or some experts of an FP8 one."""
+
+    name: str
+    experts: range | None = None
 
 
 class Held:
@@ -30,16 +39,21 @@ class Held:
         value = self.plain[name]
         return load_offloaded_parameter(self.model, name) if value.device.type == "meta" else value
 
-    def quantized(self, name: str) -> tuple[Tensor, Dequantize]:
+    def quantized(self, name: str, experts: range | None = None) -> tuple[Tensor, Dequantize]:
+        """An FP8 parameter and its scales.
+
+        Args:
+            experts: of one that is cut, see `model.experts`; None: all.
+        """
         owner, how = self.fp8[name]
         weight = stored_weight(owner, name.rpartition(".")[2])
         if name in self.cuts:
-            return gather_quantized(weight, how, self.plans[name])
+            return gather_quantized(weight, how, self.plans[name], experts)
         if weight.device.type == "meta":
             raise UsageError(f"{name} was moved out of memory, and cannot be saved from there. Load the model again.")
         return weight, how
 
-    def follow(self, names: Iterable[str]) -> None:
+    def follow(self, all_wanted: Iterable[Wanted]) -> None:
         """What ranks other than the first do while that one writes."""
-        for name in names:
-            self.quantized(name) if name in self.fp8 else self.value(name)
+        for wanted in all_wanted:
+            self.quantized(wanted.name, wanted.experts) if wanted.name in self.fp8 else self.value(wanted.name)

@@ -22,13 +22,17 @@ from ..checkpoint.source import Stored, same_bits
 from ..checkpoint.transforms import fault
 from ..checkpoint.writer import DTYPES, NAMES, Entry
 from ..errors import CheckpointError, UsageError
+from ..model.experts import of_experts, runs_of_experts
 from ..model.parametrization import Dequantize
+from ..model.plan import QuantizedParameter
 from ..model.ranks import is_first
 from ..model.rotation import stored_tensors
 from .compat import revert_weight_conversion
 from .conversions import Arrivals, convert_sources
-from .held import Held
+from .held import Held, Wanted
 from .origin import Origin, place
+
+_GATHERED = 1 << 22  #: bytes of experts that one rank gathers at a time
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,13 @@ class Unit:
 
     Attributes:
         make: their values; None: bytes of the files, `stored`.
-        gathers: parameters that all ranks send to the first for it, in this order.
+        gathers: what all ranks send to the first for it, in this order.
     """
 
     entries: tuple[Entry, ...]
     make: Callable[[], Mapping[str, Tensor]] | None = None
     stored: tuple[Stored, ...] = ()
-    gathers: tuple[str, ...] = ()
+    gathers: tuple[Wanted, ...] = ()
 
     @staticmethod
     def of_files(stored: Iterable[Stored]) -> Unit:
@@ -89,19 +93,25 @@ class SavePlan:
     def _quantized(self) -> None:
         for name, (_, how) in self.held.fp8.items():
             info = self.quantizer.plans.get(name, how.info)  # whole, where a rank has a part
-            entries: dict[str, Entry] = {}
-            for source, scale in info.scales.items():
-                entries |= self._entry(info.names[source], "F8_E4M3", info.shapes[source])
-                entries |= self._entry(scale.name, NAMES[scale.dtype], scale.view.whole or scale.shape)
-            for scale in info.input_scales.values():
-                entries |= self._entry(scale.name, NAMES[scale.dtype], scale.view.whole or scale.shape)
-            entries = {key: entry for key, entry in entries.items() if key not in self.done}  # tied to one that was
+            entries = self._fp8_entries(info)
             if self._is_of_files(name, entries):
                 self._add(Unit.of_files(self.raw[key] for key in entries))
                 continue
             if not self._holds_scales(how):
                 self.rounded.append(name)
-            self._add(Unit(tuple(entries.values()), partial(self._fp8_tensors, name), gathers=(name,)))
+            for some in (name in self.held.cuts and runs_of_experts(info, _GATHERED)) or (None,):
+                own = entries if some is None else self._fp8_entries(of_experts(info, some))
+                wanted = Wanted(name, some)
+                self._add(Unit(tuple(own.values()), partial(self._fp8_tensors, wanted), gathers=(wanted,)))
+
+    def _fp8_entries(self, info: QuantizedParameter) -> dict[str, Entry]:
+        entries: dict[str, Entry] = {}
+        for source, scale in info.scales.items():
+            entries |= self._entry(info.names[source], "F8_E4M3", info.shapes[source])
+            entries |= self._entry(scale.name, NAMES[scale.dtype], scale.view.whole or scale.shape)
+        for scale in info.input_scales.values():
+            entries |= self._entry(scale.name, NAMES[scale.dtype], scale.view.whole or scale.shape)
+        return {key: entry for key, entry in entries.items() if key not in self.done}  # tied to one that was
 
     def _holds_scales(self, how: Dequantize) -> bool:
         """Whether the dtypes that scales have in the files hold those of a parameter, as far as this rank has them."""
@@ -125,11 +135,11 @@ class SavePlan:
         """Whether what transformers loaded, and rounded, is what the files say."""
         if self.origin is None or not self.origin.stock or self.gone or not all(key in self.raw for key in entries):
             return False
-        return all(self.raw[key].is_value(value) for key, value in self._fp8_tensors(name).items())
+        return all(self.raw[key].is_value(value) for key, value in self._fp8_tensors(Wanted(name)).items())
 
-    def _fp8_tensors(self, name: str) -> dict[str, Tensor]:
+    def _fp8_tensors(self, wanted: Wanted) -> dict[str, Tensor]:
         """Weights and scales of one parameter under the names, shapes and dtypes they had in the checkpoint."""
-        weight, how = self.held.quantized(name)
+        weight, how = self.held.quantized(wanted.name, wanted.experts)
         info, out = how.info, dict[str, Tensor]()
         for source, stored in info.scales.items():
             out[info.names[source]] = info.layout.split_weight(weight, source)
@@ -253,7 +263,7 @@ class SavePlan:
             if not exact:
                 self.inexact.append(name)
         entry = Entry.like(name, torch.empty(value.shape, dtype=dtype, device="meta"))
-        self._add(Unit((entry,), lambda: {name: make().to(dtype)}, gathers=tuple(cut)))
+        self._add(Unit((entry,), lambda: {name: make().to(dtype)}, gathers=tuple(map(Wanted, cut))))
 
     def _reverted(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file that these parameters make, by transformers' own conversions."""
