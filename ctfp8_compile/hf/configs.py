@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file
 from ..checkpoint.formats import LEGACY, SIDE_FILE, SPELLED_ANYHOW, legacy_config, read_side_file, write_side_file
 from ..checkpoint.inferred import inferred
 from ..checkpoint.scheme import Schemes
-from ..errors import SchemeError, UsageError
+from ..errors import SchemeError
 from .compat import cached_file
 from .quantizer import METHOD, Config
+from .read_config import is_computed_in, read_config, settled_argument
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                   "trust_remote_code", "code_revision")  # fmt: skip
@@ -112,7 +113,7 @@ def private_config(
     if config is None:
         if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
             check_config_file(Path(path_or_id))
-        config = AutoConfig.from_pretrained(path_or_id, **hub)
+        config = read_config(path_or_id, **hub)
         for name in [
             k for k in kwargs if k not in _OF_THE_LOADER and hasattr(config, k)
         ]:  # use_cache=False, num_labels=3
@@ -160,38 +161,28 @@ def private_config(
 
 
 def settle_dtype(
-    path_or_id: str | Path, config: PretrainedConfig, files: Folder | None, kwargs: Mapping[str, Any]
+    path_or_id: str | Path, config: PretrainedConfig, files: Folder | None, kwargs: dict[str, Any]
 ) -> None:
     """Where neither config nor user say a dtype, that of the tensors that are not quantized: transformers would take the first's,
     which may be a scale's.
 
     Raises:
-        UsageError: the user says one that nothing is computed in, such as float8_e4m3fn.
+        UsageError: the user says one that nothing is computed in, such as float8_e4m3fn, or none at all.
     """
     for name in ("dtype", "torch_dtype"):
-        _check_dtype(name, kwargs.get(name))
+        if name in kwargs:
+            kwargs[name] = settled_argument(name, kwargs[name])
     if any(kwargs.get(name) not in (None, "auto") for name in ("dtype", "torch_dtype")):
         return
-    if not _is_missing(getattr(config, "dtype", None)):
+    if not _is_missing(own := getattr(config, "dtype", None)):
+        for part in _parts(config).values():
+            part.dtype = own if part.dtype is not None and _is_missing(part.dtype) else part.dtype
         return
     said = [part.dtype for part in _parts(config).values() if not _is_missing(getattr(part, "dtype", None))]
     dtype = said[0] if said else unquantized_dtype(_tensors(path_or_id, files, kwargs))
     if dtype is not None:
         for part in _parts(config).values():
             part.dtype = dtype
-
-
-def _check_dtype(name: str, given: Any) -> None:
-    """Of an argument: a dtype, its name, or what transformers takes by the names of sub-configs."""
-    for one in given.values() if isinstance(given, Mapping) else (given,):
-        said = str(one).removeprefix("torch.")
-        dtype = getattr(torch, said, None)
-        if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point and dtype.itemsize > 1):
-            raise UsageError(
-                f"{name}={said}: nothing is computed in it. FP8 weights stay as they are in the file whatever dtype is; it says "
-                "what the others are loaded in, and what FP8 weights are dequantized to. Leave it out, or give bfloat16, "
-                "float16 or float32."
-            )
 
 
 def unquantized_dtype(tensors: Mapping[str, ckpt.TensorInfo]) -> torch.dtype | None:
@@ -225,7 +216,7 @@ def _tensors(path_or_id: str | Path, files: Folder | None, kwargs: Mapping[str, 
 
 
 def _is_missing(dtype: Any) -> bool:
-    return dtype is None or "float8" in str(dtype)
+    return dtype is None or (isinstance(dtype, torch.dtype) and not is_computed_in(dtype))
 
 
 def _held(part: Any) -> Mapping[str, Any] | None:

@@ -530,7 +530,49 @@ def test_a_dtype_that_nothing_is_computed_in_is_refused(argument, asked):
             ctfp8.from_pretrained(LLAMA, dequantize=dequantize, **{argument: asked})
 
 
-@pytest.mark.parametrize("said", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("asked", ["bf16", "fp8", "", "nn", "Tensor", 16, {"": "bf16"}])
+def test_a_dtype_that_torch_does_not_have_is_refused(asked):
+    with pytest.raises(ctfp8.UsageError, match=r"^dtype=.* is no dtype of torch\. Give bfloat16"):
+        ctfp8.from_pretrained(LLAMA, dtype=asked)
+
+
+def test_a_dtype_as_torch_prints_it():
+    assert ctfp8.from_pretrained(LLAMA, dtype="torch.float32").dtype == torch.float32
+
+
+def said_dtype(folder: Path, key: str, said: object) -> Path:
+    """A copy of a small checkpoint whose config says this dtype."""
+    shutil.copytree(LLAMA, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config | {key: said}))
+    return folder
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    "said", ["bf16", "fp8", "BFloat16", "torch.torch.bfloat16", "auto", "", "nn", "Tensor", 16, [1]]
+)
+def test_a_config_of_a_dtype_that_torch_does_not_have_is_refused(key, said, tmp_path):
+    words = rf"in: {key} in config.json is {re.escape(repr(said))}, which is no dtype of torch\. Write bfloat16"
+    with pytest.raises(ctfp8.CheckpointError, match=words):
+        ctfp8.from_pretrained(said_dtype(tmp_path / "in", key, said))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(("said", "want"), [("torch.bfloat16", torch.bfloat16), ("torch.float16", torch.float16),
+                                            ("half", torch.float16), ("torch.float32", torch.float32)])  # fmt: skip
+def test_a_config_that_says_its_dtype_as_torch_prints_it(key, said, want, tmp_path):
+    folder = said_dtype(tmp_path / "in", key, said)
+    model = ctfp8.from_pretrained(folder)
+    assert model.dtype == model.config.dtype == want
+    assert model.config.name_or_path == str(folder)
+    model.save_pretrained(tmp_path / "out")
+    assert differing(folder, tmp_path / "out") == set()
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == str(want).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("said", ["float8_e4m3fn", "torch.float8_e4m3fn", "torch.float8_e5m2", "int8", "torch.int8"])
 @pytest.mark.parametrize("plain", [torch.bfloat16, torch.float16])
 def test_a_float8_dtype_in_a_config_is_that_of_the_other_tensors(said, plain, tmp_path):
     state = load_file(LLAMA / "model.safetensors")
