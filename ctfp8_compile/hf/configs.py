@@ -76,11 +76,12 @@ class Holders:
             write_side_file(folder, *self.side_file)
         file = folder / "config.json"
         written = json.loads(file.read_text())
+        own = unquantized_dtype(tensors) if _is_missing(self.read.dtype) else self.read.dtype
         for name, part in _parts(self.read).items():
             there = written.get(name) if name else written
             dtype = part.dtype
-            if _is_missing(dtype) and not name:
-                dtype = unquantized_dtype(tensors)
+            if _is_missing(dtype) and (dtype is not None or not name):
+                dtype = own
             if isinstance(there, dict) and not _is_missing(dtype):
                 there["dtype"] = str(dtype).removeprefix("torch.")
         file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
@@ -92,6 +93,8 @@ class Holders:
         parent = functools.reduce(getattr, above, whole)
         read = getattr(parent, name)
         own.architectures = read.architectures
+        if getattr(own, "tie_word_embeddings", False) and getattr(whole, "tie_word_embeddings", False):
+            own.tie_word_embeddings = read.tie_word_embeddings  # the top says it, see `embeddings.tie_absent_head`
         if "quantization_config" in vars(own):
             del own.quantization_config
         if (held := getattr(read, "quantization_config", None)) is not None:
@@ -119,6 +122,7 @@ def private_config(
         ]:  # use_cache=False, num_labels=3
             setattr(config, name, kwargs.pop(name))
     read, config = config, copy.deepcopy(config)
+    ours = functools.partial(Config.of, strict=strict, tied=bool(getattr(read, "tie_word_embeddings", False)))
     legacy = legacy_config(vars(config)) if getattr(config, "quantization_config", None) is None else None
     if legacy is not None:
         config.quantization_config = legacy
@@ -133,11 +137,11 @@ def private_config(
     if not found and given is not None:
         given = given if isinstance(given, Mapping) else given.to_dict()
         Schemes(given)
-        config.quantization_config = Config.of(given, strict)
+        config.quantization_config = ours(given)
         return config, Holders(read, {"": given})
     said = None if found or files is None else inferred(files.open(SPELLED_ANYHOW))
     if said is not None:
-        config.quantization_config = Config.of(said, strict)
+        config.quantization_config = ours(said)
         return config, Holders(read)
     if not found:
         raise SchemeError(
@@ -147,14 +151,14 @@ def private_config(
         )
     for name, held in found.items():
         Schemes(held)  # says what is wrong with it, in our words
-        _parts(config)[name].quantization_config = Config.of(held, strict)
+        _parts(config)[name].quantization_config = ours(held)
     if "" not in found:  # transformers looks at the top
-        config.quantization_config = Config.of(next(iter(found.values())), strict)
+        config.quantization_config = ours(next(iter(found.values())))
     aside = "" in found and "quantization" in found[""] if side_file else False
     if path := _path_to(config, getattr(auto_class, "config_class", None)):  # a class for a part of the model
         held = found.get(path[-1]) or found.get("") or next(iter(found.values()))
         config = functools.reduce(getattr, path, config)
-        config.quantization_config = Config.of(held, strict)
+        config.quantization_config = ours(held)
     if legacy is not None:
         found = {}  # it stays where it is
     return config, Holders(read, found, (Path(side_file).read_text(), aside) if side_file else None)

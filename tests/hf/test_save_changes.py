@@ -485,6 +485,105 @@ def test_a_text_model_of_a_larger_one_is_saved_as_all_of_it(where, tmp_path):
         assert torch.equal(logits(ctfp8.from_pretrained(tmp_path / "out", auto)), logits(model))
 
 
+TIED = {  # larger models whose text class has a head of its own, to be tied as the top of the config says
+    "mistral3": (
+        {"text_config": GEMMA | {"model_type": "mistral"}, "vision_config": SIGLIP | {"model_type": "pixtral"}},
+        MistralForCausalLM,
+    ),
+    "qwen3_5": ({"text_config": TEXT, "vision_config": VISION}, AutoModelForCausalLM),
+}
+
+
+def larger(kind: str, folder: Path, tied: bool, table: bool = False) -> Path:
+    """A larger model whose text config says that it is not tied; `table`: its embeddings are FP8, too."""
+    sizes, _ = TIED[kind]
+    config = AutoConfig.for_model(kind, **sizes, tie_word_embeddings=tied)
+    config.get_text_config().tie_word_embeddings = False
+    AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    assert tied != any("lm_head" in name for name in state)
+    fp8 = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", *["embed_tokens.weight"] * table)
+    for name in [n for n in state if n.endswith(fp8) and "language_model" in n]:
+        scale = state[name].float().abs().amax(1, keepdim=True) / 448
+        state[f"{name}_scale"], state[name] = scale, (state[name].float() / scale).to(torch.float8_e4m3fn)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    said = json.loads((folder / "config.json").read_text())
+    quantization = fp8_config()
+    quantization["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*_proj", *["Embedding"] * table]
+    said["quantization_config"] = {**quantization, "ignore": ["re:.*vis.*", "re:.*projector.*", "re:.*lm_head"]}
+    (folder / "config.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("kind", list(TIED))
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_a_text_class_is_tied_where_the_larger_one_is(kind, table, tmp_path):
+    """Its own part of the config does not say so, and the file has no head."""
+    folder = larger(kind, tmp_path / "in", True, table)
+    model = ctfp8.from_pretrained(folder, TIED[kind][1])
+    assert "Conditional" not in type(model).__name__
+    want = logits(ctfp8.from_pretrained(folder, AutoModelForImageTextToText))
+    assert torch.equal(logits(model), want)
+    model.tie_weights()
+    assert torch.equal(logits(model), want)
+    model.save_pretrained(tmp_path / "out")
+    assert differing(folder, tmp_path / "out") == set()
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    for config in (before, after):
+        assert config["tie_word_embeddings"]
+        assert not config["text_config"]["tie_word_embeddings"]
+    for auto in (TIED[kind][1], AutoModelForImageTextToText):
+        assert torch.equal(logits(ctfp8.from_pretrained(tmp_path / "out", auto)), want)
+    plain = ctfp8.from_pretrained(folder, TIED[kind][1], dequantize=True)
+    plain.save_pretrained(tmp_path / "plain")
+    stock = type(plain).from_pretrained(tmp_path / "plain").eval()
+    assert torch.equal(logits(stock), logits(plain))
+
+
+@pytest.mark.parametrize("kind", list(TIED))
+@pytest.mark.filterwarnings("ignore")
+def test_a_text_class_keeps_the_head_that_the_file_has(kind, tmp_path):
+    """Whatever the top of the config says; a file without one, of which nothing says that it is tied, is not complete."""
+    folder = larger(kind, tmp_path / "in", False)
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | {"tie_word_embeddings": True}))
+    model = ctfp8.from_pretrained(folder, TIED[kind][1])
+    model.tie_weights()
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    assert torch.equal(logits(model), logits(ctfp8.from_pretrained(folder, AutoModelForImageTextToText)))
+    model.save_pretrained(tmp_path / "out")
+    assert differing(folder, tmp_path / "out") == set()
+    state = {n: tensor for n, tensor in load_file(folder / "model.safetensors").items() if "lm_head" not in n}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ctfp8.CheckpointError, match=r"needs lm_head\.weight, but no tensor"):
+        ctfp8.from_pretrained(folder, TIED[kind][1])
+
+
+@pytest.mark.parametrize("kind", list(TIED))
+@pytest.mark.parametrize("said", ["float8_e4m3fn", "torch.float8_e4m3fn", "torch.bfloat16"])
+@pytest.mark.parametrize("where", [{"text_config"}, {"", "text_config"}, {"text_config", "vision_config"}])
+@pytest.mark.filterwarnings("ignore")
+def test_a_float8_dtype_in_a_part_of_a_config(kind, said, where, tmp_path):
+    folder = larger(kind, tmp_path / "in", False)
+    config = json.loads((folder / "config.json").read_text())
+    for part in where:
+        (config[part] if part else config)["dtype"] = said
+    (folder / "config.json").write_text(json.dumps(config))
+    for auto in (TIED[kind][1], AutoModelForImageTextToText):
+        model = ctfp8.from_pretrained(folder, auto)
+        assert model.dtype == torch.bfloat16
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float8_e4m3fn}
+        model.save_pretrained(tmp_path / "out")
+        assert "float8_e4m3fn" not in (tmp_path / "out/config.json").read_text()
+        ctfp8.from_pretrained(tmp_path / "out", auto)
+    config["text_config"]["dtype"] = "bf16"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ctfp8.CheckpointError, match=r"text_config\.dtype in config.json is 'bf16'"):
+        ctfp8.from_pretrained(folder, TIED[kind][1])
+
+
 def test_the_legacy_key_stays_where_it_was(tmp_path):
     shutil.copytree(LLAMA, tmp_path / "in")
     said = json.loads((tmp_path / "in/config.json").read_text())
