@@ -33,9 +33,10 @@ class Held:
         self.plain = plain_state(model)
         self.fp8 = {name: (owner, how) for name, owner, how in quantized_parameters(model)}
 
-    def value(self, name: str) -> Tensor:
+    def value(self, name: str, rows: range | None = None) -> Tensor:
+        """A parameter or buffer that is not FP8; of one that is cut, `rows` of its first dimension if they are given."""
         if name in self.cuts:
-            return gather(self.plain[name], *self.cuts[name])
+            return gather(self.plain[name], *self.cuts[name], rows)
         value = self.plain[name]
         return load_offloaded_parameter(self.model, name) if value.device.type == "meta" else value
 

@@ -165,8 +165,15 @@ def localize(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Cuts]]:
     return found
 
 
-def gather(part: Tensor, shape: tuple[int, ...], cuts: Cuts) -> Tensor:
-    """The whole tensor on the CPU of rank 0, one rank's part after the other; elsewhere nothing of it is filled in."""
+def gather(part: Tensor, shape: tuple[int, ...], cuts: Cuts, rows: range | None = None) -> Tensor:
+    """The whole tensor on the CPU of rank 0, one rank's part after the other; elsewhere nothing of it is filled in.
+
+    Args:
+        rows: of its first dimension, those to gather; None: all.
+    """
+    if rows is not None:
+        here, cuts = within(shape, cuts, rows)
+        part, shape = part[here], (len(rows), *shape[1:])
     agree()  # that it is received: who fails to send or to write says so here
     return _gather(part, shape, cuts)
 

@@ -22,7 +22,7 @@ from ..checkpoint.source import Stored, same_bits
 from ..checkpoint.transforms import fault
 from ..checkpoint.writer import DTYPES, NAMES, Entry
 from ..errors import CheckpointError, UsageError
-from ..model.experts import of_experts, runs_of_experts
+from ..model.experts import of_experts
 from ..model.parametrization import Dequantize
 from ..model.plan import QuantizedParameter
 from ..model.ranks import is_first
@@ -31,28 +31,7 @@ from .compat import revert_weight_conversion
 from .conversions import Arrivals, convert_sources
 from .held import Held, Wanted
 from .origin import Origin, place
-
-_GATHERED = 1 << 22  #: bytes of experts that one rank gathers at a time
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Tensors of a checkpoint that are made in one step.
-
-    Attributes:
-        make: their values; None: bytes of the files, `stored`.
-        gathers: what all ranks send to the first for it, in this order.
-    """
-
-    entries: tuple[Entry, ...]
-    make: Callable[[], Mapping[str, Tensor]] | None = None
-    stored: tuple[Stored, ...] = ()
-    gathers: tuple[Wanted, ...] = ()
-
-    @staticmethod
-    def of_files(stored: Iterable[Stored]) -> Unit:
-        found = tuple(stored)
-        return Unit(tuple(Entry(t.name, t.dtype, t.shape, t.nbytes) for t in found), None, found)
+from .unit import Compared, Unit, experts_in_turn, floating_dtype, is_exact, rows_in_turn
 
 
 class SavePlan:
@@ -99,7 +78,7 @@ class SavePlan:
                 continue
             if not self._holds_scales(how):
                 self.rounded.append(name)
-            for some in (name in self.held.cuts and runs_of_experts(info, _GATHERED)) or (None,):
+            for some in (name in self.held.cuts and experts_in_turn(info)) or (None,):
                 own = entries if some is None else self._fp8_entries(of_experts(info, some))
                 wanted = Wanted(name, some)
                 self._add(Unit(tuple(own.values()), partial(self._fp8_tensors, wanted), gathers=(wanted,)))
@@ -222,21 +201,39 @@ class SavePlan:
 
     def _loaded(self, group: _Group) -> None:
         assert self.origin is not None
+        stored = [self.raw[self.origin.tensors[name].name] for name, _ in group.sources]
+        if group.pattern is None and group.first in self.held.cuts:
+            self._add_cut(group.first, stored)
+            return
         values = {name: self.held.value(name) for name in group.targets}
         if not is_first():
             return
-        stored = [self.raw[self.origin.tensors[name].name] for name, _ in group.sources]
-        cut = [name for name in group.targets if name in self.held.cuts]
         if not self.gone and self._unchanged(group, values, stored):
             self._add(Unit.of_files(stored))
         elif group.pattern is None:
             (value,) = values.values()
             for there in stored:
-                self._hold(there.name, value, partial(self.held.value, group.first), cut)
+                self._hold(there.name, value, partial(self.held.value, group.first))
         else:
             self.done |= {tensor.name for tensor in stored}
             for name, tensor in self._reverted(values).items():
                 self._hold(name, tensor, partial(_itself, tensor))
+
+    def _add_cut(self, name: str, stored: list[Stored]) -> None:
+        """What each rank has a part of, looked at a few rows at a time."""
+        shape, _ = self.held.cuts[name]
+        seen = [Compared(tensor, not self.gone and tensor.shape == shape) for tensor in stored]
+        for rows in rows_in_turn(shape, self.held.plain[name].itemsize):
+            value = self.held.value(name, rows)
+            seen = [one.and_of(rows, value) for one in seen] if is_first() else seen
+        if not is_first():
+            return
+        if any(one.same for one in seen):
+            self._add(Unit.of_files(stored))
+            return
+        like = torch.empty(shape, dtype=self.held.plain[name].dtype, device="meta")
+        for one in seen:
+            self._hold_as(one.stored.name, like, one.exact, partial(self.held.value, name), (Wanted(name),))
 
     def _unchanged(self, group: _Group, values: Mapping[str, Tensor], stored: list[Stored]) -> bool:
         """Whether the files give what the model holds."""
@@ -253,17 +250,20 @@ class SavePlan:
             return False
         return all(name in again and same_bits(again[name].to(v.dtype), v) for name, v in values.items())
 
-    def _hold(self, name: str, value: Tensor, make: Callable[[], Tensor], cut: Iterable[str] = ()) -> None:
+    def _hold(self, name: str, value: Tensor, make: Callable[[], Tensor]) -> None:
         """Writes a value of the model, in the dtype of its file where that holds it."""
-        stored = DTYPES.get(self.raw[name].dtype) if name in self.raw else None
-        dtype = value.dtype
-        if stored is not None and stored != dtype and stored.is_floating_point and dtype.is_floating_point:
-            exact = stored.itemsize > 1 and same_bits(value.to(stored).to(dtype), value)
+        self._hold_as(name, value, name not in self.raw or is_exact(value, self.raw[name]), make)
+
+    def _hold_as(
+        self, name: str, like: Tensor, exact: bool, make: Callable[[], Tensor], gathers: tuple[Wanted, ...] = ()
+    ) -> None:
+        dtype = like.dtype
+        if name in self.raw and (stored := floating_dtype(self.raw[name])) is not None and dtype.is_floating_point:
             dtype = stored if exact else dtype
             if not exact:
                 self.inexact.append(name)
-        entry = Entry.like(name, torch.empty(value.shape, dtype=dtype, device="meta"))
-        self._add(Unit((entry,), lambda: {name: make().to(dtype)}, gathers=tuple(map(Wanted, cut))))
+        entry = Entry.like(name, torch.empty(like.shape, dtype=dtype, device="meta"))
+        self._add(Unit((entry,), lambda: {name: make().to(dtype)}, gathers=gathers))
 
     def _reverted(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file that these parameters make, by transformers' own conversions."""

@@ -20,7 +20,8 @@ from ..model.freeze import KeepsFP8
 from ..model.ranks import agree, is_first, together
 from .held import Wanted
 from .parallel import is_distributed
-from .save_plan import SavePlan, Unit
+from .save_plan import SavePlan
+from .unit import Unit
 
 
 class SavesAsRead(KeepsFP8):

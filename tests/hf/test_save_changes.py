@@ -694,7 +694,7 @@ def on_two(folders: list[Path], out: Path) -> list[list[str]]:
     for folder in folders:
         model = ctfp8.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
         model.save_pretrained(out / folder.name / "same", max_shard_size="100KB")
-        with patch("ctfp8_compile.hf.save_plan._GATHERED", 1):
+        with patch("ctfp8_compile.hf.unit.GATHERED", 1):
             model.save_pretrained(out / folder.name / "one by one")
         with torch.no_grad():
             model.model.norm.weight[0] = 3
@@ -704,8 +704,18 @@ def on_two(folders: list[Path], out: Path) -> list[list[str]]:
     return cuts
 
 
+def with_wide_head(source: Path, folder: Path) -> Path:
+    """A copy whose head is in float32 that bfloat16 does not hold."""
+    state = load_file(source / "model.safetensors")
+    return write(folder, state | {"lm_head.weight": torch.randn(state["lm_head.weight"].shape)}, source)
+
+
 def test_two_ranks(tmp_path):
-    folders = [with_more(LLAMA, tmp_path / "llama"), with_more(MOE, tmp_path / "moe")]
+    folders = [
+        with_more(LLAMA, tmp_path / "llama"),
+        with_more(MOE, tmp_path / "moe"),
+        with_wide_head(LLAMA, tmp_path / "wide"),
+    ]
     first, second = on_ranks(2, on_two, folders, tmp_path / "out")
     assert first == second
     assert isinstance(first, list)
@@ -714,6 +724,7 @@ def test_two_ranks(tmp_path):
         assert differing(folder, out / "same") == differing(folder, out / "one by one") == set()
         assert differing(folder, out / "changed") == {"model.norm.weight", "lm_head.weight"}
         head = load_file(out / "changed/model.safetensors")["lm_head.weight"]
+        assert head.dtype == load_file(folder / "model.safetensors")["lm_head.weight"].dtype
         if "lm_head.weight" in cuts:
             assert head[0].unique().tolist() == [1]
             assert head[len(head) // 2].unique().tolist() == [2]
@@ -725,7 +736,7 @@ def all_on_two(folders: list[Path], out: Path) -> list[str]:
         try:
             experts = {"ep_size": 2} if "moe" in str(folder) and i % 2 else {}
             model = ctfp8.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, **experts))
-            with patch("ctfp8_compile.hf.save_plan._GATHERED", 1):  # one expert at a time
+            with patch("ctfp8_compile.hf.unit.GATHERED", 1):  # one expert at a time
                 model.save_pretrained(out / str(i))
             said.append("")
         except Exception as error:  # of a file that is not loaded on several ranks
