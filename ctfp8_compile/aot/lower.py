@@ -14,8 +14,9 @@ from torch.export import ExportedProgram
 
 from ..compat import export_arguments, following
 from ..errors import UsageError
+from ..model.beside import Beside, beside
 from ..passes import Context, Pipeline, attention, parse, report_of, standard
-from ..report import Report
+from ..report import Entry, Report
 from ..target import Target
 from .parts import with_parts
 
@@ -72,14 +73,39 @@ def explain(
         UsageError: a pass that is not there, or in an order that does not work.
     """
     target = target_of(model, target)
+    report = _explain(model, args, kwargs, target, dynamic_shapes, passes, graphs)
+    for other in beside(model):
+        found = _explain(other.module, other.args, None, target, None, None, False)
+        rewritten, kept = (_own(entries, other) for entries in (found.rewritten, found.kept))
+        report = replace(report, rewritten=(*report.rewritten, *rewritten), kept=(*report.kept, *kept))
+    return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
+
+
+def _explain(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    target: Target,
+    dynamic_shapes: Any,
+    passes: str | None,
+    graphs: bool,
+) -> Report:
     program = trace(model, args, kwargs, dynamic_shapes)
     context = Context(target, graphs=graphs)
     rewrite(program, context, parse(_EXPLAINED if passes is None else passes))
     if passes is None:
         context.attention = attention(program.graph, target)
     report = with_parts(report_of(context), model, context.decisions, target)
-    report = replace(report, passes=report.passes if passes is not None else ())
-    return replace(report, experts_per_token=_experts_per_token(model), model=_name(model))
+    return replace(report, passes=report.passes if passes is not None else ())
+
+
+def _own(entries: tuple[Entry, ...], other: Beside) -> tuple[Entry, ...]:
+    """Of what runs beside a model, the weights that are not the model's."""
+    return tuple(
+        replace(e, name=other.shown + e.name.removeprefix(other.prefix))
+        for e in entries
+        if e.name.startswith(other.prefix)
+    )
 
 
 #: What tells a model's decisions: fused, weights may be for another kernel.

@@ -15,6 +15,7 @@ from .files import FP8_DTYPE, Checkpoint, TensorInfo, nbytes
 from .folder import Folder, check_config_file, of_folder
 from .formats import PLAIN, SPELLED_ANYHOW, config_of_folder
 from .inferred import inferred
+from .mtp import mtp_names
 from .notes import Notes
 from .packed import PackedWeight, find, seen_as_weights
 from .resolve import resolve
@@ -51,6 +52,7 @@ class Contents:
         format: the `quant_method` of its config.
         transforms: of a rotated checkpoint, each group of transforms, and where it is applied.
         bf16_bytes: what the model takes when dequantized.
+        mtp_fp8_weights, mtp_bytes: of the layers for multi-token prediction, which sizes and rows count, too.
         notes: what its files and its config differ in; loading it warns of that.
     """
 
@@ -64,6 +66,8 @@ class Contents:
     scale_bytes: int
     other_bytes: int
     bf16_bytes: int
+    mtp_fp8_weights: int
+    mtp_bytes: int
     notes: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,16 +91,18 @@ def look(folder: Path) -> Contents:
         schemes.embeddings |= {name.rpartition(".")[0] for name in tensors if _EMBEDDING.search(name)}
     packed, why_not = _packed(tensors, schemes)
     counts: Counter[tuple[str, tuple[int, ...], str, int, str]] = Counter()
-    fp8 = scales = other = bf16 = 0
+    fp8 = scales = other = bf16 = mtp_bytes = 0
     tensors = seen_as_weights(tensors, packed)
+    mtp = mtp_names(tensors)
     for name, info in tensors.items():
-        size = nbytes(info)
+        size = sum(map(nbytes, packed[name].parts.values())) if name in packed else nbytes(info)
+        mtp_bytes += size * (name in mtp)
         what = (
             "the matrix of a transform" if is_matrix(name, tensors) else _what(name, tensors, schemes, why_not, notes)
         )
         if name in packed:
             weight = packed[name]
-            info, size = weight.packed, sum(map(nbytes, weight.parts.values()))
+            info = weight.packed
             other, bf16 = other + size, bf16 + 2 * math.prod(weight.info.shape)
             what = f"another format, dequantized while loading: {weight.kind}"
         elif info.dtype == FP8_DTYPE:
@@ -124,6 +130,8 @@ def look(folder: Path) -> Contents:
         scale_bytes=scales,
         other_bytes=other,
         bf16_bytes=bf16,
+        mtp_fp8_weights=sum(tensors[name].dtype == FP8_DTYPE for name in mtp),
+        mtp_bytes=mtp_bytes,
         notes=str(notes),
     )
 

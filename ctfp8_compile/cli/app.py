@@ -50,6 +50,15 @@ Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1, xpu; default: the GPU if there is one. With --tp, torchrun's ranks say."),
 ]
+Mtp = Annotated[bool, typer.Option("--mtp", help="Draft with the checkpoint's own layers for multi-token prediction.")]
+Assistant = Annotated[
+    str | None,
+    typer.Option(help="Draft with this smaller model of the same tokenizer: a folder or a hub id, FP8 or not."),
+]
+Lookup = Annotated[
+    int,
+    typer.Option("--prompt-lookup", help="Draft so many tokens from where the text had the last ones before.", min=0),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
@@ -248,6 +257,9 @@ def generate(
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, runs slower.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="The folder with the tokenizer, if not CKPT.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Of a .pt2 with machine code: run it.")] = False,
+    mtp: Mtp = False,
+    assistant: Assistant = None,
+    prompt_lookup: Lookup = 0,
     device: Device = None,
     tp: Spread = False,
     as_json: AsJson = False,
@@ -260,15 +272,22 @@ def generate(
     from .generate import generate
 
     if checkpoint.endswith(".pt2"):
+        if mtp or assistant or prompt_lookup:
+            raise UsageError(
+                "a .pt2 generates token by token. Draft with a checkpoint folder, or leave the option out."
+            )
         from .artifact import of_artifact
 
         text = of_artifact(Path(checkpoint), tokenizer, prompt, max_new_tokens, trust)
     else:
         from .decoder import of_checkpoint
+        from .drafted import Drafts
         from .loading import device_of
 
+        drafts = Drafts(mtp, assistant, prompt_lookup)
+        drafts.check(tp)
         where = device_of(device)
-        text = of_checkpoint(checkpoint, tokenizer, prompt, max_new_tokens, eager, _debug, tp, where)
+        text = of_checkpoint(checkpoint, tokenizer, prompt, max_new_tokens, eager, _debug, tp, where, drafts)
     generate(text, max_new_tokens, temperature, seed, as_json)
 
 
@@ -284,6 +303,13 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Repeats; medians are shown.", min=1)] = 5,
     inductor: Annotated[bool, typer.Option("--inductor", help="Also bf16 compiled by Inductor.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png or .svg file.")] = None,
+    mtp: Mtp = False,
+    assistant: Assistant = None,
+    prompt_lookup: Lookup = 0,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Begin with this text, not with made-up tokens: what drafts are worth depends on it."),
+    ] = None,
     device: Device = None,
     tp: Spread = False,
     as_json: AsJson = False,
@@ -295,8 +321,19 @@ def bench(
     """
     from ..model.freeze import dequantize_
     from .bench import Way, check_plot, compare, draw
-    from .loading import device_of, load
+    from .drafted import Drafts
+    from .loading import device_of, load, load_tokenizer
 
+    drafts = Drafts(mtp, assistant, prompt_lookup)
+    drafts.check(tp)
+    if drafts and context is not None:
+        raise UsageError(
+            "--context reads a text once and goes on with it; drafts are measured without. Leave out one of them."
+        )
+    ids = None
+    if prompt is not None:
+        ids = load_tokenizer(checkpoint)(prompt, return_tensors="pt").input_ids
+        prompt_tokens = ids.shape[1]
     if plot is not None:
         _check_place(plot)
         check_plot(plot)
@@ -306,10 +343,12 @@ def bench(
     if context is not None:
         prompt_tokens = context
         ways = {"ctfp8, FP8 cache": Way(model, "ctfp8", "fp8"), "ctfp8, bf16 cache": Way(model, "ctfp8", "bf16")}
+    if drafts:
+        ways[f"ctfp8, {drafts}"] = Way(model, "ctfp8", drafts=drafts)
     ways["bf16 eager"] = Way(plain, None, "bf16")
     if inductor:
         ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
-    results = compare(ways, prompt_tokens, new_tokens, rounds, err(), refill=context is None)
+    results = compare(ways, prompt_tokens, new_tokens, rounds, err(), context is None, ids)
     if plot is not None:
         name, what = Path(checkpoint).resolve().name, "prompt" if context is None else "context"
         draw(results, prompt_tokens, plot, f"{name}, {what} of {prompt_tokens} tokens, batch 1")
@@ -318,14 +357,17 @@ def bench(
         print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
         return
     base = results["bf16 eager"]
-    table = Table("", "prefill", "decode", "weights", "cache", box=None, header_style="dim")
+    more = ("tokens a step", "accepted") if drafts else ()
+    table = Table("", "prefill", "decode", "weights", "cache", *more, box=None, header_style="dim")
     for way, speed in results.items():
+        accepted = "" if speed.acceptance is None else f"{speed.acceptance:.0%}"
         table.add_row(
             way,
             f"{prompt_tokens / speed.prefill_seconds:.0f} tokens/s ({base.prefill_seconds / speed.prefill_seconds:.2f}×)",
             f"{speed.tokens_per_second:.1f} tokens/s ({speed.tokens_per_second / base.tokens_per_second:.2f}×)",
             f"{size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
             f"{size(speed.cache_bytes)} ({speed.cache_bytes / max(base.cache_bytes, 1):.2f}×)",
+            *((f"{speed.tokens_per_step:.2f}", accepted) if drafts else ()),
         )
     out().print(table)
 

@@ -16,48 +16,66 @@ from rich.progress import track
 from ..errors import UsageError
 from ..hf.fp8_cache import CacheDtype
 from .decoder import Decoder
+from .drafted import NO_DRAFTS, Drafted, Drafts
 
 PLOTS = (".png", ".svg", ".pdf")
 
 
 class Way(NamedTuple):
-    """A model, what compiles it (None: nothing), and how its key-value cache is kept."""
+    """A model, what compiles it (None: nothing), how its key-value cache is kept, and what drafts for it."""
 
     model: Any
     backend: str | None
     cache: CacheDtype = "auto"
+    drafts: Drafts = NO_DRAFTS
 
 
 class Speed(NamedTuple):
-    """Medians over rounds; `weight_bytes` counts each parameter and buffer once."""
+    """Medians over rounds; `weight_bytes` counts each parameter and buffer once, without those of what drafts.
+
+    Attributes:
+        acceptance: of drafted tokens, how many were right; None without drafts.
+    """
 
     prefill_seconds: float
     tokens_per_second: float
     weight_bytes: int
     cache_bytes: int
+    acceptance: float | None = None
+    tokens_per_step: float = 1.0
 
 
 def compare(
-    ways: Mapping[str, Way], prompt_tokens: int, new_tokens: int, rounds: int, console: Console, refill: bool = True
+    ways: Mapping[str, Way],
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    console: Console,
+    refill: bool = True,
+    ids: torch.Tensor | None = None,
 ) -> dict[str, Speed]:
     """Prefill and decode in several ways, in turn in each round, batch 1, a fixed length of the prompt.
 
     Args:
+        ids: the prompt, `[1, prompt_tokens]`; default: tokens in the order of their numbers.
         refill: whether each round begins with the prompt; else it is read once, and each round goes on where the last
             one ended.
     """
     room = prompt_tokens + new_tokens * (1 if refill else rounds) + 1
-    decoders = {
-        name: Decoder(way.model, room, way.backend, dynamic=False, dtype=way.cache) for name, way in ways.items()
-    }
-    vocabulary = min(way.model.config.get_text_config().vocab_size for way in ways.values())
-    ids = torch.arange(prompt_tokens)[None] % min(vocabulary, 256)
+    decoders = {name: _decoder(way, room) for name, way in ways.items()}
+    if ids is None:
+        vocabulary = min(way.model.config.get_text_config().vocab_size for way in ways.values())
+        ids = torch.arange(prompt_tokens)[None] % min(vocabulary, 256)
     for decoder in decoders.values():  # compiles what is to be compiled, and says so
         decoder.warm_up(ids)
     texts: dict[str, Iterator[int]] = {}
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in track(range(rounds), "measuring, in turn", console=console, transient=True):
         for name, decoder in decoders.items():
+            if isinstance(decoder, Drafted):
+                decoder.each(ids, new_tokens, 0.0, lambda token: True)
+                runs[name].append((decoder.prefill_seconds, decoder.tokens_per_second))
+                continue
             if refill or not turn:
                 texts[name] = decoder.tokens(ids, room)
                 next(texts[name])
@@ -65,13 +83,21 @@ def compare(
             collections.deque(itertools.islice(texts[name], new_tokens - refill), maxlen=0)
             runs[name].append((decoder.prefill_seconds, decoder.tokens_per_second))
     results = {}
-    for name, (model, _, _) in ways.items():
+    for name, (model, *_) in ways.items():
         prefill, per_second = (statistics.median(column) for column in zip(*runs[name], strict=True))
         layers = decoders[name].cache.layers
         kept = [t for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
         weights = [*model.parameters(), *model.buffers()]
-        results[name] = Speed(prefill, per_second, _nbytes(weights), _nbytes(kept))
+        found = getattr(decoders[name], "tally", None)
+        drafted = () if found is None else (found.acceptance, found.tokens_per_step)
+        results[name] = Speed(prefill, per_second, _nbytes(weights), _nbytes(kept), *drafted)
     return results
+
+
+def _decoder(way: Way, room: int) -> Decoder | Drafted:
+    if way.drafts:
+        return Drafted(way.model, way.drafts, room + way.drafts.most(way.model), way.backend, way.cache)
+    return Decoder(way.model, room, way.backend, dynamic=False, dtype=way.cache)
 
 
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:

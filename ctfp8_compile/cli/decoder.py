@@ -14,6 +14,7 @@ from ..hf.compat import cache_argument
 from ..hf.fp8_cache import CacheDtype
 from ..hf.static_cache import static_cache
 from ..inductor.recipe import Compiled
+from .drafted import NO_DRAFTS, Drafted, Drafts
 from .loading import load, load_tokenizer
 from .steps import Steps, Text, ends_of
 from .terminal import err
@@ -65,9 +66,9 @@ class Decoder(Steps):
 
 def of_checkpoint(
     checkpoint: str, tokenizer: str | None, prompt: str, max_new_tokens: int, eager: bool, debug: bool, tp: bool,
-    device: torch.device,
+    device: torch.device, drafts: Drafts = NO_DRAFTS,
 ) -> Text:  # fmt: skip
-    """A prompt for the model of a checkpoint, compiled if it is to be.
+    """A prompt for the model of a checkpoint, compiled if it is to be, with what drafts for it.
 
     Raises:
         UsageError: the prompt has no tokens.
@@ -88,7 +89,14 @@ def of_checkpoint(
             "this model was made for; text beyond them may make no sense."
         )
     room = 1 << (length - 1).bit_length()  # so that Inductor's cache of compiled code serves many lengths
-    decoder = Decoder(model, room, None if eager else "ctfp8")
+    backend, ends = None if eager else "ctfp8", ends_of(model.generation_config.eos_token_id)
+    decoder: Decoder | Drafted = (
+        Drafted(model, drafts, room + drafts.most(model), backend, debug=debug)
+        if drafts
+        else Decoder(model, room, backend)
+    )
+    if isinstance(decoder, Drafted):
+        decoder.ends = ends
     if not eager:
         decoder.warm_up(ids)
-    return Text(prompt, decoder, ids, tokens.decode, ends_of(model.generation_config.eos_token_id))
+    return Text(prompt, decoder, ids, tokens.decode, ends)

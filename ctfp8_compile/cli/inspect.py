@@ -47,6 +47,11 @@ def _print(found: Contents) -> None:
         if found.fp8_bytes
         else ""
     )
+    if found.mtp_bytes:
+        weights = f"{found.mtp_fp8_weights} FP8 weight{'s' * (found.mtp_fp8_weights != 1)}"
+        console.print(
+            f"Layers for multi-token prediction among them: {weights}, {size(found.mtp_bytes)} with their scales"
+        )
     if found.notes:
         console.print(escape(f"Read as its files say: {found.notes}."), soft_wrap=True)
     console.print(f"{fp8}{size(found.other_bytes)}; in bf16 {size(found.bf16_bytes)}")

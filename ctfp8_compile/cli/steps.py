@@ -37,6 +37,12 @@ class Steps(ABC):
         """From the median of the steps after the prompt; 0 before there was one."""
         return 1 / statistics.median(self.step_seconds) if self.step_seconds else 0.0
 
+    def each(self, ids: Tensor, number: int, temperature: float, take: Callable[[int], bool]) -> None:
+        """Continues a text as `tokens` does, until `take`, which gets each token, says that it is enough."""
+        for token in self.tokens(ids, number, temperature):
+            if not take(token):
+                break
+
     @torch.no_grad()
     def tokens(self, ids: Tensor, number: int, temperature: float = 0.0) -> Iterator[int]:
         """Continues a text.

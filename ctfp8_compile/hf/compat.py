@@ -43,6 +43,10 @@ PRIVATE = {
     "DYNAMIC_LAYER_TYPE_MAPPING": ("transformers.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING", "5.23 5.24"),
     "STATIC_LAYER_TYPE_MAPPING": ("transformers.cache_utils.STATIC_LAYER_TYPE_MAPPING", "5.23 5.24"),
     "get_layer_types_and_kwargs": ("transformers.cache_utils.get_layer_types_and_kwargs", "5.23 5.24"),
+    "install_output_recorders": (
+        "transformers.utils.output_capturing.maybe_install_capturing_hooks", "5.24"
+    ),
+    "MtpModel": ("transformers.modeling_layers.MtpModel", "5.24"),
     "StaticLayer": ("transformers.cache_utils.StaticLayer", "5.23 5.24"),
     "ALL_PARALLEL_STYLES": ("transformers.distributed.parallel_utils.ALL_PARALLEL_STYLES", "5.23 5.24"),
     "replace_layer_number_by_wildcard": ("transformers.distributed.parallel_utils.replace_layer_number_by_wildcard", "5.23 5.24"),

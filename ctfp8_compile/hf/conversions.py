@@ -62,14 +62,19 @@ class Arrivals:
 
 
 def arrivals(
-    model: Any, tensors: ckpt.Checkpoint, declared: Mapping[str, Tensor], more: Iterable[WeightRenaming] = ()
+    model: Any,
+    tensors: ckpt.Checkpoint,
+    declared: Mapping[str, Tensor],
+    more: Iterable[WeightRenaming] = (),
+    known: list[WeightTransform] | None = None,
 ) -> Arrivals:
     """Where the tensors of a checkpoint go.
 
     Args:
         more: renamings beside transformers' own.
+        known: the conversions; default: those that transformers has for the model.
     """
-    renamings, converters = _conversions(model)
+    renamings, converters = _conversions(model, known)
     renamings = [*renamings, *more]
     found: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
     for name in sorted(tensors, key=dot_natural_key):
@@ -81,8 +86,10 @@ def arrivals(
     return Arrivals(found, {pattern: c for c in converters for pattern in c.source_patterns})
 
 
-def _conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    conversions = get_model_conversion_mapping(model)
+def _conversions(
+    model: Any, known: list[WeightTransform] | None = None
+) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    conversions = get_model_conversion_mapping(model) if known is None else [*known]
     conversions += per_expert_conversions(model, conversions)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     return renamings, [c for c in conversions if isinstance(c, WeightConverter)]

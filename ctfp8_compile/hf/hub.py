@@ -26,7 +26,7 @@ from ..model.ranks import together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
-from . import consolidated
+from . import consolidated, drafts, mtp
 from .configs import private_config, settle_dtype
 from .origin import of_stock
 from .parallel import take_config
@@ -100,6 +100,8 @@ def from_pretrained(
     holders.put_back(model.config)
     model.hf_quantizer.holders = holders
     freeze(model, SavesAsRead)
+    mtp.remember(model, dequantize)
+    drafts.watch(model)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
@@ -195,6 +197,8 @@ def prepare(model: Any) -> Any:
     quantizer.take_over_saving(model)
     quantizer.origin = of_stock(model, quantizer.schemes.format)
     freeze(model, SavesAsRead)
+    mtp.remember(model, plain=False)
+    drafts.watch(model)
     return model
 
 

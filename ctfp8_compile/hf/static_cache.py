@@ -64,12 +64,16 @@ def static_cache(model: Any, batch_size: int = 1, max_length: int = 1024, dtype:
 
 
 def _cache(config: Any, max_length: int) -> OneText:
-    """Layers that transformers has no static kind of are those that grow."""
+    cache = OneText.__new__(OneText)
+    Cache.__init__(cache, layers_of(config, max_length))
+    return cache
+
+
+def layers_of(config: Any, max_length: int) -> list[Any]:
+    """Layers of a cache. Those that transformers has no static kind of are those that grow."""
     types, arguments = get_layer_types_and_kwargs(config)
     kinds = [STATIC_LAYER_TYPE_MAPPING.get(name) or DYNAMIC_LAYER_TYPE_MAPPING[name] for name in types]
-    cache = OneText.__new__(OneText)
-    Cache.__init__(cache, [kind(max_cache_len=max_length, **own) for kind, own in zip(kinds, arguments, strict=True)])
-    return cache
+    return [kind(max_cache_len=max_length, **own) for kind, own in zip(kinds, arguments, strict=True)]
 
 
 class StaticCacheDecoder(nn.Module):

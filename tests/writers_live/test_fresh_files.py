@@ -34,8 +34,8 @@ WAYS = {
     "llmcompressor": ["FP8_DYNAMIC", "FP8_BLOCK", "MXFP8"],
     "modelopt": ["FP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "MXFP8_DEFAULT_CFG"],
     "quark": ["fp8", "ptpc_fp8"],
-    "auto_round": ["FP8_BLOCK", "FP8_STATIC", "MXFP8"],
-    "torchao": ["PerRow", "PerTensor"],
+    "auto_round": ["FP8_BLOCK", "MXFP8"],  # static scales want a data set from the hub
+    "torchao": ["weight_only", "PerRow", "PerTensor"],
     "gptqmodel": ["row", "tensor", "block"],
 }  # fmt: skip
 CHOSEN = os.environ.get("WRITERS", "").split() or list(WAYS)
@@ -63,6 +63,8 @@ def written(writer: str, way: str, folder: Path) -> Path:
     command = [python(writer), HERE / f"write_{writer}.py", SOURCE, way, folder]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # nothing of ours in it
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent)
+    if done.returncode and "requires CUDA" in done.stderr:
+        pytest.skip(f"{writer} writes {way} on a GPU only")
     if done.returncode:
         pytest.fail(f"write_{writer}.py {way} does not write:\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
     return next(folder.rglob("config.json")).parent  # AutoRound writes to a folder below

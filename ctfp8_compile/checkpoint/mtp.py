@@ -1,0 +1,28 @@
+"""Which tensors of a checkpoint are of layers for multi-token prediction (MTP), which draft tokens behind the last layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable
+
+#: A layer behind the last one (DeepSeek, GLM, Step, Ling): what joins an embedding and a hidden state says what it is.
+_JOINS = re.compile(r"^(.*?(?:^|\.)layers\.(\d+)\.)(?:eh_proj|enorm|hnorm)\.")
+#: Layers in a part of their own (Qwen, Mellum, Inkling, MiMo, ERNIE).
+_OWN_PART = re.compile(r"(^|\.)mtp(_\w+)?\.")
+_LAYER = re.compile(r"^.*?(?:^|\.)layers\.\d+\.")
+
+
+def mtp_names(names: Iterable[str], behind: Container[int] | None = None) -> set[str]:
+    """Those of the tensors that are of such layers; whether a model class builds them is another question.
+
+    Args:
+        behind: numbers of the layers behind the last one that count; default: all.
+    """
+    names = list(names)
+    joins = [found for name in names if (found := _JOINS.match(name))]
+    layers = {found[1] for found in joins if behind is None or int(found[2]) in behind}
+    return {
+        name
+        for name in names
+        if _OWN_PART.search(name) or ((found := _LAYER.match(name)) is not None and found[0] in layers)
+    }
