@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoint import files as ckpt
 from ..checkpoint.source import Stored, same_bits
 from ..checkpoint.transforms import fault
 from ..checkpoint.writer import DTYPES, NAMES, Entry
@@ -32,7 +31,7 @@ from .compat import revert_weight_conversion
 from .conversions import Arrivals, convert_sources
 from .held import Held, Wanted
 from .origin import Origin, place
-from .unit import Compared, Unit, experts_in_turn, floating_dtype, is_exact, rows_in_turn
+from .unit import Compared, Unit, experts_in_turn, floating_dtype, holds_scale, is_exact, rows_in_turn
 
 
 class SavePlan:
@@ -100,9 +99,9 @@ class SavePlan:
         if not kinds:
             return True
         if len(kinds) == 1 and len({scale.dtype for scale in how.info.scales.values()}) == 1:
-            return _holds(how.weight_scale, kinds.pop())
+            return holds_scale(how.weight_scale, kinds.pop())
         return bool(self.held.cuts) or all(
-            _holds(how.info.stored_scale(s, how.weight_scale), t.dtype) for s, t in stored.items()
+            holds_scale(how.info.stored_scale(s, how.weight_scale), t.dtype) for s, t in stored.items()
         )
 
     def _entry(self, name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Entry]:
@@ -149,9 +148,8 @@ class SavePlan:
                 self._add(Unit.of_files(self.raw[name] for name in stored if name not in self.done))
         except (CheckpointError, SafetensorError) as error:
             raise UsageError(
-                f"{counted(len(again), 'weight')} dequantized while loading would be saved as in the file, which has "
-                "changed since "
-                f"({error}). Load the checkpoint again."
+                f"{counted(len(again), 'weight')} dequantized while loading would be saved as in the file, which has changed "
+                f"since ({error}). Load the checkpoint again."
             ) from error
 
     # --- everything else -----------------------------------------------------------------------------------------
@@ -321,10 +319,8 @@ class SavePlan:
         if lost := [tensor.name for tensor in rest if tensor.name not in self.done]:
             raise UsageError(
                 f"{lost[0]} is in the files that the model was loaded from, and not in the model "
-                f"({counted(len(lost), 'tensor')} in all, such as layers for multi-token prediction). It is saved as "
-                "it was read, and "
-                "the files have changed since "
-                f"({self.gone}). Load the checkpoint again."
+                f"({counted(len(lost), 'tensor')} in all, such as layers for multi-token prediction). It is saved as it was "
+                f"read, and the files have changed since ({self.gone}). Load the checkpoint again."
             )
 
     def say(self) -> None:
@@ -393,11 +389,6 @@ class _Group:
     @property
     def pattern(self) -> str | None:
         return self.sources[0][1]
-
-
-def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
-    values = ckpt.decode_scale(scale)
-    return torch.equal(ckpt.decode_scale(ckpt.encode_scale(values, dtype)), values)
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..checkpoint import files as ckpt
 from ..checkpoint.source import Stored, same_bits
 from ..checkpoint.writer import DTYPES, Entry
 from ..model.experts import runs_of_experts
@@ -63,6 +64,12 @@ def is_exact(value: Tensor, stored: Stored) -> bool:
     if dtype is None or dtype == value.dtype or not value.is_floating_point():
         return True
     return dtype.itemsize > 1 and same_bits(value.to(dtype).to(value.dtype), value)
+
+
+def holds_scale(scale: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a dtype that scales have in files holds these."""
+    values = ckpt.decode_scale(scale)
+    return torch.equal(ckpt.decode_scale(ckpt.encode_scale(values, dtype)), values)
 
 
 def floating_dtype(stored: Stored) -> torch.dtype | None:

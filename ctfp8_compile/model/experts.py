@@ -14,7 +14,7 @@ def runs_of_experts(info: QuantizedParameter, most: int) -> list[range]:
 
     Args:
         info: of a whole parameter.
-        most: bytes of FP8 weights in one run; an expert that is larger is a run of its own.
+        most: bytes of FP8 weights at a time; an expert that is larger comes alone.
     """
     shape = info.layout.shape
     if len(shape) != 3 or not _are_apart(info):
