@@ -28,9 +28,10 @@ def generated(folder: Path, out: Path, config: dict[str, Any]) -> list[list[int]
     return texts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "config",
-    [pytest.param({"tp_size": 2}, marks=pytest.mark.long), {"tp_size": 2, "ep_size": 2}],
+    [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}],
     ids=["tensor", "expert"],
 )
 @pytest.mark.parametrize("name", ["glm4_moe", pytest.param("deepseek_v3", marks=pytest.mark.long)])

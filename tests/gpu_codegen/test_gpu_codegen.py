@@ -198,6 +198,7 @@ own:views/FP8_BLOCK layer M=21
   fbgemm.f8f8bf16_groupwise [44, 512] x [256, 512]""",
         )
 
+    @pytest.mark.long
     def test_sm89(self):
         text = self.compile(
             Gpu("cuda:sm89"),

@@ -75,6 +75,7 @@ def test_ways_of_loading(source, way, tmp_path):
         assert file.metadata() == {"format": "pt", "made by": "hand"}
 
 
+@pytest.mark.long
 def test_a_compiled_model(tmp_path):
     folder = with_more(LLAMA, tmp_path / "in")
     model = ctfp8.from_pretrained(folder)
