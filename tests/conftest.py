@@ -30,8 +30,21 @@ ARCHITECTURE_REWRITES: dict[str, list[tuple[str, str]]] = {
 IDS = torch.arange(5, 45).reshape(2, 20)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first: `@pytest.mark.long(minutes=7)`. At the end, one process would run it and the others wait."""
+    """Of a test's cases those that `@pytest.mark.quick` does not name are long.
+
+    What takes minutes begins first: `@pytest.mark.long(minutes=7)`. At the end, one process would run it and the others
+    wait.
+    """
+    for item in items:
+        values = (
+            [getattr(value, "__name__", value) for value in item.callspec.params.values()]
+            if hasattr(item, "callspec")
+            else []
+        )
+        if any(not any(value == name for value in values for name in mark.args) for mark in item.iter_markers("quick")):
+            item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: -max((mark.kwargs.get("minutes", 0) for mark in item.iter_markers("long")), default=0))
 
 

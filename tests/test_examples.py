@@ -172,6 +172,7 @@ def assert_shown(tutorial, name):
         assert not missing, f"the tutorial shows code that the example does not have: {missing}"
 
 
+@pytest.mark.long
 def test_add_a_pass_and_its_tutorial(capsys):
     module = example("add_a_pass")
     module.main()

@@ -46,8 +46,44 @@ class Cut:
                 found.append((first + start, first + stop))
         return found
 
+    def before(self, size: int, index: int) -> int:
+        """How many of this rank's indices are smaller than this one."""
+        return sum(max(0, min(stop, index) - start) for start, stop in self.runs(size))
+
 
 Cuts = tuple[Cut, ...]
+
+
+@dataclass(frozen=True)
+class Clipped(Cut):
+    """A cut of `size` indices, of which only those of a range are looked at, counted from its start.
+
+    Attributes:
+        size: of all that was cut.
+        within: the range.
+    """
+
+    size: int = 0
+    within: range = range(0)
+
+    def runs(self, size: int) -> list[tuple[int, int]]:
+        found = (
+            (max(start, self.within.start), min(stop, self.within.stop)) for start, stop in super().runs(self.size)
+        )
+        return [(start - self.within.start, stop - self.within.start) for start, stop in found if start < stop]
+
+
+def within(shape: Sequence[int], cuts: Cuts, first: range) -> tuple[slice, Cuts]:
+    """Looks at a range of a tensor's first dimension only.
+
+    Returns:
+        where this rank's part holds it, and how `[len(first), *shape[1:]]` is cut.
+    """
+    cut = next((cut for cut in cuts if cut.dim == 0), None)
+    if cut is None:
+        return slice(first.start, first.stop), cuts
+    clipped = tuple(Clipped(c.dim, c.ranks, c.rank, c.groups, shape[0], first) if c.dim == 0 else c for c in cuts)
+    return slice(cut.before(shape[0], first.start), cut.before(shape[0], first.stop)), clipped
 
 
 def held(shape: Sequence[int], cuts: Cuts) -> tuple[Tensor, ...]:
@@ -145,6 +181,11 @@ class Shard(Layout):
                 borders += [start, here]
                 here += stop - start
         return math.gcd(*borders)
+
+
+def blocks_of(layout: Layout, cuts: Cuts) -> Shard:
+    """What one rank holds of a parameter, as far as scales go: it may be nothing, and no row of a file is placed."""
+    return Shard(local_shape(layout.shape, cuts), layout.transposed, (), layout, cuts)
 
 
 def cure(cut: Sequence[tuple[Shard, Scheme]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,12 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+    def rows(self, rows: range) -> Stored:
+        """Some of its first dimension, one after the other, as a tensor of its own."""
+        one = self.nbytes // self.shape[0]
+        shape = (len(rows), *self.shape[1:])
+        return replace(self, shape=shape, begin=self.begin + rows.start * one, end=self.begin + rows.stop * one)
 
     def read(self) -> Tensor:
         """Its values."""

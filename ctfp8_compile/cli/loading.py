@@ -18,6 +18,7 @@ from ..checkpoint.packed import sentence
 from ..checkpoint.place import is_folder
 from ..counted import counted
 from ..errors import CheckpointError, TargetError, UsageError
+from ..hf.read_config import read_config
 from .terminal import err, escape
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def load(checkpoint: str, debug: bool = False, tp: bool = False, device: torch.d
         disable_progress_bars()
     if is_folder(checkpoint):
         of_folder(checkpoint)  # before transformers asks for a config
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    config = read_config(checkpoint)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     place: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=ranks)} if tp else {}
     if not tp and device != CPU:

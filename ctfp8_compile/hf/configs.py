@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, check_config_file
 from ..checkpoint.formats import LEGACY, SIDE_FILE, SPELLED_ANYHOW, legacy_config, read_side_file, write_side_file
 from ..checkpoint.inferred import inferred
 from ..checkpoint.scheme import Schemes
-from ..errors import SchemeError, UsageError
+from ..errors import SchemeError
 from .compat import cached_file
 from .quantizer import METHOD, Config
+from .read_config import is_computed_in, read_config, settled_argument
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
                   "trust_remote_code", "code_revision")  # fmt: skip
@@ -75,11 +76,12 @@ class Holders:
             write_side_file(folder, *self.side_file)
         file = folder / "config.json"
         written = json.loads(file.read_text())
+        own = unquantized_dtype(tensors) if _is_missing(self.read.dtype) else self.read.dtype
         for name, part in _parts(self.read).items():
             there = written.get(name) if name else written
             dtype = part.dtype
-            if _is_missing(dtype) and not name:
-                dtype = unquantized_dtype(tensors)
+            if _is_missing(dtype) and (dtype is not None or not name):
+                dtype = own
             if isinstance(there, dict) and not _is_missing(dtype):
                 there["dtype"] = str(dtype).removeprefix("torch.")
         file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
@@ -91,6 +93,8 @@ class Holders:
         parent = functools.reduce(getattr, above, whole)
         read = getattr(parent, name)
         own.architectures = read.architectures
+        if getattr(own, "tie_word_embeddings", False) and getattr(whole, "tie_word_embeddings", False):
+            own.tie_word_embeddings = read.tie_word_embeddings  # the top says it, see `embeddings.tie_absent_head`
         if "quantization_config" in vars(own):
             del own.quantization_config
         if (held := getattr(read, "quantization_config", None)) is not None:
@@ -112,12 +116,13 @@ def private_config(
     if config is None:
         if Path(path_or_id).is_dir() and "subfolder" not in kwargs:
             check_config_file(Path(path_or_id))
-        config = AutoConfig.from_pretrained(path_or_id, **hub)
+        config = read_config(path_or_id, **hub)
         for name in [
             k for k in kwargs if k not in _OF_THE_LOADER and hasattr(config, k)
         ]:  # use_cache=False, num_labels=3
             setattr(config, name, kwargs.pop(name))
     read, config = config, copy.deepcopy(config)
+    ours = functools.partial(Config.of, strict=strict, tied=bool(getattr(read, "tie_word_embeddings", False)))
     legacy = legacy_config(vars(config)) if getattr(config, "quantization_config", None) is None else None
     if legacy is not None:
         config.quantization_config = legacy
@@ -132,11 +137,11 @@ def private_config(
     if not found and given is not None:
         given = given if isinstance(given, Mapping) else given.to_dict()
         Schemes(given)
-        config.quantization_config = Config.of(given, strict)
+        config.quantization_config = ours(given)
         return config, Holders(read, {"": given})
     said = None if found or files is None else inferred(files.open(SPELLED_ANYHOW))
     if said is not None:
-        config.quantization_config = Config.of(said, strict)
+        config.quantization_config = ours(said)
         return config, Holders(read)
     if not found:
         raise SchemeError(
@@ -146,52 +151,42 @@ def private_config(
         )
     for name, held in found.items():
         Schemes(held)  # says what is wrong with it, in our words
-        _parts(config)[name].quantization_config = Config.of(held, strict)
+        _parts(config)[name].quantization_config = ours(held)
     if "" not in found:  # transformers looks at the top
-        config.quantization_config = Config.of(next(iter(found.values())), strict)
+        config.quantization_config = ours(next(iter(found.values())))
     aside = "" in found and "quantization" in found[""] if side_file else False
     if path := _path_to(config, getattr(auto_class, "config_class", None)):  # a class for a part of the model
         held = found.get(path[-1]) or found.get("") or next(iter(found.values()))
         config = functools.reduce(getattr, path, config)
-        config.quantization_config = Config.of(held, strict)
+        config.quantization_config = ours(held)
     if legacy is not None:
         found = {}  # it stays where it is
     return config, Holders(read, found, (Path(side_file).read_text(), aside) if side_file else None)
 
 
 def settle_dtype(
-    path_or_id: str | Path, config: PretrainedConfig, files: Folder | None, kwargs: Mapping[str, Any]
+    path_or_id: str | Path, config: PretrainedConfig, files: Folder | None, kwargs: dict[str, Any]
 ) -> None:
     """Where neither config nor user say a dtype, that of the tensors that are not quantized: transformers would take the first's,
     which may be a scale's.
 
     Raises:
-        UsageError: the user says one that nothing is computed in, such as float8_e4m3fn.
+        UsageError: the user says one that nothing is computed in, such as float8_e4m3fn, or none at all.
     """
     for name in ("dtype", "torch_dtype"):
-        _check_dtype(name, kwargs.get(name))
+        if name in kwargs:
+            kwargs[name] = settled_argument(name, kwargs[name])
     if any(kwargs.get(name) not in (None, "auto") for name in ("dtype", "torch_dtype")):
         return
-    if not _is_missing(getattr(config, "dtype", None)):
+    if not _is_missing(own := getattr(config, "dtype", None)):
+        for part in _parts(config).values():
+            part.dtype = own if part.dtype is not None and _is_missing(part.dtype) else part.dtype
         return
     said = [part.dtype for part in _parts(config).values() if not _is_missing(getattr(part, "dtype", None))]
     dtype = said[0] if said else unquantized_dtype(_tensors(path_or_id, files, kwargs))
     if dtype is not None:
         for part in _parts(config).values():
             part.dtype = dtype
-
-
-def _check_dtype(name: str, given: Any) -> None:
-    """Of an argument: a dtype, its name, or what transformers takes by the names of sub-configs."""
-    for one in given.values() if isinstance(given, Mapping) else (given,):
-        said = str(one).removeprefix("torch.")
-        dtype = getattr(torch, said, None)
-        if isinstance(dtype, torch.dtype) and not (dtype.is_floating_point and dtype.itemsize > 1):
-            raise UsageError(
-                f"{name}={said}: nothing is computed in it. FP8 weights stay as they are in the file whatever dtype is; it says "
-                "what the others are loaded in, and what FP8 weights are dequantized to. Leave it out, or give bfloat16, "
-                "float16 or float32."
-            )
 
 
 def unquantized_dtype(tensors: Mapping[str, ckpt.TensorInfo]) -> torch.dtype | None:
@@ -225,7 +220,7 @@ def _tensors(path_or_id: str | Path, files: Folder | None, kwargs: Mapping[str, 
 
 
 def _is_missing(dtype: Any) -> bool:
-    return dtype is None or "float8" in str(dtype)
+    return dtype is None or (isinstance(dtype, torch.dtype) and not is_computed_in(dtype))
 
 
 def _held(part: Any) -> Mapping[str, Any] | None:

@@ -34,6 +34,24 @@ def untie(model: Any, fp8: Collection[str], tensors: Checkpoint) -> None:
             del model.all_tied_weights_keys[head]
 
 
+def tie_absent_head(model: Any, arriving: Collection[str]) -> None:
+    """Ties the heads of a text model as the larger one does that its file is of, where the file has none.
+
+    The larger model goes by the top of the config, the text model by its own part of it, which often does not say.
+
+    Args:
+        arriving: the model's parameters that tensors of the file become.
+    """
+    if getattr(model.config, "tie_word_embeddings", None) is not False:
+        return
+    model.config.tie_word_embeddings = True
+    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=False)
+    if tied and all(head not in arriving and table in arriving for head, table in tied.items()):
+        model.all_tied_weights_keys.update(tied)
+    else:
+        model.config.tie_word_embeddings = False
+
+
 def leave_tied(model: nn.Module, fp8: Collection[str]) -> None:
     """Takes FP8 weights out of what `tie_weights()` ties: they are one tensor already, or two that differ."""
     for path, part in model.named_modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,14 @@ from .origin import plain_state
 from .parallel import gather, gather_quantized
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What all ranks send to the first in one step: a parameter, or some experts of an FP8 one."""
+
+    name: str
+    experts: range | None = None
+
+
 class Held:
     """Values of a model's parameters and buffers. Every rank asks for the same in the same order."""
 
@@ -24,22 +33,28 @@ class Held:
         self.plain = plain_state(model)
         self.fp8 = {name: (owner, how) for name, owner, how in quantized_parameters(model)}
 
-    def value(self, name: str) -> Tensor:
+    def value(self, name: str, rows: range | None = None) -> Tensor:
+        """A parameter or buffer that is not FP8; of one that is cut, `rows` of its first dimension if they are given."""
         if name in self.cuts:
-            return gather(self.plain[name], *self.cuts[name])
+            return gather(self.plain[name], *self.cuts[name], rows)
         value = self.plain[name]
         return load_offloaded_parameter(self.model, name) if value.device.type == "meta" else value
 
-    def quantized(self, name: str) -> tuple[Tensor, Dequantize]:
+    def quantized(self, name: str, experts: range | None = None) -> tuple[Tensor, Dequantize]:
+        """An FP8 parameter and its scales.
+
+        Args:
+            experts: of one that is cut, see `model.experts`; None: all.
+        """
         owner, how = self.fp8[name]
         weight = stored_weight(owner, name.rpartition(".")[2])
         if name in self.cuts:
-            return gather_quantized(weight, how, self.plans[name])
+            return gather_quantized(weight, how, self.plans[name], experts)
         if weight.device.type == "meta":
             raise UsageError(f"{name} was moved out of memory, and cannot be saved from there. Load the model again.")
         return weight, how
 
-    def follow(self, names: Iterable[str]) -> None:
+    def follow(self, all_wanted: Iterable[Wanted]) -> None:
         """What ranks other than the first do while that one writes."""
-        for name in names:
-            self.quantized(name) if name in self.fp8 else self.value(name)
+        for wanted in all_wanted:
+            self.quantized(wanted.name, wanted.experts) if wanted.name in self.fp8 else self.value(wanted.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers.distributed import DistributedConfig
 
 from ..checkpoint.layout import Layout
-from ..checkpoint.shard import Cut, Cuts, Shard, cure, held, local_shape, of_rank, put, shard
+from ..checkpoint.shard import Cut, Cuts, Shard, blocks_of, cure, held, local_shape, of_rank, put, shard, within
 from ..counted import counted
 from ..errors import UsageError
+from ..model.experts import of_experts
 from ..model.parametrization import Dequantize, quantized_parameters
 from ..model.plan import QuantizedParameter
 from ..model.ranks import agree, is_first
@@ -163,50 +165,76 @@ def localize(model: nn.Module) -> dict[str, tuple[tuple[int, ...], Cuts]]:
     return found
 
 
-def gather(part: Tensor, shape: tuple[int, ...], cuts: Cuts) -> Tensor:
-    """The whole tensor on the CPU of rank 0, one rank's part after the other; elsewhere nothing of it is filled in."""
-    whole = torch.empty(shape, dtype=part.dtype, device="cpu" if is_first() else "meta")
+def gather(part: Tensor, shape: tuple[int, ...], cuts: Cuts, rows: range | None = None) -> Tensor:
+    """The whole tensor on the CPU of rank 0, one rank's part after the other; elsewhere nothing of it is filled in.
+
+    Args:
+        rows: of its first dimension, those to gather; None: all.
+    """
+    if rows is not None:
+        here, cuts = within(shape, cuts, rows)
+        part, shape = part[here], (len(rows), *shape[1:])
     agree()  # that it is received: who fails to send or to write says so here
+    return _gather(part, shape, cuts)
+
+
+def gather_quantized(
+    weight: Tensor, dequantize: Dequantize, whole: QuantizedParameter, experts: range | None = None
+) -> tuple[Tensor, Dequantize]:
+    """`gather` for an FP8 parameter and its scales, or for some of its experts."""
+    part, scale, static = dequantize.info.layout, dequantize.weight_scale, dequantize.input_scale
+    assert isinstance(part, Shard)
+    cuts = part.cuts
+    if experts is not None:
+        here, cuts = within(whole.layout.shape, cuts, experts)
+        weight, scale, static = weight[here], scale[here], None if static is None else static[here]
+        whole = of_experts(whole, experts)
+    agree()
+    shape = whole.layout.shape
+    by_expert = tuple(cut for cut in cuts if cut.dim == 0 and len(shape) == 3)
+    if static is not None and by_expert:
+        static = _gather(static, (shape[0], static.shape[-1]), by_expert)
+    scale = _gather_scale(scale, whole, cuts)
+    return _gather(weight, shape, cuts), Dequantize(whole, scale, static)
+
+
+def _gather(part: Tensor, shape: tuple[int, ...], cuts: Cuts) -> Tensor:
+    whole = torch.empty(shape, dtype=part.dtype, device="cpu" if is_first() else "meta")
     for rank, theirs in _parts(part, lambda rank: local_shape(shape, of_rank(cuts, rank))):
         put(_bits(whole), _bits(theirs), of_rank(cuts, rank))
     return whole
 
 
-def gather_quantized(weight: Tensor, dequantize: Dequantize, whole: QuantizedParameter) -> tuple[Tensor, Dequantize]:
-    """`gather` for an FP8 parameter and its scales."""
-    part = dequantize.info.layout
-    assert isinstance(part, Shard)
-    shards = [shard(whole.layout, of_rank(part.cuts, rank)) for rank in range(dist.get_world_size())]
+def _gather_scale(part: Tensor, whole: QuantizedParameter, cuts: Cuts) -> Tensor:
+    shards = [blocks_of(whole.layout, of_rank(cuts, rank)) for rank in range(dist.get_world_size())]
     high, wide = whole.layout.block(whole.scheme)
     *experts, rows, columns = whole.layout.shape
-    scale = torch.empty((*experts, -(-rows // high), -(-columns // wide)), dtype=dequantize.weight_scale.dtype)
-    agree()
+    scale = torch.empty((*experts, -(-rows // high), -(-columns // wide)), dtype=part.dtype)
 
-    def scale_shape(rank: int) -> tuple[int, ...]:
+    def shape(rank: int) -> tuple[int, ...]:
         *own, n, k = shards[rank].shape
         high, wide = shards[rank].block(whole.scheme)
         return (*own, -(-n // high), -(-k // wide))
 
-    for rank, theirs in _parts(dequantize.weight_scale, scale_shape):
+    for rank, theirs in _parts(part, shape):
         shards[rank].put_scale(scale, theirs, whole.scheme)
-    static = dequantize.input_scale
-    by_expert = tuple(cut for cut in part.cuts if cut.dim == 0 and experts)
-    if static is not None and by_expert:
-        static = gather(static, (*experts, static.shape[-1]), by_expert)
-    return gather(weight, whole.layout.shape, part.cuts), Dequantize(whole, scale, static)
+    return scale
 
 
 def _parts(part: Tensor, shape: Callable[[int], tuple[int, ...]]) -> Iterator[tuple[int, Tensor]]:
-    """On rank 0: each rank and its part. Elsewhere: nothing; the part is sent."""
+    """On rank 0: each rank and its part. Elsewhere: nothing; the part is sent. Who has nothing of it is left out."""
     device = torch.device("cpu") if dist.get_backend() == "gloo" else part.device
     if not is_first():
-        dist.send(_bytes(part).to(device), dst=0)
+        if part.numel():
+            dist.send(_bytes(part).to(device), dst=0)
         return
-    yield 0, part.cpu()
+    if part.numel():
+        yield 0, part.cpu()
     for rank in range(1, dist.get_world_size()):
-        received = torch.empty(shape(rank), dtype=part.dtype, device=device)
-        dist.recv(_bytes(received), src=rank)
-        yield rank, received.cpu()
+        if math.prod(found := shape(rank)):
+            received = torch.empty(found, dtype=part.dtype, device=device)
+            dist.recv(_bytes(received), src=rank)
+            yield rank, received.cpu()
 
 
 def _bits(tensor: Tensor) -> Tensor:

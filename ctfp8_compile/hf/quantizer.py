@@ -57,7 +57,7 @@ from .conversions import (
     takes,
     turning,
 )
-from .embeddings import attach_tied, embedding_names, leave_tied, untie
+from .embeddings import attach_tied, embedding_names, leave_tied, tie_absent_head, untie
 from .origin import Origin
 from .parallel import check_heads, cut, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
@@ -80,15 +80,20 @@ METHOD = "ctfp8"  #: the private name under which transformers finds this quanti
 class Config(QuantizationConfigMixin):
     """A checkpoint's quantization config, of any format, under our name. What is saved is the one that was read."""
 
-    def __init__(self, stored: Mapping[str, Any], strict: bool = False, **kwargs: Any):
+    def __init__(self, stored: Mapping[str, Any], strict: bool = False, tied: bool = False, **kwargs: Any):
         self.quant_method = METHOD
         self.stored = stored
         self.strict = strict
+        self.tied = tied
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any], strict: bool) -> dict[str, Any]:
-        """What to put in a model's config so that transformers makes one of these of it."""
-        return {"quant_method": METHOD, "stored": dict(stored), "strict": strict}
+    def of(cls, stored: Mapping[str, Any], strict: bool, tied: bool = False) -> dict[str, Any]:
+        """What to put in a model's config so that transformers makes one of these of it.
+
+        Args:
+            tied: whether the config, at its top, ties the head to the table of embeddings.
+        """
+        return {"quant_method": METHOD, "stored": dict(stored), "strict": strict, "tied": tied}
 
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(dict(self.stored))
@@ -109,6 +114,7 @@ class Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.schemes = Schemes(quantization_config.stored)
         self.strict = quantization_config.strict
+        self.tied = quantization_config.tied
         # from here on everybody sees the stock method
         quantization_config.quant_method = self.schemes.format.name
         #: What is a weight under another name takes the weight's, and so its way through all of the model's conversions.
@@ -179,6 +185,8 @@ class Quantizer(HfQuantizer):
             self.part = part_renamings(tensors, declared, prefix, stock)
             arrived = arrivals(model, tensors, declared, self.part)
             self.origin = Origin(source, folder, tensors.headers(), declared, arrived)
+            if self.tied:
+                tie_absent_head(model, set(arrived.targets()))
             found = layouts(model, tensors, declared, arrived)
             self.schemes.embeddings |= embedding_names(model, found)
             for target, layout in found.items():

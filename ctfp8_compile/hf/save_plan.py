@@ -17,39 +17,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoint import files as ckpt
 from ..checkpoint.source import Stored, same_bits
 from ..checkpoint.transforms import fault
 from ..checkpoint.writer import DTYPES, NAMES, Entry
 from ..counted import agreeing, counted, such_as
 from ..errors import CheckpointError, UsageError
+from ..model.experts import of_experts
 from ..model.parametrization import Dequantize
+from ..model.plan import QuantizedParameter
 from ..model.ranks import is_first
 from ..model.rotation import stored_tensors
 from .compat import revert_weight_conversion
 from .conversions import Arrivals, convert_sources
-from .held import Held
+from .held import Held, Wanted
 from .origin import Origin, place
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Tensors of a checkpoint that are made in one step.
-
-    Attributes:
-        make: their values; None: bytes of the files, `stored`.
-        gathers: parameters that all ranks send to the first for it, in this order.
-    """
-
-    entries: tuple[Entry, ...]
-    make: Callable[[], Mapping[str, Tensor]] | None = None
-    stored: tuple[Stored, ...] = ()
-    gathers: tuple[str, ...] = ()
-
-    @staticmethod
-    def of_files(stored: Iterable[Stored]) -> Unit:
-        found = tuple(stored)
-        return Unit(tuple(Entry(t.name, t.dtype, t.shape, t.nbytes) for t in found), None, found)
+from .unit import Compared, Unit, experts_in_turn, floating_dtype, holds_scale, is_exact, rows_in_turn
 
 
 class SavePlan:
@@ -90,19 +72,25 @@ class SavePlan:
     def _quantized(self) -> None:
         for name, (_, how) in self.held.fp8.items():
             info = self.quantizer.plans.get(name, how.info)  # whole, where a rank has a part
-            entries: dict[str, Entry] = {}
-            for source, scale in info.scales.items():
-                entries |= self._entry(info.names[source], "F8_E4M3", info.shapes[source])
-                entries |= self._entry(scale.name, NAMES[scale.dtype], scale.view.whole or scale.shape)
-            for scale in info.input_scales.values():
-                entries |= self._entry(scale.name, NAMES[scale.dtype], scale.view.whole or scale.shape)
-            entries = {key: entry for key, entry in entries.items() if key not in self.done}  # tied to one that was
+            entries = self._fp8_entries(info)
             if self._is_of_files(name, entries):
                 self._add(Unit.of_files(self.raw[key] for key in entries))
                 continue
             if not self._holds_scales(how):
                 self.rounded.append(name)
-            self._add(Unit(tuple(entries.values()), partial(self._fp8_tensors, name), gathers=(name,)))
+            for some in (name in self.held.cuts and experts_in_turn(info)) or (None,):
+                own = entries if some is None else self._fp8_entries(of_experts(info, some))
+                wanted = Wanted(name, some)
+                self._add(Unit(tuple(own.values()), partial(self._fp8_tensors, wanted), gathers=(wanted,)))
+
+    def _fp8_entries(self, info: QuantizedParameter) -> dict[str, Entry]:
+        entries: dict[str, Entry] = {}
+        for source, scale in info.scales.items():
+            entries |= self._entry(info.names[source], "F8_E4M3", info.shapes[source])
+            entries |= self._entry(scale.name, NAMES[scale.dtype], scale.view.whole or scale.shape)
+        for scale in info.input_scales.values():
+            entries |= self._entry(scale.name, NAMES[scale.dtype], scale.view.whole or scale.shape)
+        return {key: entry for key, entry in entries.items() if key not in self.done}  # tied to one that was
 
     def _holds_scales(self, how: Dequantize) -> bool:
         """Whether the dtypes that scales have in the files hold those of a parameter, as far as this rank has them."""
@@ -111,9 +99,9 @@ class SavePlan:
         if not kinds:
             return True
         if len(kinds) == 1 and len({scale.dtype for scale in how.info.scales.values()}) == 1:
-            return _holds(how.weight_scale, kinds.pop())
+            return holds_scale(how.weight_scale, kinds.pop())
         return bool(self.held.cuts) or all(
-            _holds(how.info.stored_scale(s, how.weight_scale), t.dtype) for s, t in stored.items()
+            holds_scale(how.info.stored_scale(s, how.weight_scale), t.dtype) for s, t in stored.items()
         )
 
     def _entry(self, name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Entry]:
@@ -126,11 +114,11 @@ class SavePlan:
         """Whether what transformers loaded, and rounded, is what the files say."""
         if self.origin is None or not self.origin.stock or self.gone or not all(key in self.raw for key in entries):
             return False
-        return all(self.raw[key].is_value(value) for key, value in self._fp8_tensors(name).items())
+        return all(self.raw[key].is_value(value) for key, value in self._fp8_tensors(Wanted(name)).items())
 
-    def _fp8_tensors(self, name: str) -> dict[str, Tensor]:
+    def _fp8_tensors(self, wanted: Wanted) -> dict[str, Tensor]:
         """Weights and scales of one parameter under the names, shapes and dtypes they had in the checkpoint."""
-        weight, how = self.held.quantized(name)
+        weight, how = self.held.quantized(wanted.name, wanted.experts)
         info, out = how.info, dict[str, Tensor]()
         for source, stored in info.scales.items():
             out[info.names[source]] = info.layout.split_weight(weight, source)
@@ -160,9 +148,8 @@ class SavePlan:
                 self._add(Unit.of_files(self.raw[name] for name in stored if name not in self.done))
         except (CheckpointError, SafetensorError) as error:
             raise UsageError(
-                f"{counted(len(again), 'weight')} dequantized while loading would be saved as in the file, which has "
-                "changed since "
-                f"({error}). Load the checkpoint again."
+                f"{counted(len(again), 'weight')} dequantized while loading would be saved as in the file, which has changed "
+                f"since ({error}). Load the checkpoint again."
             ) from error
 
     # --- everything else -----------------------------------------------------------------------------------------
@@ -214,21 +201,39 @@ class SavePlan:
 
     def _loaded(self, group: _Group) -> None:
         assert self.origin is not None
+        stored = [self.raw[self.origin.tensors[name].name] for name, _ in group.sources]
+        if group.pattern is None and group.first in self.held.cuts:
+            self._add_cut(group.first, stored)
+            return
         values = {name: self.held.value(name) for name in group.targets}
         if not is_first():
             return
-        stored = [self.raw[self.origin.tensors[name].name] for name, _ in group.sources]
-        cut = [name for name in group.targets if name in self.held.cuts]
         if not self.gone and self._unchanged(group, values, stored):
             self._add(Unit.of_files(stored))
         elif group.pattern is None:
             (value,) = values.values()
             for there in stored:
-                self._hold(there.name, value, partial(self.held.value, group.first), cut)
+                self._hold(there.name, value, partial(self.held.value, group.first))
         else:
             self.done |= {tensor.name for tensor in stored}
             for name, tensor in self._reverted(values).items():
                 self._hold(name, tensor, partial(_itself, tensor))
+
+    def _add_cut(self, name: str, stored: list[Stored]) -> None:
+        """What each rank has a part of, looked at a few rows at a time."""
+        shape, _ = self.held.cuts[name]
+        seen = [Compared(tensor, not self.gone and tensor.shape == shape) for tensor in stored]
+        for rows in rows_in_turn(shape, self.held.plain[name].itemsize):
+            value = self.held.value(name, rows)
+            seen = [one.and_of(rows, value) for one in seen] if is_first() else seen
+        if not is_first():
+            return
+        if any(one.same for one in seen):
+            self._add(Unit.of_files(stored))
+            return
+        like = torch.empty(shape, dtype=self.held.plain[name].dtype, device="meta")
+        for one in seen:
+            self._hold_as(one.stored.name, like, one.exact, partial(self.held.value, name), (Wanted(name),))
 
     def _unchanged(self, group: _Group, values: Mapping[str, Tensor], stored: list[Stored]) -> bool:
         """Whether the files give what the model holds."""
@@ -245,17 +250,20 @@ class SavePlan:
             return False
         return all(name in again and same_bits(again[name].to(v.dtype), v) for name, v in values.items())
 
-    def _hold(self, name: str, value: Tensor, make: Callable[[], Tensor], cut: Iterable[str] = ()) -> None:
+    def _hold(self, name: str, value: Tensor, make: Callable[[], Tensor]) -> None:
         """Writes a value of the model, in the dtype of its file where that holds it."""
-        stored = DTYPES.get(self.raw[name].dtype) if name in self.raw else None
-        dtype = value.dtype
-        if stored is not None and stored != dtype and stored.is_floating_point and dtype.is_floating_point:
-            exact = stored.itemsize > 1 and same_bits(value.to(stored).to(dtype), value)
+        self._hold_as(name, value, name not in self.raw or is_exact(value, self.raw[name]), make)
+
+    def _hold_as(
+        self, name: str, like: Tensor, exact: bool, make: Callable[[], Tensor], gathers: tuple[Wanted, ...] = ()
+    ) -> None:
+        dtype = like.dtype
+        if name in self.raw and (stored := floating_dtype(self.raw[name])) is not None and dtype.is_floating_point:
             dtype = stored if exact else dtype
             if not exact:
                 self.inexact.append(name)
-        entry = Entry.like(name, torch.empty(value.shape, dtype=dtype, device="meta"))
-        self._add(Unit((entry,), lambda: {name: make().to(dtype)}, gathers=tuple(cut)))
+        entry = Entry.like(name, torch.empty(like.shape, dtype=dtype, device="meta"))
+        self._add(Unit((entry,), lambda: {name: make().to(dtype)}, gathers=gathers))
 
     def _reverted(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file that these parameters make, by transformers' own conversions."""
@@ -311,10 +319,8 @@ class SavePlan:
         if lost := [tensor.name for tensor in rest if tensor.name not in self.done]:
             raise UsageError(
                 f"{lost[0]} is in the files that the model was loaded from, and not in the model "
-                f"({counted(len(lost), 'tensor')} in all, such as layers for multi-token prediction). It is saved as "
-                "it was read, and "
-                "the files have changed since "
-                f"({self.gone}). Load the checkpoint again."
+                f"({counted(len(lost), 'tensor')} in all, such as layers for multi-token prediction). It is saved as it was "
+                f"read, and the files have changed since ({self.gone}). Load the checkpoint again."
             )
 
     def say(self) -> None:
@@ -383,11 +389,6 @@ class _Group:
     @property
     def pattern(self) -> str | None:
         return self.sources[0][1]
-
-
-def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
-    values = ckpt.decode_scale(scale)
-    return torch.equal(ckpt.decode_scale(ckpt.encode_scale(values, dtype)), values)
 
 
 def _itself(tensor: Tensor) -> Tensor:

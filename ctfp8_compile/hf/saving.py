@@ -18,8 +18,10 @@ from ..checkpoint.writer import Writer
 from ..errors import UsageError
 from ..model.freeze import KeepsFP8
 from ..model.ranks import agree, is_first, together
+from .held import Wanted
 from .parallel import is_distributed
-from .save_plan import SavePlan, Unit
+from .save_plan import SavePlan
+from .unit import Unit
 
 
 class SavesAsRead(KeepsFP8):
@@ -56,13 +58,13 @@ def _save(model: Any, quantizer: Any, stock: Callable[..., Any], folder: Path, a
     saves = arguments.get("is_main_process", True) and is_first()
     plan = SavePlan(model, quantizer)
     before = model._get_files_timestamps(folder) if push and saves and folder.is_dir() else {}
-    gathers = [name for unit in plan.units for name in unit.gathers] if is_first() else []
+    gathers = [wanted for unit in plan.units for wanted in unit.gathers] if is_first() else []
     if is_distributed(model):
         gathers = _of_first(gathers)
     if not is_first():
         plan.held.follow(gathers)
     elif not saves:
-        plan.held.follow(name for name in gathers if name in plan.held.cuts)
+        plan.held.follow(wanted for wanted in gathers if wanted.name in plan.held.cuts)
     else:
         entries = [entry for unit in plan.units for entry in unit.entries]
         metadata = {} if plan.origin is None else plan.origin.source.metadata
@@ -136,11 +138,11 @@ def _upload(model: Any, folder: Path, before: Any, token: Any, given: dict[str, 
     )  # fmt: skip
 
 
-def _of_first(names: list[str]) -> list[str]:
+def _of_first(gathers: list[Wanted]) -> list[Wanted]:
     agree()
-    said: list[Any] = [names]
+    said: list[Any] = [gathers]
     dist.broadcast_object_list(said, src=0)
-    found: list[str] = said[0]
+    found: list[Wanted] = said[0]
     return found
 
 

@@ -17,7 +17,7 @@ from ..checkpoint.packed import PackedWeight, find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes
 from ..checkpoint.single_file import as_module, open_state_dict
 from ..checkpoint.transforms import check_named, is_matrix, read_transforms
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from . import rotation
 from .freeze import freeze
 from .parametrization import attach
@@ -92,6 +92,7 @@ def _plans(
 
     Raises:
         CheckpointError: the state dict lacks a tensor of the module, or has it in another shape or kind.
+        UsageError: the module is of a dtype that nothing is computed in.
     """
     buffers = {name for name, _ in module.named_buffers()}
     plans: dict[str, QuantizedParameter] = {}
@@ -103,6 +104,11 @@ def _plans(
         if not parameter.is_floating_point():
             ckpt.check_dtype(tensors[name], parameter.dtype)  # counters, masks, indices
             continue
+        if parameter.dtype.itemsize == 1:
+            raise UsageError(
+                f"{name}: the module declares it as {str(parameter.dtype).removeprefix('torch.')}, which nothing is computed in. "
+                "Build the module in bfloat16, float16 or float32: FP8 weights stay as they are in the file whatever it declares."
+            )
         ckpt.check_weight(tensors[name])
         if tensors[name].dtype == ckpt.FP8_DTYPE:
             if len(tensors[name].shape) < 2 or name in buffers:

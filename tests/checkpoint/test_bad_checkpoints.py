@@ -42,7 +42,7 @@ def _weights(config):
     ("edit", "match"),
     [
         (lambda t, c: (t.pop(Q), t.pop(Q + "_scale")), "the model needs model.layers.0.self_attn.q_proj.weight"),
-        (lambda t, c: t.pop(Q), "the model needs model.layers.0.self_attn.q_proj.weight"),
+        (lambda t, c: t.pop(Q), r"q_proj.weight_scale .*q_proj.weight, which it belongs to, is not in the checkpoint"),
         (lambda t, c: t.pop(Q + "_scale"), "q_proj.weight_scale or .* is not in the checkpoint"),
         (lambda t, c: t.pop("model.norm.weight"), "the model needs model.norm.weight"),
         (

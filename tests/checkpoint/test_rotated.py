@@ -41,6 +41,7 @@ def want(case):
     return _logits(case[1].dense)
 
 
+@pytest.mark.quick("u and v", "R3")
 def test_every_way_computes_what_the_dense_model_does(case, want, tmp_path):
     model = ctfp8.from_pretrained(case[1].folder)
     eager = _logits(model)
@@ -130,6 +131,7 @@ def test_dequantized_holds_the_transforms_in_its_weights(case, want, tmp_path):
     assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path)), _logits(model))
 
 
+@pytest.mark.quick("u and v", "R4")
 def test_lowered_matmuls_are_found_and_fused_behind_transforms(case):
     name, made = case
     model = ctfp8.from_pretrained(made.folder)
@@ -149,6 +151,7 @@ def test_lowered_matmuls_are_found_and_fused_behind_transforms(case):
     assert names.count("aten.mm.default") == rotated_inputs[name]
 
 
+@pytest.mark.quick("u and v", "R3")
 def test_report_and_inspect_name_transforms(case):
     name, made = case
     report = ctfp8.explain(ctfp8.from_pretrained(made.folder), *CALL)

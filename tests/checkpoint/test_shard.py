@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ctfp8_compile.checkpoint.layout import Layout, identity, trace
 from ctfp8_compile.checkpoint.scheme import Scheme
-from ctfp8_compile.checkpoint.shard import Cut, held, local_shape, of_rank, put, shard
+from ctfp8_compile.checkpoint.shard import Cut, blocks_of, held, local_shape, of_rank, put, shard, within
 from ctfp8_compile.errors import CheckpointError, SchemeError
 from ctfp8_compile.ops import FP8, dequantize_reference
 
@@ -116,6 +116,36 @@ def test_experts(ranks, experts, rows, k, how, stacked, scheme):
         return tensor[first][:, at[2]]
 
     _check(layout, *_random(layout, shapes, scheme), scheme, cuts, read)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(4, 20), st.integers(4, 20)),
+    cut=st.builds(Cut, st.integers(0, 2), RANKS, st.just(0), st.integers(1, 2)),
+    scheme=SCHEMES,
+    data=st.data(),
+)
+def test_some_experts_of_every_rank(shape, cut, scheme, data):
+    """What ranks hold of a range of experts, and of their scales, put together, is that range; a rank may hold none of it."""
+    if not _fits(shape, (cut,)):
+        return
+    first = data.draw(st.integers(0, shape[0] - 1))
+    experts = range(first, data.draw(st.integers(first + 1, shape[0])))
+    layout, some = identity("w", shape), identity("w", (len(experts), *shape[1:]))
+    whole = torch.arange(shape[0] * shape[1] * shape[2]).view(shape)
+    scale = torch.rand(*shape[:-2], *(-(-n // b) for n, b in zip(shape[-2:], layout.block(scheme), strict=True)))
+    together, scales = torch.zeros(some.shape, dtype=whole.dtype), torch.zeros(len(experts), *scale.shape[1:])
+    for rank in range(cut.ranks):
+        mine = of_rank((cut,), rank)
+        part, own = whole, blocks_of(layout, mine)
+        for dim, indices in enumerate(held(shape, mine)):
+            part = part.index_select(dim, indices)
+        here, clipped = within(shape, mine, experts)
+        assert local_shape(some.shape, clipped) == tuple(part[here].shape)
+        put(together, part[here], clipped)
+        blocks_of(some, clipped).put_scale(scales, own.cut_scale(scale, scheme)[here], scheme)
+    assert torch.equal(together, whole[first : experts.stop])
+    assert torch.equal(scales, scale[first : experts.stop])
 
 
 def test_a_border_inside_a_block_refines_it_alike_on_every_rank():

@@ -28,7 +28,12 @@ def generated(folder: Path, out: Path, config: dict[str, Any]) -> list[list[int]
     return texts
 
 
-@pytest.mark.parametrize("config", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}], ids=["tensor", "expert"])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "config",
+    [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}],
+    ids=["tensor", "expert"],
+)
 @pytest.mark.parametrize("name", ["glm4_moe", pytest.param("deepseek_v3", marks=pytest.mark.long)])
 def test_drafts_on_two_ranks(name: str, config: dict[str, Any], tmp_path: Path) -> None:
     made = make_mtp(name, "FP8_DYNAMIC", tmp_path)

@@ -198,6 +198,7 @@ own:views/FP8_BLOCK layer M=21
   fbgemm.f8f8bf16_groupwise [44, 512] x [256, 512]""",
         )
 
+    @pytest.mark.long
     def test_sm89(self):
         text = self.compile(
             Gpu("cuda:sm89"),
@@ -243,6 +244,7 @@ own:wide/FP8_DYNAMIC layer M=1
   aten._scaled_mm [1, 14336] x [14336, 256]""",
         )
 
+    @pytest.mark.long
     def test_sm100(self):
         text = self.compile(Gpu("cuda:sm100"), Case("own:biased/MXFP8", rows=20, build="first"))
         self.assertExpectedInline(
@@ -256,6 +258,7 @@ own:biased/MXFP8 layer M=20
   silu""",
         )
 
+    @pytest.mark.long
     def test_sm80(self):
         text = self.compile(
             Gpu("cuda:sm80"),

@@ -84,6 +84,7 @@ def test_sharded(architecture, tmp_path):
     assert torch.equal(_output(model, forged.inputs), _expected(model, forged))
 
 
+@pytest.mark.quick("bert", "gpt_oss", "jamba", "llama4", "phi3", "qwen3_5_moe")
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - UNTRACEABLE))
 def test_every_weight_is_rewritten(architecture, tmp_path, kernel_everywhere):
     forged = forge(architecture, "FP8_DYNAMIC", tmp_path / "in")

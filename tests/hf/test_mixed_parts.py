@@ -143,6 +143,7 @@ def test_parts_that_differ(name, change, plain, tmp_path):
     assert look(folder).fp8_bytes < look(DATA / name).fp8_bytes or not plain
 
 
+@pytest.mark.quick("_some_experts")
 @pytest.mark.parametrize("change", [_some_experts, _in_blocks])
 def test_a_compiled_model(change, tmp_path):
     folder, reference = made(tmp_path, "qwen3moe/FP8_DYNAMIC", change)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -19,51 +18,18 @@ from conftest import DATA, IDS, fp8_config, logits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.ranks import on_ranks
+from support.saved import differing, stored, write
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    Gemma3ForCausalLM,
-    MistralForCausalLM,
 )
 from transformers.distributed import DistributedConfig
 
 import ctfp8_compile as ctfp8
+from ctfp8_compile.hf.parallel import gather_quantized
 
 LLAMA, MOE = DATA / "llama/FP8_DYNAMIC", DATA / "qwen3moe/FP8_DYNAMIC"
-
-
-def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """By name, what the files say of each tensor, and its bytes."""
-    out = {}
-    for file in folder.glob("*.safetensors"):
-        content = file.read_bytes()
-        base = 8 + int.from_bytes(content[:8], "little")
-        for name, entry in json.loads(content[8:base]).items():
-            if name != "__metadata__":
-                begin, end = (base + at for at in entry["data_offsets"])
-                out[name] = entry["dtype"], tuple(entry["shape"]), content[begin:end]
-    return out
-
-
-def differing(before: Path, after: Path) -> set[str]:
-    """Names of the tensors that are not the same in both; none may be missing in one."""
-    a, b = stored(before), stored(after)
-    assert a.keys() == b.keys()
-    return {name for name in a if a[name] != b[name]}
-
-
-def write(folder: Path, state: dict[str, torch.Tensor], source: Path, metadata: dict[str, str] | None = None) -> Path:
-    """A checkpoint of these tensors, with the config of another one."""
-    folder.mkdir(parents=True)
-    shutil.copy(source / "config.json", folder)
-    save_file(
-        {k: t.contiguous() for k, t in state.items()},
-        folder / "model.safetensors",
-        {"format": "pt", **(metadata or {})},
-    )
-    return folder
 
 
 def with_more(source: Path, folder: Path) -> Path:
@@ -109,6 +75,7 @@ def test_ways_of_loading(source, way, tmp_path):
         assert file.metadata() == {"format": "pt", "made by": "hand"}
 
 
+@pytest.mark.long
 def test_a_compiled_model(tmp_path):
     folder = with_more(LLAMA, tmp_path / "in")
     model = ctfp8.from_pretrained(folder)
@@ -387,190 +354,52 @@ def test_a_model_is_not_in_memory_twice_while_it_is_saved(tmp_path):
     assert differing(folder, tmp_path / "out") == set()
 
 
-# --- configs ------------------------------------------------------------------------------------------------------
-
-GEMMA = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
-SIGLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
-          "patch_size": 4}  # fmt: skip
-LARGER = {  # a larger model, and the class of its text part
-    "gemma3": (
-        {"text_config": GEMMA, "vision_config": SIGLIP, "mm_tokens_per_image": 4, "image_token_index": 255},
-        Gemma3ForCausalLM,
-    ),
-    "mistral3": (
-        {
-            "text_config": GEMMA | {"model_type": "mistral"},
-            "vision_config": SIGLIP | {"model_type": "pixtral"},
-            "tie_word_embeddings": False,
-        },
-        MistralForCausalLM,
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", list(LARGER))
-@pytest.mark.parametrize("old", [True, False], ids=["language_model.model", "model.language_model"])
-def test_a_text_class_finds_its_tensors_in_a_larger_models_files(kind, old, tmp_path):
-    """transformers has no renaming for these classes, under the names of either age."""
-    sizes, text_class = LARGER[kind]
-    folder = tmp_path / "in"
-    whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **sizes), dtype=torch.bfloat16)
-    whole.save_pretrained(folder)
-    file = folder / "model.safetensors"
-    state = load_file(file)
-    if not old:
-        names = {n: re.sub(r"^language_model\.model\.", "model.language_model.", n) for n in state}
-        state = {re.sub(r"^(language_model)\.(lm_head)", r"\2", names[n]): t for n, t in state.items()}
-    for name in [n for n in state if "language_model" in n and n.endswith("proj.weight")]:
-        scale = state[name].float().abs().amax(1, keepdim=True) / 448
-        state[f"{name}_scale"], state[name] = scale, (state[name].float() / scale).to(torch.float8_e4m3fn)
-    save_file(state, file, {"format": "pt"})
-    said = json.loads((folder / "config.json").read_text())
-    said["quantization_config"] = {**fp8_config(), "ignore": ["re:.*vision.*", "re:.*projector.*", "re:.*lm_head"]}
-    (folder / "config.json").write_text(json.dumps(said))
-    model = ctfp8.from_pretrained(folder, text_class)
-    assert isinstance(model, text_class)
-    assert not [name for name in model.state_dict() if "vision" in name]
-    assert torch.equal(logits(model), logits(ctfp8.from_pretrained(folder, AutoModelForImageTextToText)))
-    model.save_pretrained(tmp_path / "out")
-    assert differing(folder, tmp_path / "out") == set()
-    written = json.loads((tmp_path / "out/config.json").read_text())
-    for key in ("model_type", "architectures", "vision_config", "quantization_config"):
-        assert written[key] == said[key]
-    with torch.no_grad():
-        model.model.norm.weight[0] = 3
-    model.save_pretrained(tmp_path / "changed")
-    norm = "language_model.model.norm.weight" if old else "model.language_model.norm.weight"
-    assert differing(folder, tmp_path / "changed") == {norm}
-    assert torch.equal(logits(ctfp8.from_pretrained(tmp_path / "changed", text_class)), logits(model))
-
-
-TEXT = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
-        "tie_word_embeddings": False}  # fmt: skip
-VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4, "out_hidden_size": 64,
-          "num_position_embeddings": 16}  # fmt: skip
-
-
-@pytest.mark.parametrize("where", ["", "text_config"])
-def test_a_text_model_of_a_larger_one_is_saved_as_all_of_it(where, tmp_path):
-    """transformers loads Qwen3.5 for text as a class without the vision tower: tensors and config have it again."""
-    config = AutoConfig.for_model("qwen3_5", text_config=TEXT, vision_config=VISION)
-    AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
-    file = tmp_path / "in/model.safetensors"
-    state = load_file(file)
-    for name in [n for n in state if "self_attn" in n and n.endswith("proj.weight")]:
-        scale = state[name].float().abs().amax(1, keepdim=True) / 448
-        state[f"{name}_scale"], state[name] = scale, (state[name].float() / scale).to(torch.float8_e4m3fn)
-    save_file(state, file, {"format": "pt"})
-    quantization = {**fp8_config(), "ignore": ["re:.*visual.*", "lm_head"]}
-    said = json.loads((tmp_path / "in/config.json").read_text())
-    (said[where] if where else said)["quantization_config"] = quantization
-    (tmp_path / "in/config.json").write_text(json.dumps(said))
-    model = ctfp8.from_pretrained(tmp_path / "in", AutoModelForCausalLM)
-    assert not [name for name in model.state_dict() if "visual" in name]
-    model.save_pretrained(tmp_path / "out")
-    assert differing(tmp_path / "in", tmp_path / "out") == set()
-    text = (tmp_path / "out/config.json").read_text()
-    written = json.loads(text)
-    assert "ctfp8" not in text
-    assert written["model_type"] == "qwen3_5"
-    assert written["architectures"] == said["architectures"]
-    for part in ("", "text_config"):
-        held = (written[part] if part else written).get("quantization_config")
-        assert held == (quantization if part == where else None)
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        assert torch.equal(logits(ctfp8.from_pretrained(tmp_path / "out", auto)), logits(model))
-
-
-def test_the_legacy_key_stays_where_it_was(tmp_path):
-    shutil.copytree(LLAMA, tmp_path / "in")
-    said = json.loads((tmp_path / "in/config.json").read_text())
-    said["compression_config"] = {"quantization_config": said.pop("quantization_config")}
-    (tmp_path / "in/config.json").write_text(json.dumps(said))
-    ctfp8.from_pretrained(tmp_path / "in").save_pretrained(tmp_path / "out")
-    written = json.loads((tmp_path / "out/config.json").read_text())
-    assert written["compression_config"] == said["compression_config"]
-    assert "quantization_config" not in written
-    ctfp8.from_pretrained(tmp_path / "in", dequantize=True).save_pretrained(tmp_path / "plain")
-    written = json.loads((tmp_path / "plain/config.json").read_text())
-    assert not {"compression_config", "quantization_config"} & set(written)
-
-
-@pytest.mark.parametrize("wide", ["norms", "scales"])
-@pytest.mark.parametrize("asked", [{}, {"dtype": "auto"}, {"dtype": None}, {"torch_dtype": "auto"}])
-def test_a_dtype_that_nobody_says(wide, asked, tmp_path):
-    """Neither float32 norms nor float32 scales, of which a file has many, make a bfloat16 model a float32 one."""
-    state = load_file(LLAMA / "model.safetensors")
-    state = {k: t.float() if k.endswith("_scale") or (wide == "norms" and "norm" in k) else t for k, t in state.items()}
-    folder = write(tmp_path / "in", state, LLAMA)
-    said = json.loads((folder / "config.json").read_text())
-    del said["dtype"]
-    (folder / "config.json").write_text(json.dumps(said))
-    model = ctfp8.from_pretrained(folder, **asked)
-    assert model.dtype == model.config.dtype == torch.bfloat16
-    model = ctfp8.from_pretrained(folder, dtype=torch.float32)
-    assert model.dtype == torch.float32
-    model.save_pretrained(tmp_path / "out")
-    assert differing(folder, tmp_path / "out") == set()
-    assert ctfp8.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
-@pytest.mark.parametrize(
-    "asked",
-    ["float8_e4m3fn", torch.float8_e4m3fn, torch.float8_e5m2, "float8_e8m0fnu", torch.int8, {"": "float8_e5m2"}],
-)
-def test_a_dtype_that_nothing_is_computed_in_is_refused(argument, asked):
-    words = rf"^{argument}=(float8_\w+|int8): nothing is computed in it.*give bfloat16, float16 or float32"
-    for dequantize in (False, True):
-        with pytest.raises(ctfp8.UsageError, match=words):
-            ctfp8.from_pretrained(LLAMA, dequantize=dequantize, **{argument: asked})
-
-
-@pytest.mark.parametrize("said", ["float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize("plain", [torch.bfloat16, torch.float16])
-def test_a_float8_dtype_in_a_config_is_that_of_the_other_tensors(said, plain, tmp_path):
-    state = load_file(LLAMA / "model.safetensors")
-    state = {k: t.to(plain) if t.dtype == torch.bfloat16 and "scale" not in k else t for k, t in state.items()}
-    folder = write(tmp_path / "in", state, LLAMA)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": said}))
-    model = ctfp8.from_pretrained(folder)
-    assert model.dtype == model.config.dtype == plain
-    model.save_pretrained(tmp_path / "out")
-    assert differing(folder, tmp_path / "out") == set()
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == str(plain).removeprefix("torch.")
-
-
 # --- several ranks ------------------------------------------------------------------------------------------------
 
 
-def on_two(folders: list[Path], out: Path) -> list[list[str]]:
-    cuts = []
+def on_two(folders: list[Path], out: Path) -> list[tuple[list[str], int]]:
+    """Of each model, which parameters are cut, and the largest number of experts that are gathered at a time."""
+    found = []
     for folder in folders:
         model = ctfp8.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
         model.save_pretrained(out / folder.name / "same", max_shard_size="100KB")
+        with (
+            patch("ctfp8_compile.hf.unit.GATHERED", 1),
+            patch("ctfp8_compile.hf.held.gather_quantized", wraps=gather_quantized) as seen,
+        ):
+            model.save_pretrained(out / folder.name / "one by one")
+        most = max(len(whole.layout.shape) > 2 and len(experts or whole.layout.placements)
+                   for (_, _, whole, experts), _ in seen.call_args_list)  # fmt: skip
         with torch.no_grad():
             model.model.norm.weight[0] = 3
             model.lm_head.weight[0] = dist.get_rank() + 1.0
         model.save_pretrained(out / folder.name / "changed")
-        cuts.append(sorted(model.hf_quantizer.cuts))
-    return cuts
+        found.append((sorted(model.hf_quantizer.cuts), int(most)))
+    return found
+
+
+def with_wide_head(source: Path, folder: Path) -> Path:
+    """A copy whose head is in float32 that bfloat16 does not hold."""
+    state = load_file(source / "model.safetensors")
+    return write(folder, state | {"lm_head.weight": torch.randn(state["lm_head.weight"].shape)}, source)
 
 
 def test_two_ranks(tmp_path):
-    folders = [with_more(LLAMA, tmp_path / "llama"), with_more(MOE, tmp_path / "moe")]
+    folders = [
+        with_more(LLAMA, tmp_path / "llama"),
+        with_more(MOE, tmp_path / "moe"),
+        with_wide_head(LLAMA, tmp_path / "wide"),
+    ]
     first, second = on_ranks(2, on_two, folders, tmp_path / "out")
     assert first == second
     assert isinstance(first, list)
-    for folder, cuts in zip(folders, first, strict=True):
+    for folder, (cuts, most) in zip(folders, first, strict=True):
+        assert most == (1 if folder.name == "moe" else 0)
         out = tmp_path / "out" / folder.name
-        assert differing(folder, out / "same") == set()
+        assert differing(folder, out / "same") == differing(folder, out / "one by one") == set()
         assert differing(folder, out / "changed") == {"model.norm.weight", "lm_head.weight"}
         head = load_file(out / "changed/model.safetensors")["lm_head.weight"]
+        assert head.dtype == load_file(folder / "model.safetensors")["lm_head.weight"].dtype
         if "lm_head.weight" in cuts:
             assert head[0].unique().tolist() == [1]
             assert head[len(head) // 2].unique().tolist() == [2]
@@ -582,7 +411,8 @@ def all_on_two(folders: list[Path], out: Path) -> list[str]:
         try:
             experts = {"ep_size": 2} if "moe" in str(folder) and i % 2 else {}
             model = ctfp8.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, **experts))
-            model.save_pretrained(out / str(i))
+            with patch("ctfp8_compile.hf.unit.GATHERED", 1):  # one expert at a time
+                model.save_pretrained(out / str(i))
             said.append("")
         except Exception as error:  # of a file that is not loaded on several ranks
             said.append(str(error))
@@ -613,6 +443,7 @@ def gone_on_two(folder: Path, out: Path) -> str:
     return ""
 
 
+@pytest.mark.long
 def test_two_ranks_whose_files_are_gone(tmp_path):
     said = on_ranks(2, gone_on_two, with_more(LLAMA, tmp_path / "in"), tmp_path / "out")
     assert all("Load the checkpoint again" in text for text in said)

@@ -44,6 +44,7 @@ def two_are_enough(monkeypatch):
 CASES = ["llama/FP8_DYNAMIC", "qwen3/FP8_BLOCK", "llama/FP8_DYNAMIC_KV", "mixtral/FP8", "qwen3moe/FP8_DYNAMIC"]
 
 
+@pytest.mark.quick("qwen3moe/FP8_DYNAMIC")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("cache", ["static", "growing", "none"])
 def test_a_model_computes_the_same_bits(name, cache, two_are_enough):
@@ -178,6 +179,7 @@ def test_what_is_alike_becomes_a_region(widths, how, calls, undone):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_experts_are_rewritten_within_regions(two_are_enough):
     """Whatever their layers write to: a router's probabilities, a permutation."""
     model = ctfp8.from_pretrained(DATA / "qwen3moe/FP8_DYNAMIC", dtype=torch.float32)

@@ -132,6 +132,7 @@ def test_one_quantization_for_all_that_share_an_input():
         assert len(to_fp8) == quantizations  # q, k, v; o; gate, up; down
 
 
+@pytest.mark.quick(SM89, "cuda:sm90+scaled_mm", "xpu")
 @pytest.mark.parametrize(
     ("name", "experts", "target"),
     [

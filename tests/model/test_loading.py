@@ -211,6 +211,25 @@ def test_load_state_dict_refuses_bad_input(edit, sentence):
         ctfp8.load_state_dict(_Own(), state, fp8_config())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", ["", "up", "down", "shift"])
+def test_load_state_dict_into_a_module_of_float8(name, dtype):
+    """It would be computed in that, or take other weights without a scale. The module is left as it was."""
+    module = _Own()
+    if name == "shift":
+        module.shift = nn.Parameter(module.shift.detach().to(dtype), requires_grad=False)
+    else:
+        module.get_submodule(name).to(dtype)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    words = (
+        rf"^[\w.]+: the module declares it as {str(dtype).removeprefix('torch.')}, which nothing is computed in\. Build"
+    )
+    with pytest.raises(ctfp8.UsageError, match=words):
+        ctfp8.load_state_dict(module, _own_state(), fp8_config())
+    assert all(torch.equal(t.view(torch.uint8), before[n].view(torch.uint8)) for n, t in module.state_dict().items())
+    ctfp8.load_state_dict(module.float(), _own_state(), fp8_config())
+
+
 def test_prepare_a_model_that_transformers_loaded(load):
     for name in ("llama/FP8_DYNAMIC", "llama/FP8", "qwen3/FP8_BLOCK"):
         model = ctfp8.prepare(AutoModelForCausalLM.from_pretrained(DATA / name))

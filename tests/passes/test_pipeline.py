@@ -339,6 +339,7 @@ CASES = {
 }
 
 
+@pytest.mark.quick("linears", "weights only")
 @pytest.mark.parametrize("target", ["cpu", "xpu+scaled_mm", "cuda:sm90"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_pass_names_all_operators_that_it_changes(case, target, kernel_everywhere):
