@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def _leave(code: int) -> None:
-    """Ends the process: threads joined, exit functions run and output flushed, but no garbage sought and no module torn down.
+    """Ends the process: threads waited for, exit functions run and output flushed, but no garbage sought and no module torn down.
 
     Looking through all that torch and transformers made takes 0.7 s. With objects left out of that search (`gc.freeze`),
     modules bound by nanobind, such as Triton's from 3.9 on, list them on stderr as leaks.
