@@ -1,5 +1,5 @@
 """`python -m ctfp8_compile` is the command `ctfp8`."""
 
-from .cli.app import app
+from .cli.process import main
 
-app(prog_name="ctfp8")
+main()

@@ -39,7 +39,7 @@ class KernelLibrary:
 
     def mismatch(self) -> str | None:
         """The sentence why the installed release does not go with this torch; None where it does, or where nobody knows."""
-        torch_release = ".".join(torch.__version__.split(".")[:2])
+        torch_release = _torch_release()
         found = self.installed()
         wanted = next((r for d, r, t in self.built_for if found and d == found[0] and t == torch_release), None)
         if found is None or wanted is None or f"{found[1]}.".startswith(f"{wanted}."):
@@ -49,6 +49,24 @@ class KernelLibrary:
             f"{distribution} {version} is not built for torch {torch_release}, {wanted} is: "
             f"pip install '{distribution}=={wanted}.*'"
         )
+
+    def unpaired(self) -> str | None:
+        """The sentence that nobody knows which release goes with this torch; None where the table has one.
+
+        It is about the distribution that is installed, else the one to install. One without releases in the table is for any
+        torch.
+        """
+        distribution = (self.installed() or self.distributions)[0]
+        paired = [torch_release for name, _, torch_release in self.built_for if name == distribution]
+        if not paired or _torch_release() in paired:
+            return None
+        known = paired[0] if len(paired) == 1 else f"{paired[0]} to {paired[-1]}"
+        return f"no release of {distribution} is known to be built for torch {_torch_release()}, only for torch {known}"
+
+
+def _torch_release() -> str:
+    """`2.14` of 2.14.1+cu130."""
+    return ".".join(torch.__version__.split(".")[:2])
 
 
 #: The one table of them. PyPI's `mslk` 0.0.0 is empty; the one of torch's own index is not.

@@ -32,6 +32,7 @@ from ..model.storage import detach_from_mmap
 from ..report import Report
 from ..target import Target
 from .call import inputs_of, positional_names, ranges_of
+from .exponents import as_bytes, others_refused
 from .lower import ONLY_THERE, rewrite, target_of, trace
 from .manifest import NAME, Manifest
 from .operators import check_operator
@@ -212,5 +213,7 @@ def _compile(program: ExportedProgram) -> list[Any]:
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
     options = {"aot_inductor.package": True} | small_loops_alone(torch.get_num_threads())
-    files = aot_compile(program.module(check_guards=False), args, kwargs, options=options)
-    return list(files)
+    module = program.module(check_guards=False)
+    as_bytes(module)
+    with others_refused():
+        return list(aot_compile(module, args, kwargs, options=options))

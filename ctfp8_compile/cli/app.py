@@ -6,10 +6,8 @@ command line.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import gc
 import json
 import warnings
 from collections.abc import Callable
@@ -77,7 +75,6 @@ def main(
 ) -> None:
     global _debug
     _debug = debug
-    atexit.register(gc.freeze)  # else Python looks for garbage in all that torch made before it ends: for 0.7 s
 
 
 def _command(function: Callable[..., None], **options: Any) -> Callable[..., None]:

@@ -23,6 +23,11 @@ def missing(error: BaseException) -> str | None:
     return None
 
 
+def compiler_says(word: str, error: BaseException) -> bool:
+    """Whether the C++ compiler failed, and names `word`."""
+    return any(isinstance(cause, CppCompileError) and word in str(cause) for cause in _causes(error))
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error

@@ -66,7 +66,8 @@ def missing(library: str) -> str | None:
             getattr(torch.ops, library).f8f8bf16_rowwise.default  # noqa: B018 - raises if it is not there
         except (ImportError, OSError, AttributeError, RuntimeError) as error:
             name, why = about.distributions[0], str(error).splitlines()[0]
-            return f"{name} is not installed, or does not load ({why}): pip install {name}"
+            cure = f", and {unpaired}" if (unpaired := about.unpaired()) else f": pip install {name}"
+            return f"{name} is not installed, or does not load ({why}){cure}"
         _complete(library)
         return None
     if library == "mslk":
@@ -148,6 +149,9 @@ def kernels(library: str) -> tuple[ScaledKernel, ...]:
         if problem.scaling == "blockwise" and target.capability != (9, 0):
             return no(f"fbgemm and MSLK take 128x128 blocks on sm90, not {target}")
         fits = multiples_of(128 if problem.scaling == "blockwise" else 16, problem)
+        # another release's pair would load, and crash or compute nonsense; who names the library takes that on
+        if fits and target.kernels == "auto" and (unpaired := KERNEL_LIBRARIES[library].unpaired()):
+            return no(f"{unpaired}; ctfp8.kernels={library!r} takes the one that is installed all the same")
         return fits and Verdict(missing(library) or "")
 
     def build_rowwise(do: ops.Do, s: Scaled) -> fx.Node:

