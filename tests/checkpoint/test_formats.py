@@ -62,7 +62,7 @@ def test_power_of_two_scales_in_any_dtype(name, dtype, tmp_path):
     assert_same_bits(folder, tmp_path / "out")
 
 
-@pytest.mark.quick("fp8", "modelopt-side-file")
+@pytest.mark.quick("modelopt-side-file")
 @pytest.mark.parametrize("format", ["fp8", "fp8-static", "fbgemm_fp8", "modelopt-side-file"])
 def test_every_way_in_and_out(format, load, tmp_path):
     """What takes a compressed-tensors checkpoint takes these: explain, export and load, inspect, a plain model."""

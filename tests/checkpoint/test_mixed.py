@@ -175,7 +175,7 @@ def test_a_changed_weight_or_file_is_not_saved_as_if_it_were_not(mixed, tmp_path
         model = ctfp8.from_pretrained(folder, in_memory=True)
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        ctfp8.UsageError, match="saved as their file has them; it has changed since .*model.safetensors is gone"
+        ctfp8.UsageError, match="saved as in the file, which has changed since .*model.safetensors is gone"
     ):
         model.save_pretrained(tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -384,6 +384,7 @@ def with_wide_head(source: Path, folder: Path) -> Path:
     return write(folder, state | {"lm_head.weight": torch.randn(state["lm_head.weight"].shape)}, source)
 
 
+@pytest.mark.long
 def test_two_ranks(tmp_path):
     folders = [
         with_more(LLAMA, tmp_path / "llama"),

@@ -86,6 +86,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick(torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("strategy", "activation", "target", "kernel"), CASES)
