@@ -92,7 +92,9 @@ def _fp8_bytes(model: Any) -> int:
 
 
 def _check(ranks: list[Any], cases: dict[str, Path], size: int) -> None:
-    bound = 5e-7 * size  # each rank's part of a sum is rounded to float32 by itself: four were 1.02e-6 off, two are below 1e-6
+    bound = (
+        5e-7 * size
+    )  # each rank's part of a sum is rounded to float32 by itself: four were 1.02e-6 off, two are below 1e-6
     for found in ranks:
         assert isinstance(found, dict), found
         assert found.keys() == cases.keys()
