@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.leftovers import leftovers, used_names
+from ..checkpoint.leftovers import leftovers
 from ..checkpoint.mtp import mtp_names
 from ..checkpoint.notes import Notes
-from ..checkpoint.packed import PackedParameter, find, seen_as_weights
+from ..checkpoint.packed import find, seen_as_weights
 from ..checkpoint.packed import sentence as packed_sentence
 from ..counted import counted
 from ..errors import CheckpointError, SchemeError, UsageError
 from ..model.freeze import dequantize_, freeze
-from ..model.mixed import MixedParameter, is_mixed, mix
 from ..model.mixed import sentence as mixed_sentence
 from ..model.parametrization import attach
-from ..model.plan import QuantizedParameter, plan, read_scales
+from ..model.plan import QuantizedParameter, read_scales
+from ..model.planned import Planned
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from . import compat
@@ -204,39 +204,27 @@ def _from_file(
     _check_complete(main, declared, arrived, tensors)
     found = layouts(model, tensors, declared, arrived)
     quantizer.schemes.embeddings |= embedding_names(model, found)
-    plans: dict[str, QuantizedParameter] = {}
-    mixed: dict[str, MixedParameter] = {}
-    others: dict[str, PackedParameter] = {}
-    for target, layout in found.items():
-        dtype = declared[target].dtype
-        if is_mixed(layout, tensors, packed):
-            mixed[target] = mix(tensors, quantizer.schemes, layout, dtype, packed, notes)
-        elif tensors[layout.sources[0]].dtype == ckpt.PACKED:
-            others[target] = PackedParameter.of(layout, dtype, packed)
-        else:
-            plans[target] = plan(tensors, quantizer.schemes, layout, dtype, notes)
-    weights = {name for info in plans.values() for name in info.scales} | {n for m in mixed.values() for n in m.grids}
-    inputs = [ckpt.input_scale_name(name) for info in plans.values() for name in info.input_scales]
-    leftovers(tensors, used_names(weights, inputs), notes)
+    planned = Planned.of(found, declared, tensors, quantizer.schemes, packed, notes)
+    leftovers(tensors, planned.used, notes)
     notes.say(quantizer.strict)
     for what in [
         *([packed_sentence(packed.values(), model.dtype)] if packed else []),
-        *([mixed_sentence(mixed)] if mixed else []),
+        *([mixed_sentence(planned.mixed)] if planned.mixed else []),
     ]:
         if quantizer.strict:
             raise SchemeError(f"{what}; strict=True refuses that. Leave it out.")
         warnings.warn(f"{what}.", stacklevel=3)
-    scales = {target: read_scales(tensors, info) for target, info in plans.items()}
+    scales = {target: read_scales(tensors, info) for target, info in planned.fp8.items()}
     values = {
         target: info.layout.weight({name: tensors.read_stored(tensors[name]) for name in info.layout.sources})
-        for target, info in plans.items()
+        for target, info in planned.fp8.items()
     }
-    values |= {target: info.again(tensors)[0] for target, info in mixed.items()}
-    values |= {target: info.again(tensors)[0] for target, info in others.items()}
+    values |= {target: info.again(tensors)[0] for target, info in planned.mixed.items()}
+    values |= {target: info.again(tensors)[0] for target, info in planned.packed.items()}
     for target in arrived.by_target:
         if target not in values:
             values |= _plain(model, target, tensors, declared, arrived)
-    return values, plans, scales
+    return values, planned.fp8, scales
 
 
 def _tensors(main: Any, quantizer: Quantizer) -> ckpt.Checkpoint:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import of_files
-from ..checkpoint.leftovers import leftovers, used_names
+from ..checkpoint.leftovers import leftovers
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes, heads_of
@@ -30,9 +30,10 @@ from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..counted import counted
 from ..errors import SchemeError, UsageError
 from ..model import rotation
-from ..model.mixed import MixedParameter, is_mixed, mix
+from ..model.mixed import MixedParameter
 from ..model.mixed import sentence as mixed_sentence
-from ..model.plan import QuantizedParameter, plan, read_scales
+from ..model.plan import QuantizedParameter, read_scales
+from ..model.planned import Planned
 from ..ops import FP8
 from .cache_scales import CacheScales, cache_sentence, read_cache_scales
 from .cache_shapes import cache_shapes
@@ -178,7 +179,6 @@ class Quantizer(HfQuantizer):
         if checkpoint_files is not None:  # the loader's own list: it reads them in this order, and keeps the last copy
             checkpoint_files[:] = map(str, folder.files)
         source = Source.of(tensors)
-        stored: dict[str, Tensor] = {}
         with torch.device("cpu"):  # the loader builds models on the meta device; row numbers and scales are real
             packed = find(tensors, self.schemes)
             tensors = seen_as_weights(tensors, packed)
@@ -189,28 +189,24 @@ class Quantizer(HfQuantizer):
                 tie_absent_head(model, set(arrived.targets()))
             found = layouts(model, tensors, declared, arrived)
             self.schemes.embeddings |= embedding_names(model, found)
-            for target, layout in found.items():
-                dtype = declared[target].dtype
-                if is_mixed(layout, tensors, packed):
-                    self.mixed[target] = mix(tensors, self.schemes, layout, dtype, packed, notes)
-                elif tensors[layout.sources[0]].dtype == ckpt.PACKED:
-                    info = self.packed[target] = PackedParameter.of(layout, dtype, packed)
-                    stored[target] = torch.empty(info.packed_layout.shape, dtype=info.packed_dtype, device="meta")
-                else:
-                    self.plans[target] = plan(tensors, self.schemes, layout, dtype, notes)
-                    stored[target] = torch.empty(layout.shape, dtype=FP8, device="meta")
+            planned = Planned.of(found, declared, tensors, self.schemes, packed, notes)
+            self.plans, self.packed, self.mixed = planned.fp8, planned.packed, planned.mixed
             if packed:
                 self._accept_packed(model, packed)
             self.scales = {target: read_scales(tensors, info) for target, info in self.plans.items()}
             self.others = {target: info.read(tensors) for target, info in self.packed.items()}
-            self._set_leftovers_aside(model, tensors, takes(model, declared, self.part), notes)
+            self._set_leftovers_aside(model, tensors, planned.used, takes(model, declared, self.part), notes)
             self._place_transforms(model, tensors, arrived)
             if self.mixed:
                 self._accept_mixed(model)
             notes.say(self.strict)
-        for target, tensor in stored.items():
+        stored = {target: (info.layout.shape, FP8) for target, info in self.plans.items()}
+        stored |= {target: (info.packed_layout.shape, info.packed_dtype) for target, info in self.packed.items()}
+        for target, (shape, dtype) in stored.items():
             path, _, leaf = target.rpartition(".")
-            model.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            model.get_submodule(path)._parameters[leaf] = nn.Parameter(
+                torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
+            )
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
         untie(model, self.plans, tensors)
         # the scales were read above; the loader finds no place for them, which is as it should be
@@ -253,13 +249,10 @@ class Quantizer(HfQuantizer):
         warnings.warn(f"{what}.", stacklevel=2)
 
     def _set_leftovers_aside(
-        self, model: Any, tensors: ckpt.Checkpoint, taken: Callable[[str], bool], notes: Notes
+        self, model: Any, tensors: ckpt.Checkpoint, used: set[str], taken: Callable[[str], bool], notes: Notes
     ) -> None:
         """Scales of a quantized KV cache are for `fp8_cache`; they, and what is superfluous, are written back when saving."""
-        weights = {name for info in self.plans.values() for name in info.scales}
-        weights |= {name for info in self.mixed.values() for name in info.grids}
-        inputs = [ckpt.input_scale_name(name) for info in self.plans.values() for name in info.input_scales]
-        found = leftovers(tensors, used_names(weights, inputs), notes, taken)
+        found = leftovers(tensors, used, notes, taken)
         self.cache_scales = tensors.read(found.cache)
         self.unused = {tensors[name].name: tensors.read_stored(tensors[name]) for name in found.unused}
         layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)

@@ -27,6 +27,7 @@ from ..model.parametrization import Dequantize
 from ..model.plan import QuantizedParameter
 from ..model.ranks import is_first
 from ..model.rotation import stored_tensors
+from ..model.stored import tensors_of
 from .compat import revert_weight_conversion
 from .conversions import Arrivals, convert_sources
 from .held import Held, Wanted
@@ -117,15 +118,8 @@ class SavePlan:
         return all(self.raw[key].is_value(value) for key, value in self._fp8_tensors(Wanted(name)).items())
 
     def _fp8_tensors(self, wanted: Wanted) -> dict[str, Tensor]:
-        """Weights and scales of one parameter under the names, shapes and dtypes they had in the checkpoint."""
         weight, how = self.held.quantized(wanted.name, wanted.experts)
-        info, out = how.info, dict[str, Tensor]()
-        for source, stored in info.scales.items():
-            out[info.names[source]] = info.layout.split_weight(weight, source)
-            stored.write(info.stored_scale(source, how.weight_scale), out)
-        for source, stored in info.input_scales.items():
-            stored.write(how.static_scale(source), out)
-        return out
+        return tensors_of(how, weight)
 
     # --- dequantized while loading -------------------------------------------------------------------------------
 

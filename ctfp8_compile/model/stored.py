@@ -99,7 +99,8 @@ def state_dict(module: nn.Module) -> dict[str, Tensor]:
         if name in origin.plain:
             out[origin.plain[name].name] = _as_stored(value, origin.plain[name], files)
     for name, owner, dequantize in quantized_parameters(module):
-        out |= tensors_of(dequantize, stored_weight(owner, name.rpartition(".")[2]), origin.bytes)
+        tensors = tensors_of(dequantize, stored_weight(owner, name.rpartition(".")[2]))
+        out |= {n: (t.view(torch.uint8) if n in origin.bytes else t).clone() for n, t in tensors.items()}
     for parts in origin.lost.values():
         if files is None:
             raise UsageError(
@@ -122,19 +123,12 @@ def save_state_dict(module: nn.Module, file: str | Path) -> None:
     save_file({k: v.contiguous() for k, v in state_dict(module).items()}, file, dict(origin.metadata) or None)
 
 
-def tensors_of(dequantize: Dequantize, weight: Tensor, as_bytes: frozenset[str] = frozenset()) -> dict[str, Tensor]:
-    """Weights and scales of one FP8 parameter under the names, shapes and dtypes that their file has.
-
-    Args:
-        as_bytes: names of weights that it keeps as U8.
-    """
+def tensors_of(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
+    """Weights and scales of one FP8 parameter under the names, shapes and dtypes that their file has, perhaps in its memory."""
     info = dequantize.info
     out: dict[str, Tensor] = {}
     for source, stored in info.scales.items():
-        name = info.names[source]
-        out[name] = info.layout.split_weight(weight, source).clone()
-        if name in as_bytes:
-            out[name] = out[name].view(torch.uint8)
+        out[info.names[source]] = info.layout.split_weight(weight, source)
         stored.write(info.stored_scale(source, dequantize.weight_scale), out)
     for source, stored in info.input_scales.items():
         stored.write(dequantize.static_scale(source), out)
