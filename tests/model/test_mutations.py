@@ -435,9 +435,9 @@ def test_unchanged_checkpoints_load() -> None:
 def _names(message: str, names: list[str]) -> bool:
     """Whether a message names a tensor or file, or the parameter that a tensor is merged into."""
     merged = [re.sub(r"experts\.\d+\..*", "experts", name) for name in names]
-    # a scale that says another scheme is its weight's
-    scaled = [re.sub(r"(\.input)?_scale(_inv)?$", "", name) for name in names]
-    return any(name in message for name in (*names, *merged, *scaled))
+    scaled = [re.sub(r"_scale(_inv)?$", "", name) for name in names]  # a scale that says another scheme is its weight's
+    absent = [re.sub(r"input_scale$", "weight: no input_scale", name) for name in names]
+    return any(name in message for name in (*names, *merged, *scaled, *absent))
 
 
 # --- the reference -------------------------------------------------------------------------------------------------
