@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.quantization import QuantizationStatus
-from support.forge import scheme_of, weight_scale
+from support.real import write_quantized
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -90,27 +88,8 @@ def _embed(model, batch: dict[str, Tensor]) -> Tensor:
 def _quantized(scheme: str, tokenizer, folder: Path) -> Path:
     """A checkpoint as llm-compressor writes it; static activation scales are calibrated on other sentences."""
     model = AutoModel.from_pretrained(minilm.get_model_path(), dtype=torch.float32).eval().requires_grad_(False)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "pooler" not in name}
-    largest: dict[nn.Module, Tensor] = {}
-
-    def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        largest[module] = torch.maximum(largest.get(module, torch.zeros(())), args[0].abs().max())
-
-    hooks = [linear.register_forward_pre_hook(watch) for linear in linears.values()]
-    model(**tokenizer(_sentences(110)[60:], padding=True, truncation=True, max_length=64, return_tensors="pt"))
-    for hook in hooks:
-        hook.remove()
-    quantization = scheme_of(scheme, None)
-    for linear in linears.values():
-        linear.quantization_scheme, linear.quantization_status = quantization, QuantizationStatus.FROZEN
-        linear.weight_scale = nn.Parameter(weight_scale(linear.weight, quantization.weights, torch.float32), False)
-        if quantization.input_activations is not None and not quantization.input_activations.dynamic:
-            linear.input_scale = nn.Parameter((largest[linear] / 448).reshape(1), False)
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(folder)
-    compressor.update_config(folder)
-    return folder
+    others = tokenizer(_sentences(110)[60:], padding=True, truncation=True, max_length=64, return_tensors="pt")
+    return write_quantized(model, scheme, folder, lambda: model(**others))
 
 
 def _sentences(count: int) -> list[str]:
