@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..checkpoint import files as ckpt
 from ..checkpoint.layout import Layout, Turned, identity, trace, turned
 from ..errors import CheckpointError
-from ..model.mixed import MixedParameter
 from .compat import (
     Concatenate,
     ConversionOps,
@@ -32,7 +31,7 @@ from .compat import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from .parallel import local_layout
+from .parts import Parts
 
 
 @dataclass(frozen=True)
@@ -185,12 +184,50 @@ def check_absent(absent: Mapping[str, str], taken: Callable[[str], bool]) -> Non
         )
 
 
-def turning(layouts: Mapping[str, Layout], mixed: Mapping[str, Any]) -> list[WeightConverter]:
-    """Conversions for parameters that are one tensor of the file, transposed: transformers knows none for them."""
-    tails = dict.fromkeys(
-        r"\.".join(name.split(".")[-2:]) for name, layout in layouts.items() if isinstance(layout, Turned)
-    )
-    return [WeightConverter(rf"{tail}$", tail.replace("\\", ""), [PlaceRows(layouts, mixed, [])]) for tail in tails]
+@dataclass(frozen=True)
+class Filling:
+    """How parameters are filled that are not just what transformers makes of a file's tensors.
+
+    Attributes:
+        layouts: of those whose rows are rows of tensors.
+        made: of other ones, the tensors, in order, and what makes the parameter's whole value of these, by name.
+        parts: what this rank has; None: all.
+    """
+
+    layouts: Mapping[str, Layout]
+    made: Mapping[str, tuple[Sequence[str], Callable[[Mapping[str, Tensor]], Tensor]]]
+    parts: Parts | None = None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layouts or name in self.made
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether tensors are read of which a device is to have a part."""
+        return self.parts is not None and bool(self.parts.whole)
+
+    def value(self, name: str, tensors: Sequence[Tensor | None]) -> Tensor:
+        """A parameter, or this rank's part of it, from what was read of its tensors; None: another rank has that one."""
+        if name in self.made:
+            sources, make = self.made[name]
+            whole = make(dict(zip(sources, tensors, strict=True)))  # type: ignore[arg-type]
+            return whole if self.parts is None else self.parts.of(name, whole)
+        layout = self.layouts[name]
+        if self.parts is not None:
+            layout = self.parts.shards.get(name, layout)
+        read = [tensor for tensor in tensors if tensor is not None]
+        return layout.weight(dict(zip(layout.sources, read, strict=True)))
+
+
+def for_single_tensors(filling: Filling) -> list[WeightConverter]:
+    """Conversions for parameters that are one tensor of the file, turned or dequantized: transformers knows none for them."""
+    names = [name for name, layout in filling.layouts.items() if isinstance(layout, Turned)]
+    names += [name for name, (sources, _) in filling.made.items() if len(sources) == 1]
+    tails = dict.fromkeys(r"\.".join(name.split(".")[-2:]) for name in names)
+    return [
+        WeightConverter(rf"{tail}$", tail.replace("\\", ""), [PlaceRows(filling, [])], force_cpu=filling.on_cpu)
+        for tail in tails
+    ]
 
 
 def _keeps_inputs_first(model: Any, target: str) -> bool:
@@ -239,14 +276,12 @@ class PlaceRows(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(
-        self, layouts: Mapping[str, Layout], mixed: Mapping[str, MixedParameter], operations: list[ConversionOps]
-    ):
-        self.layouts, self.mixed, self.operations = layouts, mixed, operations
+    def __init__(self, filling: Filling, operations: list[ConversionOps]):
+        self.filling, self.operations = filling, operations
         self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaceRows:
-        return PlaceRows(self.layouts, self.mixed, copy.deepcopy(self.operations, memo))
+        return PlaceRows(self.filling, copy.deepcopy(self.operations, memo))
 
     def convert(
         self,
@@ -257,26 +292,18 @@ class PlaceRows(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
-        if any(name in self.layouts or name in self.mixed for name in targets.values()):
-            return {
-                pattern: self._place(name, input_dict, source_patterns, kwargs["model"].get_parameter(name))
-                for pattern, name in targets.items()
-            }
+        if any(name in self.filling for name in targets.values()):
+            found = (input_dict[pattern] for pattern in source_patterns if pattern in input_dict)
+            tensors = [tensor for some in found for tensor in _as_list(some)]
+            return {pattern: self.filling.value(name, tensors) for pattern, name in targets.items()}
+        if not self.operations:  # of another layer, where it is the tensor of the file
+            return dict(zip(target_patterns, input_dict.values(), strict=True))
         for operation in self.operations:
             input_dict = operation.convert(
                 input_dict, source_patterns=source_patterns, target_patterns=target_patterns,
                 full_layer_name=full_layer_name, **kwargs,
             )  # fmt: skip
         return input_dict
-
-    def _place(self, name: str, collected: dict[str, Any], source_patterns: list[str], declared: Tensor) -> Tensor:
-        tensors = [t for pattern in source_patterns if pattern in collected for t in _as_list(collected[pattern])]
-        if name in self.mixed:
-            info = self.mixed[name]
-            return info.value(dict(zip(info.layout.sources, tensors, strict=True)))
-        layout = local_layout(self.layouts[name], declared)
-        read = [t for t in tensors if t is not None]  # what other ranks have is not
-        return layout.weight(dict(zip(layout.sources, read, strict=True)))
 
     @property
     def reverse_op(self) -> ConversionOps:

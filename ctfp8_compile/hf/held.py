@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint.shard import Cuts
+from ..checkpoint.shard import Cuts, take
+from ..checkpoint.source import same_bits
 from ..errors import UsageError
 from ..model.parametrization import Dequantize, quantized_parameters, stored_weight
 from .compat import load_offloaded_parameter
@@ -39,6 +40,14 @@ class Held:
             return gather(self.plain[name], *self.cuts[name], rows)
         value = self.plain[name]
         return load_offloaded_parameter(self.model, name) if value.device.type == "meta" else value
+
+    def holds(self, name: str, value: Tensor) -> bool:
+        """Whether a parameter that is not FP8 has these values, as far as this rank has it."""
+        if name not in self.plain:
+            return False
+        if name in self.cuts:
+            return same_bits(take(value, self.cuts[name][1]), self.plain[name])
+        return same_bits(value, self.value(name))
 
     def quantized(self, name: str, experts: range | None = None) -> tuple[Tensor, Dequantize]:
         """An FP8 parameter and its scales.

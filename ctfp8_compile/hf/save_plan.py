@@ -134,7 +134,7 @@ class SavePlan:
             tensors = self.origin.folder.open(self.quantizer.schemes.format)
             for target, info in again.items():
                 value, stored = info.again(tensors)
-                if target not in self.held.plain or not same_bits(value, self.held.value(target)):
+                if not self.held.holds(target, value):
                     raise UsageError(
                         f"{target} was dequantized and has changed since, so that it cannot be saved as it was read. Load the "
                         "checkpoint with ctfp8.from_pretrained(..., dequantize=True) to change weights."
