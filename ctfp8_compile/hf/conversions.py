@@ -1,14 +1,13 @@
-"""What transformers' conversions (merging experts, renaming, transposing) make of a checkpoint's rows, and how it is done.
+"""What transformers' conversions (merging experts, renaming, transposing) make of a checkpoint's rows.
 
-Every conversion is traced once with row numbers (see `checkpoint.layout`), and then done for FP8 parameters by placing rows
-into one preallocated tensor.
+Every conversion is traced once with row numbers (see `checkpoint.layout`); `filling` then does it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.layout import Layout, Turned, identity, trace, turned
+from ..checkpoint.layout import Layout, identity, trace, turned
 from ..errors import CheckpointError
 from .compat import (
     Concatenate,
@@ -31,7 +30,6 @@ from .compat import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from .parts import Parts
 
 
 @dataclass(frozen=True)
@@ -184,52 +182,6 @@ def check_absent(absent: Mapping[str, str], taken: Callable[[str], bool]) -> Non
         )
 
 
-@dataclass(frozen=True)
-class Filling:
-    """How parameters are filled that are not just what transformers makes of a file's tensors.
-
-    Attributes:
-        layouts: of those whose rows are rows of tensors.
-        made: of other ones, the tensors, in order, and what makes the parameter's whole value of these, by name.
-        parts: what this rank has; None: all.
-    """
-
-    layouts: Mapping[str, Layout]
-    made: Mapping[str, tuple[Sequence[str], Callable[[Mapping[str, Tensor]], Tensor]]]
-    parts: Parts | None = None
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.layouts or name in self.made
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether tensors are read of which a device is to have a part."""
-        return self.parts is not None and bool(self.parts.whole)
-
-    def value(self, name: str, tensors: Sequence[Tensor | None]) -> Tensor:
-        """A parameter, or this rank's part of it, from what was read of its tensors; None: another rank has that one."""
-        if name in self.made:
-            sources, make = self.made[name]
-            whole = make(dict(zip(sources, tensors, strict=True)))  # type: ignore[arg-type]
-            return whole if self.parts is None else self.parts.of(name, whole)
-        layout = self.layouts[name]
-        if self.parts is not None:
-            layout = self.parts.shards.get(name, layout)
-        read = [tensor for tensor in tensors if tensor is not None]
-        return layout.weight(dict(zip(layout.sources, read, strict=True)))
-
-
-def for_single_tensors(filling: Filling) -> list[WeightConverter]:
-    """Conversions for parameters that are one tensor of the file, turned or dequantized: transformers knows none for them."""
-    names = [name for name, layout in filling.layouts.items() if isinstance(layout, Turned)]
-    names += [name for name, (sources, _) in filling.made.items() if len(sources) == 1]
-    tails = dict.fromkeys(r"\.".join(name.split(".")[-2:]) for name in names)
-    return [
-        WeightConverter(rf"{tail}$", tail.replace("\\", ""), [PlaceRows(filling, [])], force_cpu=filling.on_cpu)
-        for tail in tails
-    ]
-
-
 def _keeps_inputs_first(model: Any, target: str) -> bool:
     """Whether a parameter is of experts that are declared as inputs × outputs, as Llama 4's and gpt-oss's are."""
     owner = model.get_submodule(target.rpartition(".")[0])
@@ -266,65 +218,6 @@ def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> li
         out.append(WeightConverter([f"{gate}.bias", f"{up}.bias"], "experts.gate_up_proj_bias", merge))
         out.append(WeightConverter(f"{down}.bias", "experts.down_proj_bias", [MergeModulelist(dim=0)]))
     return out
-
-
-class PlaceRows(ConversionOps):
-    """Fills FP8 parameters by their layout; every other parameter goes through transformers' own operations.
-
-    transformers stacks, then concatenates, which peaks at two copies of a layer's experts; placing rows peaks at one.
-    """
-
-    supports_many_to_many = True
-
-    def __init__(self, filling: Filling, operations: list[ConversionOps]):
-        self.filling, self.operations = filling, operations
-        self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlaceRows:
-        return PlaceRows(self.filling, copy.deepcopy(self.operations, memo))
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
-        if any(name in self.filling for name in targets.values()):
-            found = (input_dict[pattern] for pattern in source_patterns if pattern in input_dict)
-            tensors = [tensor for some in found for tensor in _as_list(some)]
-            return {pattern: self.filling.value(name, tensors) for pattern, name in targets.items()}
-        if not self.operations:  # of another layer, where it is the tensor of the file
-            return dict(zip(target_patterns, input_dict.values(), strict=True))
-        for operation in self.operations:
-            input_dict = operation.convert(
-                input_dict, source_patterns=source_patterns, target_patterns=target_patterns,
-                full_layer_name=full_layer_name, **kwargs,
-            )  # fmt: skip
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Chain([op.reverse_op for op in reversed(self.operations)])
-
-
-class _Chain(ConversionOps):
-    """Operations run one after the other: how `PlaceRows` undoes those it wraps."""
-
-    def __init__(self, operations: list[ConversionOps]):
-        self.operations = operations
-        self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        for operation in self.operations:
-            input_dict = operation.convert(input_dict, **kwargs)
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Chain([op.reverse_op for op in reversed(self.operations)])
 
 
 def _trace_converter(
@@ -372,7 +265,7 @@ def convert_sources(
     for name, pattern in sources:
         probe.add_tensor(target, name, pattern, values[name])
     try:
-        return {k: _as_list(v)[0] for k, v in probe.convert(target, model=model, config=model.config).items()}
+        return {k: as_list(v)[0] for k, v in probe.convert(target, model=model, config=model.config).items()}
     except Exception as error:  # an operation of transformers met shapes it does not expect
         alike = Counter((pattern, tensors[name].shape) for name, pattern in sources)
         odd = min(sources, key=lambda source: alike[source[1], tensors[source[0]].shape])[0]
@@ -389,5 +282,5 @@ def _renamed(layout: Layout, order: list[str]) -> Layout:
     return Layout(layout.shape, layout.transposed, placements)
 
 
-def _as_list(value: Any) -> list[Tensor]:
+def as_list(value: Any) -> list[Tensor]:
     return list(value) if isinstance(value, (list, tuple)) else [value]

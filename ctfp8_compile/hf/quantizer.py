@@ -30,7 +30,7 @@ from ..checkpoint.shard import Cuts
 from ..checkpoint.source import Source
 from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..counted import counted
-from ..errors import SchemeError, UsageError
+from ..errors import Ctfp8Error, SchemeError, UsageError
 from ..model import rotation
 from ..model.mixed import MixedParameter
 from ..model.mixed import sentence as mixed_sentence
@@ -50,11 +50,8 @@ from .compat import (
 )
 from .conversions import (
     Arrivals,
-    Filling,
-    PlaceRows,
     arrivals,
     check_absent,
-    for_single_tensors,
     layouts,
     merged,
     modules,
@@ -62,6 +59,7 @@ from .conversions import (
     takes,
 )
 from .embeddings import attach_tied, embedding_names, leave_tied, tie_absent_head, untie
+from .filling import Filling, PlaceRows, for_single_tensors
 from .origin import Origin
 from .parallel import check_heads, cut, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
@@ -155,6 +153,8 @@ class Quantizer(HfQuantizer):
         self.cuts: dict[str, tuple[tuple[int, ...], Cuts]] = {}
         #: What this rank has, while it loads.
         self.parts: Parts | None = None
+        #: What was raised while it did.
+        self.faults: list[Ctfp8Error] = []
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -296,6 +296,7 @@ class Quantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *self.part, *per_expert_conversions(model, weight_conversions)]
         filling = self._filling()
+        self.faults = filling.faults
         own = for_single_tensors(filling)
         self.own_conversions = [*self.renamings, *own]
         return [
@@ -327,6 +328,8 @@ class Quantizer(HfQuantizer):
         return Filling(layouts, made, self.parts)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.faults:
+            raise self.faults[0]
         elsewhere = [
             target for target in (*self.plans, *self.packed) if model.get_parameter(target).device.type == "meta"
         ]
