@@ -323,6 +323,7 @@ sys.path.insert(0, {benchmarks!r})
 from fresh import Peak
 import ctfp8_compile as ctfp8
 model = ctfp8.from_pretrained({folder!r}, in_memory=True)
+assert "torch._inductor.lowering" not in sys.modules  # loading takes no compiler along, which is 45 MB
 model.save_pretrained({out!r})  # what is imported and made once
 memory = Peak()
 model.save_pretrained({out!r})
