@@ -191,6 +191,14 @@ def gather_quantized(
     return _gather(weight, shape, cuts), Dequantize(whole, scale, static)
 
 
+def gather_scales(dequantize: Dequantize, whole: QuantizedParameter) -> Dequantize:
+    """`gather_quantized` for the scales alone, of a matrix."""
+    part = dequantize.info.layout
+    assert isinstance(part, Shard)
+    agree()
+    return Dequantize(whole, _gather_scale(dequantize.weight_scale, whole, part.cuts), dequantize.input_scale)
+
+
 def _gather(part: Tensor, shape: tuple[int, ...], cuts: Cuts) -> Tensor:
     whole = torch.empty(shape, dtype=part.dtype, device="cpu" if is_first() else "meta")
     for rank, theirs in _parts(part, lambda rank: local_shape(shape, of_rank(cuts, rank))):
