@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DATA, logits
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -157,7 +157,7 @@ def test_an_index_without_metadata(metadata, load, tmp_path):
         (lambda f, s: edit(f, lambda i: i["weight_map"].update(x="../x.safetensors")), "leaves the checkpoint's folder"),
         (lambda f, s: edit(f, lambda i: i["weight_map"].update({UP: "absent.safetensors"})) or _drop(f, UP), "absent.safetensors, which is missing, and the model needs .*up_proj.weight"),
         (lambda f, s: _norm_in_two(f, s), "model.norm.weight is in .* and .*does not name it. Add it to the index"),
-        (lambda f, s: (_stale(f, s), add(f, SHARDS[0], {"lm_head.weight": s["lm_head.weight"]})), "and the other way round"),
+        (lambda f, s: (_stale(f, s), add(f, SHARDS[0], {"lm_head.weight": s["lm_head.weight"]})), "and the other way round, such as .*(up_proj|lm_head).weight"),
         (lambda f, s: (_stale(f, s), _three(f, s)), "but it is in .* and .*Correct the index"),
     ],
 )  # fmt: skip
@@ -260,6 +260,10 @@ def owner(name: str, index: dict[str, str], held: dict[str, dict[str, torch.Tens
 @given(
     homes=st.lists(st.sampled_from(FILES), min_size=len(STATE), max_size=len(STATE)),
     faults=st.lists(FAULTS, max_size=3),
+)
+@example(  # each of two files has a copy of what the other one is asked for
+    homes=[FILES[i % 2] for i in range(len(STATE))],
+    faults=[("copy", name, FILES[1 - i % 2]) for i, name in enumerate(STATE)],
 )
 def test_a_model_of_headers_and_indexes(homes, faults, tmp_path_factory):
     """The right bits of each tensor, or an error that names one that is not right; what nothing is wrong with loads."""
