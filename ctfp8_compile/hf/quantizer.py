@@ -208,6 +208,21 @@ class Quantizer(HfQuantizer):
             if self.mixed:
                 self._accept_mixed(model)
             notes.say(self.strict)
+        self._declare(model, declared)
+        untie(model, self.plans, tensors)
+        # the scales were read above; the loader finds no place for them, which is as it should be
+        leaves = {part.name.rpartition(".")[2] for weight in packed.values() for part in weight.parts.values()}
+        leaves |= {info.name.rpartition(".")[2] for name, info in tensors.items() if name.endswith("_scale")}
+        endings = "|".join(map(re.escape, leaves - {"weight", "weight_packed"}))
+        ours = {
+            _STALE,
+            rf"(^|[.])({endings})$",
+            *(rf"^{re.escape(name)}$" for name in (*self.cache_scales, *self.unused, *self.matrix_names)),
+        }
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
+
+    def _declare(self, model: Any, declared: Mapping[str, Tensor]) -> None:
+        """Puts an empty parameter, of what is read for it, in place of each that is quantized in the files."""
         stored = {target: (info.layout.shape, FP8) for target, info in self.plans.items()}
         stored |= {target: (info.packed_layout.shape, info.packed_dtype) for target, info in self.packed.items()}
         if is_distributed(model):  # as the plan has them; packed values are dequantized as soon as they are read
@@ -219,21 +234,10 @@ class Quantizer(HfQuantizer):
                 torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
             )
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
-        untie(model, self.plans, tensors)
         if is_distributed(model):
             fp8 = {target: info.layout for target, info in self.plans.items()}
             turned = (target for target, layout in fp8.items() if isinstance(layout, Turned))
             self.parts = Parts(model, fp8, (*turned, *self.packed, *self.mixed))
-        # the scales were read above; the loader finds no place for them, which is as it should be
-        leaves = {part.name.rpartition(".")[2] for weight in packed.values() for part in weight.parts.values()}
-        leaves |= {info.name.rpartition(".")[2] for name, info in tensors.items() if name.endswith("_scale")}
-        endings = "|".join(map(re.escape, leaves - {"weight", "weight_packed"}))
-        ours = {
-            _STALE,
-            rf"(^|[.])({endings})$",
-            *(rf"^{re.escape(name)}$" for name in (*self.cache_scales, *self.unused, *self.matrix_names)),
-        }
-        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         if is_distributed(model):
