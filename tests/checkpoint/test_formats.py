@@ -89,6 +89,7 @@ def test_every_way_in_and_out(format, load, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
+@pytest.mark.ci("llama/FP8_BLOCK", "llama/MXFP8", "qwen3moe/FP8_DYNAMIC", "mixtral/FP8")
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_artifacts_in_a_fresh_process_and_plain_models(name, load, tmp_path):

@@ -134,6 +134,7 @@ def test_prompts_of_all_lengths(way: str, kind: str, models: Any, kinds: set[Any
     each_kind_once(models[layers], more, kind, "bf16", most, "eager", kinds, texts)
 
 
+@pytest.mark.ci("MTP-static-fp8")
 @pytest.mark.long(minutes=3)
 @pytest.mark.parametrize(
     ("way", "kind", "dtype"),
