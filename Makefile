@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard ctfp8_compile/ops/cpu/csrc/* tests/asan/*.cpp)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
-.PHONY: help demo test test-newest test-long test-matrix test-arm test-real test-writers lint format bench coverage docs build clean
+.PHONY: help demo test test-newest test-long test-nightly test-matrix test-arm test-real test-writers lint format bench coverage docs build clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,7 +24,10 @@ test-newest:  ## the whole suite with the newest releases that pip gives, in .ve
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n auto --maxprocesses 4 --record-tested
 
 test-long: $(READY)  ## long fuzzing, whole matrices and the like, under half an hour
-	$(PYTEST) -m long
+	$(PYTEST) -m "long and not nightly"
+
+test-nightly: $(READY)  ## the cases of long tests that are like one of test-long: every GPU, scheme and architecture
+	$(PYTEST) -m nightly
 
 test-matrix: $(READY)  ## every scheme, GPU and number of rows through all of Inductor, without a GPU: part of test-long
 	$(PYTEST) -m long tests/gpu_codegen

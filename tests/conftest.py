@@ -32,19 +32,22 @@ IDS = torch.arange(5, 45).reshape(2, 20)
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test's cases those that `@pytest.mark.quick` does not name are long.
+    """Of a test's cases those that `@pytest.mark.quick` does not name are long; of its long ones, those that `ci` does not, nightly.
 
     What takes minutes begins first: `@pytest.mark.long(minutes=7)`. At the end, one process would run it and the others
     wait.
     """
     for item in items:
-        values = (
-            [getattr(value, "__name__", value) for value in item.callspec.params.values()]
-            if hasattr(item, "callspec")
-            else []
-        )
-        if any(not any(value == name for value in values for name in mark.args) for mark in item.iter_markers("quick")):
-            item.add_marker(pytest.mark.long)
+        if not hasattr(item, "callspec"):
+            continue
+        values = [getattr(value, "__name__", value) for value in item.callspec.params.values()]
+        for mark, more in (("quick", "long"), ("ci", "nightly")):
+            named = [found.args for found in item.iter_markers(mark)]
+            chosen = all(
+                item.callspec.id in names or any(v == name for v in values for name in names) for names in named
+            )
+            if not chosen and (mark == "quick" or item.get_closest_marker("long")):
+                item.add_marker(more)
     items.sort(key=lambda item: -max((mark.kwargs.get("minutes", 0) for mark in item.iter_markers("long")), default=0))
 
 

@@ -1,4 +1,4 @@
-"""`float8_e8m0fnu` in AOTInductor's machine code, for which torch 2.15 names a C++ type that none of its headers brings."""
+"""`float8_e8m0fnu` in AOTInductor's machine code: torch 2.13 has no name for it, 2.15 one that none of its headers declares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import UsageError
-from ..inductor.toolchain import compiler_says
+from ..inductor.toolchain import causes, compiler_says
 
 
 def as_bytes(module: fx.GraphModule) -> None:
@@ -44,9 +44,14 @@ def others_refused() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not compiler_says("Float8_e8m0fnu", error):
+        if not compiler_says("Float8_e8m0fnu", error) and not _has_no_name(error):
             raise
         raise UsageError(
             f"package='aoti': torch {torch.__version__} does not compile inputs, or tensors computed, of float8_e8m0fnu. Give "
             "them as uint8 and view them inside, or export a program (package=None)."
         ) from error
+
+
+def _has_no_name(error: BaseException) -> bool:
+    """Whether Inductor looked the dtype up in a table that lacks it."""
+    return any(isinstance(cause, KeyError) and cause.args == (torch.float8_e8m0fnu,) for cause in causes(error))

@@ -181,11 +181,16 @@ def nbytes(info: TensorInfo) -> int:
 
 def check_weight(info: TensorInfo) -> None:
     """Refuses a dtype that a floating-point parameter cannot be filled from without losing what it says."""
-    if info.dtype == "F8_E5M2":
-        raise CheckpointError(f"{info}: float8_e5m2 weights are not supported, only float8_e4m3fn. Quantize it again.")
+    if "E5M2" in info.dtype.upper() or "FNUZ" in info.dtype.upper():
+        raise CheckpointError(
+            f"{info}: of all 8-bit floats, only float8_e4m3fn is read as a weight. Quantize it again."
+        )
+    if info.dtype == "F8_E8M0":
+        raise CheckpointError(f"{info}: exponents, where the model declares numbers. Store their values: x.float().")
     if info.dtype not in (FP8_DTYPE, PACKED, "F64", *SCALE_DTYPES):
         raise CheckpointError(
-            f"{info}: not a floating-point tensor, as the model declares it. Download the file again."
+            f"{info}: not a floating-point tensor, as the model declares it. Store it as one (x.float()), or declare it as the "
+            "file has it."
         )
 
 

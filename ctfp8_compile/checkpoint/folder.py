@@ -172,10 +172,11 @@ def _in_order(
     try:
         return tuple(TopologicalSorter(before).static_order())
     except CycleError as error:
-        first, second = error.args[1][:2]
+        first, second, *_ = error.args[1]
+        name = next(name for name, found in copies.items() if first in found and where[name] == second)
         raise CheckpointError(
-            f"{first.name} holds copies of tensors that {INDEX_FILE} says are in {second.name}, and the other way round. Save "
-            "the checkpoint again, each tensor once."
+            f"{first.name} holds copies of tensors that {INDEX_FILE} says are in {second.name}, and the other way round, such as "
+            f"{name}. Save the checkpoint again, each tensor once."
         ) from error
 
 

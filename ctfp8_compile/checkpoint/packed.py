@@ -192,11 +192,11 @@ class PackedParameter:
             name: {leaf: tensors.value(part) for leaf, part in w.parts.items()} for name, w in self.weights.items()
         }
         stored = {part.name: tensors.read_stored(part) for w in self.weights.values() for part in w.parts.values()}
-        return self.value(self.packed(parts), parts), stored
+        return self.merged({n: parts[n][w.leaf] for n, w in self.weights.items()}, parts), stored
 
-    def packed(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """What is carried to the parameter: the packed values of all weights, as the model's rows."""
-        return self.packed_layout.weight({n: parts[n][w.leaf] for n, w in self.weights.items()})
+    def merged(self, packed: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """`value` of the packed values of each weight."""
+        return self.value(self.packed_layout.weight(packed), others)
 
     def value(self, packed: Tensor, others: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """The parameter as the model declares it, on the device of its packed values."""

@@ -107,6 +107,14 @@ def put(whole: Tensor, part: Tensor, cuts: Cuts) -> None:
         whole[there] = part[here]
 
 
+def take(whole: Tensor, cuts: Cuts) -> Tensor:
+    """Inverse of `put`: a copy of a rank's part."""
+    part = torch.empty(local_shape(whole.shape, cuts), dtype=whole.dtype, device=whole.device)
+    for there, here in _slices(whole.shape, cuts):
+        part[here] = whole[there]
+    return part
+
+
 def of_rank(cuts: Cuts, rank: int) -> Cuts:
     return tuple(replace(cut, rank=rank) for cut in cuts)
 
@@ -115,7 +123,8 @@ def of_rank(cuts: Cuts, rank: int) -> Cuts:
 class Shard(Layout):
     """The layout of the part of a parameter that one rank holds.
 
-    Its placements are of the rows that the rank holds of each checkpoint matrix, so `weight` takes these rows and no others.
+    Its placements are of the rows that the rank holds of each checkpoint matrix, so `weight` takes these rows and no others;
+    where matrices are turned while they are loaded it takes whole tensors, since rows are columns there.
     Scales are cut from the whole parameter's, see `cut_scale`.
     """
 
@@ -128,6 +137,9 @@ class Shard(Layout):
         return self._refined(dims - 2, rows), self._refined(dims - 1, columns) if scheme.block[1] else self.shape[-1]
 
     def weight(self, sources: Mapping[str, Tensor]) -> Tensor:
+        if isinstance(self.whole, Turned):
+            (source,) = self.whole.sources
+            return take(sources[source].mT, self.cuts)
         for p in self.placements:
             found = tuple(sources[p.source].shape[-2:])
             if found != (p.rows, self.shape[-1]):
@@ -209,11 +221,6 @@ def shard(layout: Layout, cuts: Cuts) -> Shard:
     """
     indices = held(layout.shape, cuts)
     name = layout.placements[0].source
-    if isinstance(layout, Turned):
-        raise SchemeError(
-            f"{name}: experts in one tensor of inputs × outputs are not cut into parts for several processes. Load the model in "
-            "one process, or take a checkpoint with one tensor per expert, as llm-compressor writes it."
-        )
     if not all(len(i) for i in indices):
         cut = next(cut for cut in cuts if not len(indices[cut.dim]))
         raise SchemeError(
@@ -234,7 +241,8 @@ def shard(layout: Layout, cuts: Cuts) -> Shard:
             continue
         there = at[own]
         step = int(there[1] - there[0]) if len(own) > 1 else 1
-        if not torch.equal(there, there[0] + step * torch.arange(len(own))) or not _is_read(p, own, layout, cuts):
+        read = isinstance(layout, Turned) or _is_read(p, own, layout, cuts)  # turned: whole tensors are
+        if not read or not torch.equal(there, there[0] + step * torch.arange(len(own))):
             raise SchemeError(
                 f"{p.source}: the plan cuts the rows of a parameter it is merged into where transformers does not cut it. "
                 "Use expert parallelism (ep_size), or a number of ranks that divides its rows."

@@ -78,12 +78,13 @@ class Writer:
             with contextlib.suppress(FileNotFoundError):
                 (self.folder / (file + _PART)).unlink()
 
-    def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
-        """Writes one tensor: its values, of the entry's dtype and shape, or its bytes."""
+    def write(self, name: str, data: Tensor | Iterable[Tensor | bytes]) -> None:
+        """Writes one tensor: its values, of the entry's dtype and shape, or some after the other, or its bytes."""
         file, at, size = self._places.pop(name)
         opened = self._open[file]
         opened.seek(at)
-        written = sum(opened.write(part) for part in ([_bytes(data)] if isinstance(data, Tensor) else data))
+        parts = [data] if isinstance(data, Tensor) else data
+        written = sum(opened.write(_bytes(part) if isinstance(part, Tensor) else part) for part in parts)
         if written != size:
             raise UsageError(f"{name}: {written} bytes where {size} were to be written; please report this.")
 

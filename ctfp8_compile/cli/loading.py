@@ -18,6 +18,7 @@ from ..checkpoint.packed import sentence
 from ..checkpoint.place import is_folder
 from ..counted import counted
 from ..errors import CheckpointError, TargetError, UsageError
+from ..hf.model_class import named_class
 from ..hf.read_config import read_config
 from .terminal import err, escape
 
@@ -72,11 +73,10 @@ def load(checkpoint: str, debug: bool = False, tp: bool = False, device: torch.d
     if is_folder(checkpoint):
         of_folder(checkpoint)  # before transformers asks for a config
     config = read_config(checkpoint)
-    name = (config.architectures or ["AutoModelForCausalLM"])[0]
     place: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=ranks)} if tp else {}
     if not tp and device != CPU:
         place = {"device_map": device}
-    model = from_pretrained(checkpoint, getattr(transformers, name, transformers.AutoModelForCausalLM), **place)
+    model = from_pretrained(checkpoint, named_class(config), **place)
     packed = getattr(getattr(model, "hf_quantizer", None), "packed", {})
     if weights := [weight for info in packed.values() for weight in info.weights.values()]:
         err().print(escape(f"{sentence(weights, model.dtype)}."), soft_wrap=True)

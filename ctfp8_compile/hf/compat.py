@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers import modeling_layers
+
 from ..compat import look_up
 from ..errors import UsageError
 
@@ -62,6 +64,8 @@ PRIVATE = {
 }  # fmt: skip
 #: What a forward calls its key-value cache: `cache` from 5.24 on, where the name before it warns, to go in 5.40.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
+#: Whether drafts that go beyond the end of a text are cut off, and not only never made: from 5.24 on.
+CUTS_DRAFTS = hasattr(modeling_layers, "MtpModel")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,6 @@
-"""What transformers' conversions (merging experts, renaming, transposing) make of a checkpoint's rows, and how it is done.
+"""What transformers' conversions (merging experts, renaming, transposing) make of a checkpoint's rows.
 
-Every conversion is traced once with row numbers (see `checkpoint.layout`), and then done for FP8 parameters by placing rows
-into one preallocated tensor.
+Every conversion is traced once with row numbers (see `checkpoint.layout`); `filling` then does it.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import files as ckpt
-from ..checkpoint.layout import Layout, Turned, identity, trace, turned
+from ..checkpoint.layout import Layout, identity, trace, turned
 from ..errors import CheckpointError
-from ..model.mixed import MixedParameter
 from .compat import (
     Concatenate,
     ConversionOps,
@@ -32,7 +30,6 @@ from .compat import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from .parallel import local_layout
 
 
 @dataclass(frozen=True)
@@ -185,14 +182,6 @@ def check_absent(absent: Mapping[str, str], taken: Callable[[str], bool]) -> Non
         )
 
 
-def turning(layouts: Mapping[str, Layout], mixed: Mapping[str, Any]) -> list[WeightConverter]:
-    """Conversions for parameters that are one tensor of the file, transposed: transformers knows none for them."""
-    tails = dict.fromkeys(
-        r"\.".join(name.split(".")[-2:]) for name, layout in layouts.items() if isinstance(layout, Turned)
-    )
-    return [WeightConverter(rf"{tail}$", tail.replace("\\", ""), [PlaceRows(layouts, mixed, [])]) for tail in tails]
-
-
 def _keeps_inputs_first(model: Any, target: str) -> bool:
     """Whether a parameter is of experts that are declared as inputs × outputs, as Llama 4's and gpt-oss's are."""
     owner = model.get_submodule(target.rpartition(".")[0])
@@ -229,75 +218,6 @@ def per_expert_conversions(model: Any, conversions: list[WeightTransform]) -> li
         out.append(WeightConverter([f"{gate}.bias", f"{up}.bias"], "experts.gate_up_proj_bias", merge))
         out.append(WeightConverter(f"{down}.bias", "experts.down_proj_bias", [MergeModulelist(dim=0)]))
     return out
-
-
-class PlaceRows(ConversionOps):
-    """Fills FP8 parameters by their layout; every other parameter goes through transformers' own operations.
-
-    transformers stacks, then concatenates, which peaks at two copies of a layer's experts; placing rows peaks at one.
-    """
-
-    supports_many_to_many = True
-
-    def __init__(
-        self, layouts: Mapping[str, Layout], mixed: Mapping[str, MixedParameter], operations: list[ConversionOps]
-    ):
-        self.layouts, self.mixed, self.operations = layouts, mixed, operations
-        self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlaceRows:
-        return PlaceRows(self.layouts, self.mixed, copy.deepcopy(self.operations, memo))
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        full_layer_name: str = "",
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        targets = {pattern: full_layer_name.replace(target_patterns[0], pattern) for pattern in target_patterns}
-        if any(name in self.layouts or name in self.mixed for name in targets.values()):
-            return {
-                pattern: self._place(name, input_dict, source_patterns, kwargs["model"].get_parameter(name))
-                for pattern, name in targets.items()
-            }
-        for operation in self.operations:
-            input_dict = operation.convert(
-                input_dict, source_patterns=source_patterns, target_patterns=target_patterns,
-                full_layer_name=full_layer_name, **kwargs,
-            )  # fmt: skip
-        return input_dict
-
-    def _place(self, name: str, collected: dict[str, Any], source_patterns: list[str], declared: Tensor) -> Tensor:
-        tensors = [t for pattern in source_patterns if pattern in collected for t in _as_list(collected[pattern])]
-        if name in self.mixed:
-            info = self.mixed[name]
-            return info.value(dict(zip(info.layout.sources, tensors, strict=True)))
-        layout = local_layout(self.layouts[name], declared)
-        read = [t for t in tensors if t is not None]  # what other ranks have is not
-        return layout.weight(dict(zip(layout.sources, read, strict=True)))
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Chain([op.reverse_op for op in reversed(self.operations)])
-
-
-class _Chain(ConversionOps):
-    """Operations run one after the other: how `PlaceRows` undoes those it wraps."""
-
-    def __init__(self, operations: list[ConversionOps]):
-        self.operations = operations
-        self.supports_many_to_many = any(op.supports_many_to_many for op in operations)
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        for operation in self.operations:
-            input_dict = operation.convert(input_dict, **kwargs)
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _Chain([op.reverse_op for op in reversed(self.operations)])
 
 
 def _trace_converter(
@@ -345,7 +265,7 @@ def convert_sources(
     for name, pattern in sources:
         probe.add_tensor(target, name, pattern, values[name])
     try:
-        return {k: _as_list(v)[0] for k, v in probe.convert(target, model=model, config=model.config).items()}
+        return {k: as_list(v)[0] for k, v in probe.convert(target, model=model, config=model.config).items()}
     except Exception as error:  # an operation of transformers met shapes it does not expect
         alike = Counter((pattern, tensors[name].shape) for name, pattern in sources)
         odd = min(sources, key=lambda source: alike[source[1], tensors[source[0]].shape])[0]
@@ -362,5 +282,5 @@ def _renamed(layout: Layout, order: list[str]) -> Layout:
     return Layout(layout.shape, layout.transposed, placements)
 
 
-def _as_list(value: Any) -> list[Tensor]:
+def as_list(value: Any) -> list[Tensor]:
     return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..inductor.recipe import Compiled
 from ..model.beside import Beside, put_beside
 from . import compat, mtp
+from .cut_caches import cut_later
 from .static_cache import layers_of, static_cache
 
 
@@ -57,6 +58,10 @@ def _drafting(make: Any) -> Any:
         cache = next((v for v in (kwargs.get("model_kwargs") or {}).values() if isinstance(v, Cache)), None)
         _check_windows(cache)
         generator = make(self, *args, **kwargs)
+        if isinstance(self.forward, Compiled):
+            cut_later(self, cache)
+            if compat.CUTS_DRAFTS and not generator.requires_model_outputs:
+                _fill(generator, (kwargs.get("generation_config") or args[0]).max_length, cache)
         if getattr(generator, "mtp_model", None) is not None and isinstance(self.forward, Compiled):
             # what records hidden states is installed under a lock, which cannot be traced
             compat.install_output_recorders(self)
@@ -84,6 +89,28 @@ def _check_windows(cache: Any) -> None:
             "draft overwrites there cannot be taken back. Generate with a cache that grows (leave cache= out, or "
             f"ctfp8.dynamic_cache(model)), with a static one of max_length={window}, or without a draft."
         )
+
+
+def _fill(generator: Any, max_length: int, cache: Any) -> None:
+    """Has a prompt, and the last token of a text, be checked with a draft of one token, if there is no other.
+
+    They would be kinds of calls that are met late: the graph of a prompt gives the logits of one token or of several, and a text
+    may end in a plain step that no step before it was.
+    """
+    layers = getattr(cache, "layers", ())
+    room = min((layer.max_cache_len for layer in layers if isinstance(layer, compat.StaticLayer)), default=None)
+    candidates, first = generator.get_candidates, True
+
+    def filled(input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        nonlocal first
+        found, logits = candidates(input_ids, **kwargs)
+        length, odd, first = input_ids.shape[1], first or input_ids.shape[1] + 1 >= max_length, False
+        generator.filled = odd and found.shape[1] == length and (room is None or length < room)
+        if generator.filled:
+            found = torch.cat([input_ids, input_ids[:, -1:]], 1)
+        return found, logits
+
+    generator.get_candidates = filled
 
 
 @dataclass
@@ -125,7 +152,7 @@ def tally(model: Any) -> Iterator[Tally]:
             nonlocal read
             if read:
                 counts.steps += 1
-                counts.drafted += scores.shape[1] - 1
+                counts.drafted += scores.shape[1] - 1 - getattr(generator, "filled", False)
                 counts.accepted += int(matches)
             read = True
             return update(input_ids, scores, matches)

@@ -8,7 +8,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import Folder, of_folder
@@ -29,6 +28,7 @@ from ..ops import FP8
 from ..paused_gc import paused_gc
 from . import consolidated, drafts, mtp
 from .configs import Holders, private_config, settle_dtype
+from .model_class import class_of, named_class
 from .origin import of_stock
 from .parallel import take_config
 from .quantizer import Config, Quantizer
@@ -39,7 +39,7 @@ from .saving import SavesAsRead
 @paused_gc()
 def from_pretrained(
     path_or_id: str | Path,
-    auto_class: Any = AutoModelForCausalLM,
+    auto_class: Any = None,
     dequantize: bool = False,
     in_memory: bool = False,
     strict: bool = False,
@@ -52,7 +52,8 @@ def from_pretrained(
 
     Args:
         path_or_id: a checkpoint folder or a hub id.
-        auto_class: which transformers class loads it: an `AutoModelFor…` or a model class.
+        auto_class: which transformers class loads it: an `AutoModelFor…` or a model class. By default what config.json names
+            (`architectures`); of a vision-language model, the class of its text part, if there is one.
         dequantize: return a plain model in `dtype` instead (weights bit-exact with compressed-tensors' dequantize).
         in_memory: copy all weights into this process's memory before returning, not when the model first runs. Until they
             are copied, a file that another process truncates or overwrites changes the model or ends the process.
@@ -103,6 +104,7 @@ def _load(
             files = of_folder(folder)
             files.open()
         config, holders = private_config(path_or_id, transformers_kwargs, strict, files, auto_class)
+        auto_class = class_of(path_or_id, config, auto_class)
         consolidated.check(path_or_id, files, config)
         settle_dtype(path_or_id, config, files, transformers_kwargs)
         if files is not None and not files.found:  # it finds one of them, of which the quantizer makes all
@@ -117,7 +119,7 @@ def _load(
             )  # fmt: skip
         except SafetensorError as error:
             raise CheckpointError(f"{path_or_id}: not readable as safetensors ({error}). Download it again.") from error
-        _check_complete(path_or_id, info, files)
+        _check_complete(path_or_id, model, info, files, named_class(config))
     if files is not None and not files.found:
         del model.config.transformers_weights
     return model, info, holders
@@ -235,7 +237,7 @@ def _refuse_dequantized(model: Any, schemes: Schemes, fp8: dict[str, nn.Module])
             )
 
 
-def _check_complete(path_or_id: str | Path, info: Any, files: Folder | None) -> None:
+def _check_complete(path_or_id: str | Path, model: Any, info: Any, files: Folder | None, named: Any) -> None:
     """A weight that the model needs and the file lacks was just initialised at random: never hand that out."""
     missing = sorted(info["missing_keys"] if isinstance(info, dict) else info.missing_keys)
     mismatched = sorted(info["mismatched_keys"] if isinstance(info, dict) else info.mismatched_keys)
@@ -248,7 +250,11 @@ def _check_complete(path_or_id: str | Path, info: Any, files: Folder | None) -> 
         raise CheckpointError(
             f"{path_or_id}: the model needs {missing[0]}, but no tensor of the checkpoint provides it "
             f"({len(missing)} missing in all: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}). "
-            "The checkpoint is incomplete, or was saved for another class: pass the right auto_class."
+            + (
+                "The checkpoint is incomplete, or was saved for another class: pass the right auto_class."
+                if named is None or named is type(model)
+                else f"It was saved as {named.__name__}, and is loaded as {type(model).__name__}: leave auto_class out."
+            )
         )
     if mismatched:
         name, found, declared = mismatched[0]

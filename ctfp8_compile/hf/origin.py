@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class Origin:
             for name, tensor in state.items()
             if name not in made and tensor.device.type != "meta" and place(model, name, tensor) not in loaded
         }
+
+    def groups(self, special: Collection[str]) -> Iterator[Group]:
+        """Parameters with the tensors that make them, but for those that are looked after elsewhere."""
+        for first, sources in self.arriving.by_target.items():
+            declared = tuple(name for name in self.arriving.targets_of(first) if name in self.declared)
+            if not any(name in special for name in declared):
+                yield Group(first, declared, tuple(sources), self.arriving)
 
 
 def of_stock(model: Any, format: Format) -> Origin | None:
@@ -99,3 +106,21 @@ def place(model: Any, name: str, tensor: Tensor) -> object:
     if tensor.device.type == "meta":
         return id(model.get_parameter_or_buffer(name))
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.dtype
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that the same tensors of the files make, those tensors, and the converter that does.
+
+    Attributes:
+        first: the parameter under which `found` has them.
+    """
+
+    first: str
+    targets: tuple[str, ...]
+    sources: tuple[tuple[str, str | None], ...]
+    found: Arrivals
+
+    @property
+    def pattern(self) -> str | None:
+        return self.sources[0][1]

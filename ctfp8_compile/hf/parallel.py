@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers.distributed import DistributedConfig
 
-from ..checkpoint.layout import Layout
-from ..checkpoint.shard import Cut, Cuts, Shard, blocks_of, cure, held, local_shape, of_rank, put, shard, within
+from ..checkpoint.shard import Cut, Cuts, Shard, blocks_of, cure, held, local_shape, of_rank, put, within
 from ..counted import counted
 from ..errors import UsageError
 from ..model.experts import of_experts
@@ -100,11 +99,6 @@ def key_value_heads(model: Any, heads: int) -> range:
     return range(first, first + own)
 
 
-def local_layout(layout: Layout, parameter: Tensor) -> Layout:
-    """The layout of what this rank has of a parameter, after transformers' plan."""
-    return shard(layout, cuts_of(parameter)) if isinstance(parameter, DTensor) else layout
-
-
 def cuts_of(parameter: DTensor) -> Cuts:
     coordinate = parameter.device_mesh.get_coordinate()
     assert coordinate is not None
@@ -116,15 +110,14 @@ def cuts_of(parameter: DTensor) -> Cuts:
 
 
 def cut(
-    info: QuantizedParameter, weight_scale: Tensor, input_scale: Tensor | None, cuts: Cuts
+    info: QuantizedParameter, weight_scale: Tensor, input_scale: Tensor | None, part: Shard
 ) -> tuple[QuantizedParameter, Tensor, Tensor | None]:
     """What this rank needs of what is known of a parameter, and of its scales.
 
     Where static scales of several tensors were merged, each rank keeps those of all: the largest of them counts.
     """
-    part = shard(info.layout, cuts)
     if input_scale is not None and len(info.layout.shape) == 3:
-        input_scale = input_scale[held(info.layout.shape, cuts)[0]]
+        input_scale = input_scale[held(info.layout.shape, part.cuts)[0]]
     return dataclasses.replace(info, layout=part), part.cut_scale(weight_scale, info.scheme), input_scale
 
 
@@ -196,6 +189,14 @@ def gather_quantized(
         static = _gather(static, (shape[0], static.shape[-1]), by_expert)
     scale = _gather_scale(scale, whole, cuts)
     return _gather(weight, shape, cuts), Dequantize(whole, scale, static)
+
+
+def gather_scales(dequantize: Dequantize, whole: QuantizedParameter) -> Dequantize:
+    """`gather_quantized` for the scales alone, of a matrix."""
+    part = dequantize.info.layout
+    assert isinstance(part, Shard)
+    agree()
+    return Dequantize(whole, _gather_scale(dequantize.weight_scale, whole, part.cuts), dequantize.input_scale)
 
 
 def _gather(part: Tensor, shape: tuple[int, ...], cuts: Cuts) -> Tensor:

@@ -36,28 +36,18 @@ SILENT = (
 )  # fmt: skip
 #: Styles of modules that hold a part of each of their parameters, by rules of these, and whose outputs are summed.
 SUMMED = ("all_reduce", "moe_tp_experts")
-#: A parameter that is stored transposed is cut along the other dimension than the model's plan says.
-TRANSPOSED = {
-    "colwise": "rowwise", "rowwise": "colwise", "packed_colwise": "packed_rowwise", "packed_rowwise": "packed_colwise",
-}  # fmt: skip
 
 
-def rewrite_plan(model: nn.Module, plan: dict[str, str], transposed: set[str]) -> None:
+def rewrite_plan(model: nn.Module, plan: dict[str, str]) -> None:
     """Puts our styles in place of transformers', in place.
-
-    Args:
-        transposed: parameters that are stored transposed.
 
     Raises:
         SchemeError: a style that we do not know.
     """
     modules = {replace_layer_number_by_wildcard(name) for name, _ in model.named_modules()}
-    stored = {replace_layer_number_by_wildcard(name) for name in transposed}
     for name, style in plan.items():
         if style.startswith(PREFIX):
             continue
-        if name in stored:
-            style = plan[name] = TRANSPOSED.get(style, style)
         if PREFIX + style in ALL_PARALLEL_STYLES:
             if name in modules:
                 plan[name] = PREFIX + style

@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import files as ckpt
 from ..checkpoint.folder import of_files
+from ..checkpoint.layout import Turned
 from ..checkpoint.leftovers import leftovers
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
@@ -28,7 +30,7 @@ from ..checkpoint.shard import Cuts
 from ..checkpoint.source import Source
 from ..checkpoint.transforms import check_named, is_matrix, read_transforms
 from ..counted import counted
-from ..errors import SchemeError, UsageError
+from ..errors import Ctfp8Error, SchemeError, UsageError
 from ..model import rotation
 from ..model.mixed import MixedParameter
 from ..model.mixed import sentence as mixed_sentence
@@ -48,7 +50,6 @@ from .compat import (
 )
 from .conversions import (
     Arrivals,
-    PlaceRows,
     arrivals,
     check_absent,
     layouts,
@@ -56,12 +57,13 @@ from .conversions import (
     modules,
     per_expert_conversions,
     takes,
-    turning,
 )
 from .embeddings import attach_tied, embedding_names, leave_tied, tie_absent_head, untie
+from .filling import Filling, PlaceRows, for_single_tensors
 from .origin import Origin
 from .parallel import check_heads, cut, is_distributed, localize, warn_of_cut_blocks
 from .parallel_styles import mark_local, rewrite_plan
+from .parts import Parts
 from .rotated_attention import rotate_attention
 from .saving import whole_state
 from .text_part import part_renamings
@@ -133,6 +135,8 @@ class Quantizer(HfQuantizer):
         self.plans: dict[str, QuantizedParameter] = {}
         #: Of a mixed file, by name, the parameters in other formats than FP8.
         self.packed: dict[str, PackedParameter] = {}
+        #: Of those, their tensors beside the packed values.
+        self.others: dict[str, dict[str, dict[str, Tensor]]] = {}
         #: By name, the parameters whose parts are stored in different ways.
         self.mixed: dict[str, MixedParameter] = {}
         self.scales: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -147,6 +151,10 @@ class Quantizer(HfQuantizer):
         self.unused: dict[str, Tensor] = {}
         #: On several ranks, by name, the whole shape of each parameter that was cut, and how.
         self.cuts: dict[str, tuple[tuple[int, ...], Cuts]] = {}
+        #: What this rank has, while it loads.
+        self.parts: Parts | None = None
+        #: What was raised while it did.
+        self.faults: list[Ctfp8Error] = []
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -200,14 +208,7 @@ class Quantizer(HfQuantizer):
             if self.mixed:
                 self._accept_mixed(model)
             notes.say(self.strict)
-        stored = {target: (info.layout.shape, FP8) for target, info in self.plans.items()}
-        stored |= {target: (info.packed_layout.shape, info.packed_dtype) for target, info in self.packed.items()}
-        for target, (shape, dtype) in stored.items():
-            path, _, leaf = target.rpartition(".")
-            model.get_submodule(path)._parameters[leaf] = nn.Parameter(
-                torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
-            )
-            model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
+        self._declare(model, declared)
         untie(model, self.plans, tensors)
         # the scales were read above; the loader finds no place for them, which is as it should be
         leaves = {part.name.rpartition(".")[2] for weight in packed.values() for part in weight.parts.values()}
@@ -220,9 +221,27 @@ class Quantizer(HfQuantizer):
         }
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
+    def _declare(self, model: Any, declared: Mapping[str, Tensor]) -> None:
+        """Puts an empty parameter, of what is read for it, in place of each that is quantized in the files."""
+        stored = {target: (info.layout.shape, FP8) for target, info in self.plans.items()}
+        stored |= {target: (info.packed_layout.shape, info.packed_dtype) for target, info in self.packed.items()}
+        if is_distributed(model):  # as the plan has them; packed values are dequantized as soon as they are read
+            stored = {target: (tuple(declared[target].shape), FP8) for target in self.plans}
+            stored |= {target: (tuple(declared[target].shape), info.dtype) for target, info in self.packed.items()}
+        for target, (shape, dtype) in stored.items():
+            path, _, leaf = target.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = nn.Parameter(
+                torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
+            )
+            model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
+        if is_distributed(model):
+            fp8 = {target: info.layout for target, info in self.plans.items()}
+            turned = (target for target, layout in fp8.items() if isinstance(layout, Turned))
+            self.parts = Parts(model, fp8, (*turned, *self.packed, *self.mixed))
+
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         if is_distributed(model):
-            rewrite_plan(model, plan, {target for target, info in self.plans.items() if info.layout.transposed})
+            rewrite_plan(model, plan)
 
     def _accept_packed(self, model: Any, packed: Mapping[str, PackedWeight]) -> None:
         """Says what weights in other formats than FP8 cost, or refuses them."""
@@ -235,8 +254,6 @@ class Quantizer(HfQuantizer):
                 f"{what}; there is no FP8 weight beside them, and so nothing for ctfp8 to do. Load the checkpoint with "
                 "transformers or vLLM."
             )
-        if is_distributed(model):
-            raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
 
     def _accept_mixed(self, model: Any) -> None:
@@ -244,8 +261,6 @@ class Quantizer(HfQuantizer):
         what = mixed_sentence(self.mixed)
         if self.strict:
             raise SchemeError(f"{what}; strict=True refuses that. Leave it out.")
-        if is_distributed(model):
-            raise UsageError(f"{what}; with a distributed_config that is not supported. Load it on one device.")
         warnings.warn(f"{what}.", stacklevel=2)
 
     def _set_leftovers_aside(
@@ -284,9 +299,9 @@ class Quantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         conversions = [*weight_conversions, *self.part, *per_expert_conversions(model, weight_conversions)]
-        placed = {target: info.layout for target, info in self.plans.items()}
-        placed |= {target: info.packed_layout for target, info in self.packed.items()}
-        own = turning(placed, self.mixed)
+        filling = self._filling()
+        self.faults = filling.faults
+        own = for_single_tensors(filling)
         self.own_conversions = [*self.renamings, *own]
         return [
             *self.renamings,
@@ -295,7 +310,8 @@ class Quantizer(HfQuantizer):
                 c.copy(
                     c._original_source_patterns,
                     c._original_target_patterns,
-                    operations=[PlaceRows(placed, self.mixed, c.operations)],
+                    operations=[PlaceRows(filling, c.operations)],
+                    force_cpu=c.force_cpu or filling.on_cpu,
                 )
                 if isinstance(c, WeightConverter)
                 else c
@@ -304,7 +320,20 @@ class Quantizer(HfQuantizer):
             *own,
         ]
 
+    def _filling(self) -> Filling:
+        """What the loader is to do for parameters that are not plain."""
+        layouts = {target: info.layout for target, info in self.plans.items()}
+        made = {target: (info.layout.sources, info.value) for target, info in self.mixed.items()}
+        if self.parts is None:
+            layouts |= {target: info.packed_layout for target, info in self.packed.items()}
+        else:
+            for target, info in self.packed.items():
+                made[target] = (info.layout.sources, partial(info.merged, others=self.others[target]))
+        return Filling(layouts, made, self.parts)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.faults:
+            raise self.faults[0]
         elsewhere = [
             target for target in (*self.plans, *self.packed) if model.get_parameter(target).device.type == "meta"
         ]
@@ -315,17 +344,22 @@ class Quantizer(HfQuantizer):
                 "are kept on a device or in memory. Give device_map or max_memory room for them."
             )
         if is_distributed(model):
-            self.cuts = localize(model)
+            assert self.parts is not None
+            self.cuts = localize(model) | self.parts.cuts
+            self.parts.end()
+        shards = {} if self.parts is None else self.parts.shards
         for target, info in self.plans.items():
             path, _, leaf = target.rpartition(".")
             scales = self.scales.pop(target)
-            local = cut(info, *scales, self.cuts[target][1]) if target in self.cuts else (info, *scales)
+            local = cut(info, *scales, shards[target]) if target in shards else (info, *scales)
             attach_tied(model, target, *local, self.schemes)
         leave_tied(model, self.plans)
         for target, packed in self.packed.items():
-            path, _, leaf = target.rpartition(".")
-            value = packed.value(model.get_parameter(target).data, self.others.pop(target))
-            model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            if self.parts is None:  # else it was, when it was read
+                path, _, leaf = target.rpartition(".")
+                value = packed.value(model.get_parameter(target).data, self.others.pop(target))
+                model.get_submodule(path)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        self.others = {}
         rotation.attach(model, self.placed, self.matrices)
         rotate_attention(model, self.placed)
         self.matrices = {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,12 +26,12 @@ from ..model.parametrization import Dequantize
 from ..model.plan import QuantizedParameter
 from ..model.ranks import is_first
 from ..model.rotation import stored_tensors
-from ..model.stored import tensors_of
+from ..model.stored import scales_of, tensors_of
 from .compat import revert_weight_conversion
-from .conversions import Arrivals, convert_sources
+from .conversions import convert_sources
 from .held import Held, Wanted
-from .origin import Origin, place
-from .unit import Compared, Unit, experts_in_turn, floating_dtype, holds_scale, is_exact, rows_in_turn
+from .origin import Group, Origin, place
+from .unit import Compared, Unit, experts_in_turn, floating_dtype, holds_scale, is_exact, is_one_matrix, rows_in_turn
 
 
 class SavePlan:
@@ -79,10 +78,24 @@ class SavePlan:
                 continue
             if not self._holds_scales(how):
                 self.rounded.append(name)
+            if name in self.held.cuts and is_one_matrix(info):
+                self._matrix(name, info, entries)
+                continue
             for some in (name in self.held.cuts and experts_in_turn(info)) or (None,):
                 own = entries if some is None else self._fp8_entries(of_experts(info, some))
                 wanted = Wanted(name, some)
                 self._add(Unit(tuple(own.values()), partial(self._fp8_tensors, wanted), gathers=(wanted,)))
+
+    def _matrix(self, name: str, info: QuantizedParameter, entries: Mapping[str, Entry]) -> None:
+        """One FP8 matrix that is cut, by its rows."""
+        runs = rows_in_turn(info.layout.shape, itemsize=1)
+        weight = info.names[info.layout.sources[0]]
+
+        def make() -> dict[str, Tensor | Iterator[Tensor]]:
+            return {**scales_of(self.held.scales(name)), weight: (self.held.value(name, rows) for rows in runs)}
+
+        gathers = (Wanted(name, scales=True), *(Wanted(name, rows=rows) for rows in runs if weight in entries))
+        self._add(Unit(tuple(entries.values()), make, gathers=gathers))
 
     def _fp8_entries(self, info: QuantizedParameter) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
@@ -134,7 +147,7 @@ class SavePlan:
             tensors = self.origin.folder.open(self.quantizer.schemes.format)
             for target, info in again.items():
                 value, stored = info.again(tensors)
-                if target not in self.held.plain or not same_bits(value, self.held.value(target)):
+                if not self.held.holds(target, value):
                     raise UsageError(
                         f"{target} was dequantized and has changed since, so that it cannot be saved as it was read. Load the "
                         "checkpoint with ctfp8.from_pretrained(..., dequantize=True) to change weights."
@@ -151,7 +164,8 @@ class SavePlan:
     def _plain(self) -> None:
         left = {k for k in self.held.plain if k not in self.quantizer.packed and k not in self.quantizer.mixed}
         loaded: set[object] = set()
-        for group in self._groups():
+        special = {*self.held.fp8, *self.quantizer.packed, *self.quantizer.mixed}
+        for group in self.origin.groups(special) if self.origin else ():
             present = [name for name in group.targets if name in left]
             left -= set(present)
             loaded |= {place(self.model, name, self.held.plain[name]) for name in present}
@@ -171,19 +185,7 @@ class SavePlan:
             for name, tensor in self._reverted(values).items():
                 self._hold(name, tensor, partial(_itself, tensor))
 
-    def _groups(self) -> Iterator[_Group]:
-        """Parameters that the same tensors of the files make, those tensors, and the converter that does."""
-        if self.origin is None:
-            return
-        found = self.origin.arriving
-        special = {*self.held.fp8, *self.quantizer.packed, *self.quantizer.mixed}
-        for first, sources in found.by_target.items():
-            targets = found.targets_of(first)
-            declared = tuple(name for name in targets if name in self.origin.declared)
-            if not special & set(declared):
-                yield _Group(first, declared, tuple(sources), found)
-
-    def _removed(self, group: _Group, present: list[str]) -> None:
+    def _removed(self, group: Group, present: list[str]) -> None:
         """The model has no such parameter any more, or not all of those that one tensor of the files became."""
         names = [self.origin.tensors[name].name for name, _ in group.sources]  # type: ignore[union-attr]
         self.dropped += names
@@ -193,7 +195,7 @@ class SavePlan:
             if is_first():
                 self._hold(name, value, partial(_itself, value))
 
-    def _loaded(self, group: _Group) -> None:
+    def _loaded(self, group: Group) -> None:
         assert self.origin is not None
         stored = [self.raw[self.origin.tensors[name].name] for name, _ in group.sources]
         if group.pattern is None and group.first in self.held.cuts:
@@ -226,10 +228,15 @@ class SavePlan:
             self._add(Unit.of_files(stored))
             return
         like = torch.empty(shape, dtype=self.held.plain[name].dtype, device="meta")
-        for one in seen:
-            self._hold_as(one.stored.name, like, one.exact, partial(self.held.value, name), (Wanted(name),))
+        runs = rows_in_turn(shape, like.itemsize)
 
-    def _unchanged(self, group: _Group, values: Mapping[str, Tensor], stored: list[Stored]) -> bool:
+        def make() -> Iterator[Tensor]:
+            return (self.held.value(name, rows) for rows in runs)
+
+        for one in seen:
+            self._hold_as(one.stored.name, like, one.exact, make, tuple(Wanted(name, rows=rows) for rows in runs))
+
+    def _unchanged(self, group: Group, values: Mapping[str, Tensor], stored: list[Stored]) -> bool:
         """Whether the files give what the model holds."""
         if group.pattern is None:
             (value,) = values.values()
@@ -249,7 +256,12 @@ class SavePlan:
         self._hold_as(name, value, name not in self.raw or is_exact(value, self.raw[name]), make)
 
     def _hold_as(
-        self, name: str, like: Tensor, exact: bool, make: Callable[[], Tensor], gathers: tuple[Wanted, ...] = ()
+        self,
+        name: str,
+        like: Tensor,
+        exact: bool,
+        make: Callable[[], Tensor | Iterator[Tensor]],
+        gathers: tuple[Wanted, ...] = (),
     ) -> None:
         dtype = like.dtype
         if name in self.raw and (stored := floating_dtype(self.raw[name])) is not None and dtype.is_floating_point:
@@ -257,7 +269,7 @@ class SavePlan:
             if not exact:
                 self.inexact.append(name)
         entry = Entry.like(name, torch.empty(like.shape, dtype=dtype, device="meta"))
-        self._add(Unit((entry,), lambda: {name: make().to(dtype)}, gathers=gathers))
+        self._add(Unit((entry,), lambda: {name: _cast(make(), dtype)}, gathers=gathers))
 
     def _reverted(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a file that these parameters make, by transformers' own conversions."""
@@ -367,22 +379,8 @@ def refuse_adapters(model: Any) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Parameters that the same tensors of the files make.
-
-    Attributes:
-        first: the parameter under which `found` has them.
-    """
-
-    first: str
-    targets: tuple[str, ...]
-    sources: tuple[tuple[str, str | None], ...]
-    found: Arrivals
-
-    @property
-    def pattern(self) -> str | None:
-        return self.sources[0][1]
+def _cast(value: Tensor | Iterator[Tensor], dtype: torch.dtype) -> Tensor | Iterator[Tensor]:
+    return value.to(dtype) if isinstance(value, Tensor) else (rows.to(dtype) for rows in value)
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -87,8 +87,10 @@ def whole_state(model: Any, quantizer: Any) -> dict[str, Tensor]:
     plan = SavePlan(model, quantizer)
     out: dict[str, Tensor] = {}
     for unit in plan.units:
-        made = {t.name: t.read() for t in unit.stored} if unit.make is None else unit.make()
-        out |= {entry.name: made[entry.name].clone() for entry in unit.entries}
+        made = unit.make() if unit.make is not None else {t.name: t.read() for t in unit.stored}
+        for entry in unit.entries:
+            value = made[entry.name]
+            out[entry.name] = value.clone() if isinstance(value, Tensor) else torch.cat(list(value))
     return out
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import files as ckpt
+from ..checkpoint.layout import Turned
 from ..checkpoint.source import Stored, same_bits
 from ..checkpoint.writer import DTYPES, Entry
 from ..model.experts import runs_of_experts
@@ -24,12 +25,12 @@ class Unit:
     """Tensors of a checkpoint that are made in one step.
 
     Attributes:
-        make: their values; None: bytes of the files, `stored`.
+        make: their values, a tensor at once or some of its rows after the other; None: bytes of the files, `stored`.
         gathers: what all ranks send to the first for it, in this order.
     """
 
     entries: tuple[Entry, ...]
-    make: Callable[[], Mapping[str, Tensor]] | None = None
+    make: Callable[[], Mapping[str, Tensor | Iterator[Tensor]]] | None = None
     stored: tuple[Stored, ...] = ()
     gathers: tuple[Wanted, ...] = ()
 
@@ -81,6 +82,15 @@ def floating_dtype(stored: Stored) -> torch.dtype | None:
 def experts_in_turn(info: QuantizedParameter) -> list[range]:
     """Experts of a parameter in steps of no more than `GATHERED` bytes, or of one; [] where they cannot be told apart."""
     return runs_of_experts(info, GATHERED)
+
+
+def is_one_matrix(info: QuantizedParameter) -> bool:
+    """Whether a parameter is one matrix of the file, so that its rows can be written as they come."""
+    layout = info.layout
+    if len(layout.shape) != 2 or len(layout.placements) != 1 or isinstance(layout, Turned):
+        return False
+    (only,) = layout.placements
+    return info.shapes[only.source] == layout.shape and only.step == 1
 
 
 def rows_in_turn(shape: tuple[int, ...], itemsize: int) -> list[range]:

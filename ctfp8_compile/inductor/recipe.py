@@ -32,7 +32,7 @@ from ..counted import counted
 from ..errors import Ctfp8Error, UsageError
 from ..ops import FP8
 from ..paused_gc import paused_gc
-from .backend import backend
+from ..registry import backend
 from .progress import Progress
 
 Model = TypeVar("Model", bound=nn.Module)

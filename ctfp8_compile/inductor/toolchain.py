@@ -12,7 +12,7 @@ _EAGER = "Without one the model runs uncompiled: leave ctfp8.compile out."
 
 def missing(error: BaseException) -> str | None:
     """What the machine lacks, if that is why a compilation failed; else None."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, InvalidCxxCompiler):
             return f"torch.compile needs a C++ compiler on CPUs, and there is none. {INSTALL} {_EAGER}"
         if isinstance(cause, CppCompileError) and "Python.h" in str(cause):
@@ -25,10 +25,11 @@ def missing(error: BaseException) -> str | None:
 
 def compiler_says(word: str, error: BaseException) -> bool:
     """Whether the C++ compiler failed, and names `word`."""
-    return any(isinstance(cause, CppCompileError) and word in str(cause) for cause in _causes(error))
+    return any(isinstance(cause, CppCompileError) and word in str(cause) for cause in causes(error))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it, Inductor's `inner_exception` included."""
     while error is not None:
         yield error
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__

@@ -100,7 +100,7 @@ def _plans(
         if name not in tensors:
             raise CheckpointError(f"{name}: the module needs it, the state dict lacks it.")
         if tuple(parameter.shape) != tensors[name].shape:
-            raise CheckpointError(f"{tensors[name]}: the module declares {list(parameter.shape)}.")
+            raise CheckpointError(_other_shape(tensors[name], parameter))
         if not parameter.is_floating_point():
             ckpt.check_dtype(tensors[name], parameter.dtype)  # counters, masks, indices
             continue
@@ -148,3 +148,11 @@ def _fill(
             owner._buffers[leaf] = value
         else:
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _other_shape(info: ckpt.TensorInfo, parameter: Tensor) -> str:
+    """Some writers pad a weight's rows to whole blocks: then its first ones are the module's."""
+    shape = tuple(parameter.shape)
+    padded = shape[:1] < info.shape[:1] and shape[1:] == info.shape[1:]
+    part = f", or, if the file only pads it, cut it: weight[:{shape[0]}]" if shape and padded else ""
+    return f"{info}: the module declares {list(parameter.shape)}. Build the module with the file's sizes{part}."

@@ -126,9 +126,15 @@ def save_state_dict(module: nn.Module, file: str | Path) -> None:
 def tensors_of(dequantize: Dequantize, weight: Tensor) -> dict[str, Tensor]:
     """Weights and scales of one FP8 parameter under the names, shapes and dtypes that their file has, perhaps in its memory."""
     info = dequantize.info
+    out = {info.names[source]: info.layout.split_weight(weight, source) for source in info.scales}
+    return out | scales_of(dequantize)
+
+
+def scales_of(dequantize: Dequantize) -> dict[str, Tensor]:
+    """The scales alone."""
+    info = dequantize.info
     out: dict[str, Tensor] = {}
     for source, stored in info.scales.items():
-        out[info.names[source]] = info.layout.split_weight(weight, source)
         stored.write(info.stored_scale(source, dequantize.weight_scale), out)
     for source, stored in info.input_scales.items():
         stored.write(dequantize.static_scale(source), out)

@@ -82,6 +82,7 @@ def test_mutated_files(trial):
     _fuzz(trial, 0, 150)
 
 
+@pytest.mark.ci(1, 2)
 @pytest.mark.long
 @pytest.mark.parametrize("number", range(1, 6))
 def test_many_mutated_files(trial, number):

@@ -55,7 +55,7 @@ def _weights(config):
         (lambda t, c: t[Q + "_scale"][0].zero_(), "scale 0.0"),
         (lambda t, c: t[Q + "_scale"][0].neg_(), "scale -"),
         (lambda t, c: t[Q].view(torch.uint8)[3, 5].fill_(0xFF), "q_proj.weight: holds NaN values"),
-        (lambda t, c: t.update({Q: t[Q].float().to(torch.float8_e5m2)}), "q_proj.weight .*float8_e5m2"),
+        (lambda t, c: t.update({Q: t[Q].float().to(torch.float8_e5m2)}), "q_proj.weight .*F8_E5M2.*only float8_e4m3fn"),
         (lambda t, c: t.update({Q: t[Q][:, :64].contiguous()}), r"q_proj.weight .*declares .*\[128, 128\]"),
         (
             lambda t, c: t.update({Q: t[Q].bfloat16()}),

@@ -363,3 +363,23 @@ def test_modules_that_were_not_loaded_here_and_files_that_are_in_use(tmp_path):
         ctfp8.save_state_dict(loaded(file), file)
     with pytest.raises(ctfp8.CheckpointError, match="no such file"):
         ctfp8.load_state_dict(Block(), tmp_path / "absent.safetensors", None)
+
+
+def test_a_weight_padded_to_whole_blocks_is_cut_as_the_error_says():
+    words = torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)
+    padded = torch.zeros(128, 64)
+    padded[:100] = torch.arange(6400).reshape(100, 64) / 1000
+    state = {
+        "weight": padded.to(FP8),
+        "weight_scale": torch.full((128, 4), 126, dtype=torch.uint8),
+        "comfy_quant": words,
+    }
+    state = {f"up.{name}": tensor for name, tensor in state.items()}
+    module = nn.ModuleDict({"up": nn.Linear(64, 100, bias=False)})
+    with pytest.raises(ctfp8.CheckpointError, match=r"up.weight \(.* \[128, 64\] .* declares \[100, 64\]") as error:
+        ctfp8.load_state_dict(module, state)
+    assert str(error.value).endswith("cut it: weight[:100].")
+    state["up.weight"] = state["up.weight"][:100]
+    ctfp8.load_state_dict(module, state)
+    want = padded[:100].to(FP8).float() / 2
+    assert torch.equal(module["up"].weight, want)

@@ -89,6 +89,7 @@ def test_every_way_in_and_out(format, load, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
+@pytest.mark.ci("llama/FP8_BLOCK", "llama/MXFP8", "qwen3moe/FP8_DYNAMIC", "mixtral/FP8")
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_artifacts_in_a_fresh_process_and_plain_models(name, load, tmp_path):
@@ -212,7 +213,7 @@ def _twice(state, config):
         ("llama/FP8_BLOCK", "fp8", _set(expert_dtype="fp4"), "expert_dtype='fp4'"),
         ("llama/FP8_BLOCK", "fp8", _set(modules_to_not_convert="lm_head"), "not a list of module names"),
         ("llama/FP8_BLOCK", "fp8", _set(modules_to_not_convert=["(q_proj"]), "is not a regular expression"),
-        ("llama/FP8_BLOCK", "fp8", _e5m2, f"{Q}.weight .* float8_e5m2 weights are not supported"),
+        ("llama/FP8_BLOCK", "fp8", _e5m2, f"{Q}.weight .*F8_E5M2.*only float8_e4m3fn is read as a weight"),
         ("llama/FP8_BLOCK", "fp8", _twice, "both give .*q_proj.weight_scale"),
         ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", torch.reciprocal), "look like the reciprocals"),
         ("llama/FP8_BLOCK", "fp8", _tensor(f"{Q}.weight_scale_inv", lambda t: t * float("nan")), "scale nan"),

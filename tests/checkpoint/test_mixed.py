@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 import ctfp8_compile as ctfp8
 from ctfp8_compile.checkpoint.contents import look
 from ctfp8_compile.cli.app import app
-from ctfp8_compile.hf import quantizer
 from ctfp8_compile.model.parametrization import quantized_parameters
 
 MLP, DOWN = r"re:.*mlp\.(gate|up|down)_proj$", r"re:.*down_proj$"
@@ -136,14 +135,6 @@ def test_strict_refuses(mixed):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC", strict=True)
-
-
-def test_several_processes_refuse(mixed, monkeypatch):
-    monkeypatch.setattr(quantizer, "is_distributed", lambda model: True)
-    for name in ("check_heads", "mark_local"):
-        monkeypatch.setattr(quantizer, name, lambda model: None)
-    with pytest.raises(ctfp8.UsageError, match="6 weights, .* with a distributed_config that is not supported"):
-        ctfp8.from_pretrained(mixed.folder)
 
 
 def test_a_file_without_fp8_weights_is_not_ours(tmp_path):

@@ -41,6 +41,7 @@ def want(case):
     return _logits(case[1].dense)
 
 
+@pytest.mark.ci
 @pytest.mark.quick("u and v", "R3")
 def test_every_way_computes_what_the_dense_model_does(case, want, tmp_path):
     model = ctfp8.from_pretrained(case[1].folder)

@@ -117,6 +117,7 @@ def test_a_file_of_each_rank_runs_in_a_fresh_process(tmp_path):
         ctfp8.load(tmp_path / "m-1.pt2")
 
 
+@pytest.mark.ci("mixtral/FP8_BLOCK-True")
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "experts"), [("llama/FP8", False), ("mixtral/FP8_BLOCK", False), ("mixtral/FP8_BLOCK", True)]

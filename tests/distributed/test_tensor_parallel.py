@@ -243,6 +243,7 @@ def generate(folders: list[Path], config: dict[str, Any]) -> dict[str, tuple[boo
     return found
 
 
+@pytest.mark.ci(True)
 @pytest.mark.long
 @pytest.mark.parametrize("experts", [False, True])
 def test_generation_and_one_graph_for_all_ranks(experts):
@@ -298,6 +299,7 @@ def test_a_launch_that_does_not_fit(config, message):
         ctfp8.from_pretrained(DATA / "llama/FP8", distributed_config=DistributedConfig(**config))
 
 
+@pytest.mark.ci("qwen3moe-True", "llama-False", "mixtral-False")
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "experts"),
@@ -318,6 +320,7 @@ def test_every_scheme_eager_compiled_and_saved(architecture, experts, tmp_path):
         _same_bits(folder, tmp_path / name)
 
 
+@pytest.mark.ci("qwen3_moe")
 @pytest.mark.long
 @pytest.mark.parametrize(("architecture", "expert"), [("llama", 256), ("qwen3_moe", 96)])
 def test_groups_that_a_border_between_ranks_cuts(architecture, expert, tmp_path):
@@ -327,6 +330,7 @@ def test_groups_that_a_border_between_ranks_cuts(architecture, expert, tmp_path)
     _same_bits(forged.folder, tmp_path / "cut")
 
 
+@pytest.mark.ci("mixtral")
 @pytest.mark.long
 @pytest.mark.parametrize(("architecture", "experts"), [("qwen3", False), ("mixtral", True)])
 def test_four_ranks(architecture, experts, tmp_path, monkeypatch):

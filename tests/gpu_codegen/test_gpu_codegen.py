@@ -351,6 +351,7 @@ own:biased/FP8 layer M=20
         )
 
 
+@pytest.mark.ci("cuda_sm90_fbgemm")
 @pytest.mark.long
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_the_whole_matrix(gpu):

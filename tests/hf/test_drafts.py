@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from support.mtp import make_mtp
-from transformers import modeling_layers
+from transformers import Cache, modeling_layers
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.compat import cache_argument
 from ctfp8_compile.hf.drafts import tally
+from ctfp8_compile.inductor.recipe import Compiled
 
 pytestmark = pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="from transformers 5.24 on")
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
@@ -45,37 +46,62 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-#: What drafts, how many MTP layers there are, and the graphs: of the model for the prompt, for its steps (a plain one, where
-#: nothing is drafted, and a verification), and of each MTP layer (one token, several).
+#: What drafts, how many MTP layers there are, and the kinds of calls, each of which is a graph: of the model for the prompt, for its
+#: steps (a plain one, where nothing is found, and a verification), and of each MTP layer (one token, several), or of the assistant
+#: (the prompt, two tokens, one).
 WAYS = {
     "MTP": (1, {"use_mtp": True}, 4),
     "two MTP layers": (2, {"use_mtp": True}, 4),
     "look-up": (1, {"prompt_lookup_num_tokens": 3}, 3),
     "assistant": (1, {}, 5),
+    "sure assistant": (1, {}, 5),
 }
 
 
-def same_text_twice(model: Any, more: dict[str, Any], kind: str, dtype: Any, most: int, backend: str) -> None:
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
+    """Which kinds of calls compiled functions met: of a text's beginning or not, one token or several; of MTP layers, which layer."""
+    found, run = set(), Compiled.__call__
+
+    def call(self: Compiled, *args: Any, **kwargs: Any) -> Any:
+        cache = next(value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
+        tokens = kwargs["input_ids"] if kwargs else args[-1]
+        begins = bool(kwargs) and int(cache.get_seq_length()) == 0
+        found.add((id(self), args[0] if args else begins, tokens.shape[1] == 1))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Compiled, "__call__", call)
+    return found
+
+
+def each_kind_once(
+    model: Any,
+    more: dict[str, Any],
+    kind: str,
+    dtype: Any,
+    most: int,
+    backend: str,
+    kinds: set[Any],
+    texts: Any = TEXTS,
+) -> None:
+    """Generates texts, the first two again after all, and counts graphs."""
     name = cache_argument(model)
-    want = [model.generate(ids, **GREEDY, **{name: cache_of(model, kind, dtype)}) for ids in TEXTS]
+    want = [model.generate(ids, **GREEDY, **{name: cache_of(model, kind, dtype)}) for ids in texts]
     model = copy.deepcopy(model)
     ctfp8.compile(model, fullgraph=True, backend=backend)
     cache = cache_of(model, kind, dtype)
-    counted = 0
-    for ids, expected in zip((*TEXTS, *TEXTS), (*want, *want), strict=True):
+    for ids, expected in zip((*texts, *texts[:2]), (*want, *want[:2]), strict=True):
         if kind == "static":
             cache.reset()
         else:
             cache = cache_of(model, kind, dtype)
         assert torch.equal(model.generate(ids, **GREEDY, **{name: cache}, **more), expected)
         assert cache.get_seq_length() == expected.shape[1] - 1
-        assert graphs() <= most
-        assert kind == "growing" or not counted or graphs() == counted, "compiled while a second text was generated"
-        counted = graphs()
+        assert graphs() == len(kinds) <= most, "compiled more than once for a kind of call"
 
 
 #: In the quick suite: each way, each kind of cache and each dtype once or twice.
-_QUICK = {("MTP", "static", "fp8"), ("look-up", "growing", "bf16")}
+_QUICK = {("MTP", "static", "fp8"), ("look-up", "growing", "bf16"), ("assistant", "static", "fp8")}
 CASES = [
     pytest.param(way, kind, dtype, marks=[] if (way, kind, dtype) in _QUICK else [pytest.mark.long])
     for way in WAYS
@@ -85,25 +111,38 @@ CASES = [
 
 
 @pytest.mark.parametrize(("way", "kind", "dtype"), CASES)
-def test_graphs_are_few_and_tokens_the_same(way: str, kind: str, dtype: Any, models: Any) -> None:
+def test_graphs_are_few_and_tokens_the_same(way: str, kind: str, dtype: Any, models: Any, kinds: set[Any]) -> None:
     layers, more, most = WAYS[way]
     model = models[layers]
-    if way == "assistant":
+    if "assistant" in way:
         other = copy.deepcopy(model)
         other.model.norm.weight.data.mul_(torch.linspace(0.5, 1.5, 64))  # its guesses are often wrong
+        if "sure" in way:
+            other.generation_config.assistant_confidence_threshold = 0.0
         more = {"assistant_model": ctfp8.compile(other, backend="eager")}
-    # a growing cache begins inside the first graph, and what is cut off of it leaves strides of its own
-    same_text_twice(model, more, kind, dtype, most + (0 if kind == "static" else 3), "eager")
+    each_kind_once(model, more, kind, dtype, most, "eager", kinds)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["static", "growing"])
+@pytest.mark.parametrize("way", ["MTP", "look-up"])
+def test_prompts_of_all_lengths(way: str, kind: str, models: Any, kinds: set[Any]) -> None:
+    """Lengths that other sizes of the model are, too, with and without anything to look up."""
+    layers, more, most = WAYS[way]
+    texts = [(torch.arange(n) * 7 % 61)[None] + 1 for n in (4, 16, 2, 3, 32)]
+    texts += [torch.tensor([[5, 6] * n]) for n in (2, 4, 8)]
+    each_kind_once(models[layers], more, kind, "bf16", most, "eager", kinds, texts)
+
+
+@pytest.mark.ci("MTP-static-fp8")
 @pytest.mark.long(minutes=3)
 @pytest.mark.parametrize(
     ("way", "kind", "dtype"),
-    [("MTP", "static", "fp8"), ("look-up", "static", "bf16")],
+    [("MTP", "static", "fp8"), ("look-up", "static", "bf16"), ("look-up", "growing", "fp8")],
 )
-def test_compiled_by_our_backend(way: str, kind: str, dtype: Any, models: Any) -> None:
+def test_compiled_by_our_backend(way: str, kind: str, dtype: Any, models: Any, kinds: set[Any]) -> None:
     layers, more, most = WAYS[way]
-    same_text_twice(models[layers], more, kind, dtype, most + (0 if kind == "static" else 3), "ctfp8")
+    each_kind_once(models[layers], more, kind, dtype, most, "ctfp8", kinds)
 
 
 def test_a_bf16_assistant_and_one_that_is_the_model(models: Any) -> None:

@@ -161,6 +161,7 @@ def test_the_trainer_refuses_quantized_models_as_the_readme_says(model, tmp_path
         Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
 
 
+@pytest.mark.ci("qwen3moe/FP8_BLOCK")
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen3moe/FP8_DYNAMIC", "qwen3moe/FP8_BLOCK", "mixtral/FP8"])
 @pytest.mark.filterwarnings(

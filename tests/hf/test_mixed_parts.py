@@ -143,6 +143,15 @@ def test_parts_that_differ(name, change, plain, tmp_path):
     assert look(folder).fp8_bytes < look(DATA / name).fp8_bytes or not plain
 
 
+def test_a_damaged_part_is_named(tmp_path):
+    def change(state, config):
+        _plainly(state, _names(state, "experts.1.gate_proj"))
+        state[_names(state, "experts.2.gate_proj")[0]].view(torch.uint8)[3, 5] = 0x7F
+
+    with pytest.raises(ctfp8.CheckpointError, match=r"experts\.2\.gate_proj\.weight: holds NaN.*quantize it again"):
+        ctfp8.from_pretrained(made(tmp_path, "qwen3moe/FP8_DYNAMIC", change)[0])
+
+
 @pytest.mark.quick("_some_experts")
 @pytest.mark.parametrize("change", [_some_experts, _in_blocks])
 def test_a_compiled_model(change, tmp_path):

@@ -65,6 +65,7 @@ def test_a_linear_against_float64(compiled_for, strategy, activation, target):
         assert relative_error(got, want @ weight.t() + state["a.bias"].double()) < 4e-3, rows
 
 
+@pytest.mark.ci("qwen3moe/FP8")
 @pytest.mark.parametrize(
     ("name", "experts", "target"),
     [

@@ -69,6 +69,7 @@ def test_prompts_of_many_sizes_make_four_graphs():
     assert torch.equal(generate(model, 1, 9), want)
 
 
+@pytest.mark.ci(True)
 @pytest.mark.long
 @pytest.mark.parametrize("static", [False, True])
 def test_our_compiler_makes_as_many(static):

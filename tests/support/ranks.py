@@ -12,6 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+#: By the process that ranks are forks of: nothing that starts threads, as no thread lives on in a fork.
+IMPORTED = [
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor",
+    "transformers",
+    "transformers.modeling_utils",
+    "ctfp8_compile.hf.hub",
+]
+
 
 def on_ranks(count: int, function: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
     """What `function(*args)` returned on each rank, or the exception it raised, as `"TypeOfIt: its message"`.
@@ -22,7 +31,8 @@ def on_ranks(count: int, function: Callable[..., Any], *args: Any, seconds: floa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # each rank a fork of one process, which has imported what takes seconds
+    context.set_forkserver_preload(IMPORTED)
     results = context.Queue()
     ranks = [context.Process(target=_rank, args=(n, count, port, results, function, args)) for n in range(count)]
     for process in ranks:
