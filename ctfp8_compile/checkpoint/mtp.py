@@ -26,3 +26,11 @@ def mtp_names(names: Iterable[str], behind: Container[int] | None = None) -> set
         for name in names
         if _OWN_PART.search(name) or ((found := _LAYER.match(name)) is not None and found[0] in layers)
     }
+
+
+def mtp_patterns(names: Iterable[str]) -> set[str]:
+    """What the names of such tensors match, and those of what is merged of them."""
+    names = mtp_names(names)
+    layers = {found[1] for name in names if (found := _COMBINING.match(name))}
+    parts = {_OWN_PART.pattern} if any(map(_OWN_PART.search, names)) else set()
+    return parts | {rf"^{re.escape(layer)}" for layer in layers}

@@ -23,6 +23,7 @@ from ..checkpoint import files as ckpt
 from ..checkpoint.folder import of_files
 from ..checkpoint.layout import Turned
 from ..checkpoint.leftovers import leftovers
+from ..checkpoint.mtp import mtp_patterns
 from ..checkpoint.notes import Notes
 from ..checkpoint.packed import PackedParameter, PackedWeight, find, seen_as_weights, sentence
 from ..checkpoint.scheme import Schemes, heads_of
@@ -219,6 +220,7 @@ class Quantizer(HfQuantizer):
             rf"(^|[.])({endings})$",
             *(rf"^{re.escape(name)}$" for name in (*self.cache_scales, *self.unused, *self.matrix_names)),
         }
+        ours |= mtp_patterns(tensors)  # read when something is drafted
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ours
 
     def _declare(self, model: Any, declared: Mapping[str, Tensor]) -> None:
