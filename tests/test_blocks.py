@@ -108,6 +108,7 @@ def test_commands_exist_and_quick_ones_print_what_is_shown(page: Path, clone: di
                 assert words[0] in ("make", "python", "pip"), f"{block.where}: {words}"
 
 
+@pytest.mark.ci("README.md", "docs/quickstart.md", "docs/writing-a-pass.md", "docs/lora.md")
 @pytest.mark.long(minutes=4)
 @pytest.mark.parametrize("page", WITH_CODE, ids=named)
 def test_a_reader_pastes_them(page: Path, clone: dict[str, str], tmp_path: Path) -> None:

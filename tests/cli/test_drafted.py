@@ -64,6 +64,7 @@ def test_ends_and_sampling() -> None:
     assert ctfp8_command(*arguments).stdout == ctfp8_command(*arguments).stdout
 
 
+@pytest.mark.nightly
 @pytest.mark.long(minutes=2)
 @has_mtp
 def test_bench(folder: Path) -> None:

@@ -33,6 +33,7 @@ def _on_two(*arguments: object, folder: Path | None = None, **env: str) -> subpr
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})  # fmt: skip
 
 
+@pytest.mark.nightly
 @pytest.mark.long
 def test_generate_and_bench_print_once():
     prompt = ("--prompt", "def area(width, height):", "--max-new-tokens", 12)

@@ -164,7 +164,7 @@ def test_candidates_that_are_taken_back(helper: str, dtype: Any, pair: Any) -> N
     assert model.generate(again, max_new_tokens=2, cache=cache, **GREEDY).shape[1] == again.shape[1] + 2
 
 
-@pytest.mark.ci(5, 18)
+@pytest.mark.ci(18)
 @pytest.mark.parametrize("tokens", [1, 5, 12, 17, 18, 30], ids=lambda n: f"{n} tokens")
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_another_text(tokens: int, compiled: bool, pair: Any) -> None:

@@ -64,7 +64,7 @@ def _weights(model) -> list[str]:
     return [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
 
 
-@pytest.mark.ci("fp8")
+@pytest.mark.ci("fp8-qwen3moe", "qwen3moe-fp8")
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
@@ -193,7 +193,7 @@ def padded_steps(model, call, cache, ids: Tensor, sizes: tuple[int, ...], paddin
     return torch.cat([logits[0], logits[1, padding:]])
 
 
-@pytest.mark.ci("deepseek_v3")
+@pytest.mark.ci()
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=pytest.mark.long)])
 def test_windows_and_latents_with_padding(kind: str, way: str) -> None:

@@ -93,6 +93,7 @@ def test_a_page_grows_with_layers_that_differ_and_not_with_their_number():
     assert re.findall(r'class="name">([^<]*?) <', text) == ["model.layers.0, 2, …, 78", "model.layers.1, 3, …, 79"]
 
 
+@pytest.mark.nightly
 @pytest.mark.long
 def test_eighty_layers_of_a_real_graph():
     """A Llama of 80 layers with an FP8 cache, traced, explained and drawn."""
