@@ -193,7 +193,7 @@ def padded_steps(model, call, cache, ids: Tensor, sizes: tuple[int, ...], paddin
     return torch.cat([logits[0], logits[1, padding:]])
 
 
-@pytest.mark.ci()
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=pytest.mark.long)])
 def test_windows_and_latents_with_padding(kind: str, way: str) -> None:

@@ -126,7 +126,7 @@ def with_large_vocabulary() -> tuple[nn.Module, nn.Module]:
     return model, exact
 
 
-@pytest.mark.ci()
+@pytest.mark.ci
 @pytest.mark.long
 @pytest.mark.parametrize("regions", [False, True])
 def test_a_compiled_model_with_a_large_vocabulary(regions: bool) -> None:
