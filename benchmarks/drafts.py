@@ -1,0 +1,168 @@
+"""Drafts on this CPU: what steps of several rows cost, and tokens a second with drafts against without.
+
+    python benchmarks/drafts.py [--layers 22] [--seconds 6] [--only steps shipped played]
+
+`steps` and `played` are on a random Llama FP8_DYNAMIC checkpoint of TinyLlama's shapes with `--layers` layers, in a temporary
+folder. It accepts no draft, so in `played` acceptance is played back: the text is generated once, and of its next tokens a
+draft holds as many as make `--accepted` tokens a step on average, and then wrong ones. `shipped` is what models of
+`examples/models` draft of held-out text, truly. Each part runs in a fresh process, all of its ways in turn; greedy, one text, a
+static cache. Python between steps is what a generation takes beyond as many calls of the model alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import write_llama
+from fresh import measured
+from rich.console import Console
+from rich.table import Table
+from timing import interleave
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.hf.compat import cache_argument
+from ctfp8_compile.hf.drafts import tally
+
+PARTS = ("steps", "shipped", "played")
+ROWS = (1, 2, 4, 8, 16)
+MODELS = Path(__file__).parent.parent / "examples/models"
+#: By what is shown: a shipped model, and how it drafts.
+SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "MTP": ("mtp", {"use_mtp": True}),
+    "prompt look-up of 3": ("llama", {"prompt_lookup_num_tokens": 3}),
+}
+PROMPT, TOKENS, ROOM = 64, 64, 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--seconds", type=float, default=6, help="of timing, for each part")
+    parser.add_argument("--accepted", type=float, default=2.2, help="tokens a step that are played back")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--measure", nargs=4, metavar=("PART", "FOLDER", "SECONDS", "ACCEPTED"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        part, folder, seconds, accepted = args.measure
+        measure = {"steps": steps, "shipped": shipped, "played": played}[part]
+        print(json.dumps(measure(folder, float(seconds), float(accepted))))
+        return
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        if {"steps", "played"} & set(args.only):
+            write_llama(Path(folder), args.layers)
+        for part in args.only:
+            with console.status(f"{part} …"):
+                rows = measured(__file__, part, folder, args.seconds, args.accepted)
+            table = Table(title=f"{part}; {torch.get_num_threads()} threads")
+            for column in rows[0]:
+                table.add_column(column)
+            for row in rows:
+                table.add_row(*map(str, row.values()))
+            console.print(table)
+
+
+def compiled(folder: str | Path) -> tuple[Any, Any]:
+    """A model, compiled, and a cache for it."""
+    model = ctfp8.from_pretrained(folder)
+    ctfp8.compile(model)
+    return model, ctfp8.static_cache(model, 1, ROOM)
+
+
+@torch.no_grad()
+def step_times(model: Any, cache: Any, seconds: float, rows: tuple[int, ...] = ROWS) -> list[float]:
+    """Seconds of a call of each number of rows, behind a prompt."""
+
+    def call(count: int) -> None:
+        model(torch.full((1, count), 7), **{cache_argument(model): cache}, use_cache=True)
+        cache.crop(-count)
+
+    cache.reset()
+    model(torch.arange(PROMPT)[None] + 3, **{cache_argument(model): cache}, use_cache=True)
+    return interleave([lambda _, count=count: call(count) for count in rows], seconds)
+
+
+def steps(folder: str, seconds: float, accepted: float) -> list[dict[str, Any]]:
+    model, cache = compiled(folder)
+    times = step_times(model, cache, seconds)
+    return [
+        {"rows": n, "ms": f"{t * 1e3:.2f}", "of one row": f"{t / times[0]:.2f}×"}
+        for n, t in zip(ROWS, times, strict=True)
+    ]
+
+
+def shipped(folder: str, seconds: float, accepted: float) -> list[dict[str, Any]]:
+    text = list((MODELS / "heldout.txt").read_bytes()[:PROMPT])
+    out = []
+    for name, (at, more) in SHIPPED.items():
+        model, cache = compiled(MODELS / at)
+        out.append({"model": f"{at}, {name}", **against(model, cache, torch.tensor([text]), more, seconds)})
+    return out
+
+
+class PlayedBack:
+    """Drafts the next tokens of a known text, the last of them wrong as often as `accepted` tokens a step need."""
+
+    requires_model_outputs = False
+    drafted = 3
+
+    def __init__(self, text: torch.Tensor, accepted: float):
+        self.text, self.accepted, self.due = text, accepted, 0.0
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        at = input_ids.shape[1]
+        self.due += self.accepted - 1
+        right = min(int(self.due), self.drafted)
+        self.due -= right
+        draft = self.text[:, at : at + self.drafted].clone()
+        draft[:, right:] ^= 1
+        return torch.cat([input_ids, draft], 1), None
+
+    def update_candidate_strategy(self, *args: Any) -> None:
+        pass
+
+
+def played(folder: str, seconds: float, accepted: float) -> list[dict[str, Any]]:
+    model, cache = compiled(folder)
+    ids = torch.arange(PROMPT)[None] + 3
+    text = model.generate(ids, **greedy(model, cache, TOKENS + PlayedBack.drafted + 1))
+    make = model._get_candidate_generator
+    model._get_candidate_generator = lambda *args, **kwargs: PlayedBack(text, accepted)
+    found = against(model, cache, ids, {"prompt_lookup_num_tokens": PlayedBack.drafted}, seconds)
+    model._get_candidate_generator = make
+    return [{"model": f"Llama, {accepted} tokens a step played back", **found}]
+
+
+def greedy(model: Any, cache: Any, tokens: int) -> dict[str, Any]:
+    cache.reset()
+    return {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, cache_argument(model): cache}
+
+
+def against(model: Any, cache: Any, ids: torch.Tensor, more: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Tokens a second without and with drafts, and the share of a step that is Python between steps."""
+
+    def generate(more: dict[str, Any]) -> Any:
+        return model.generate(ids, **greedy(model, cache, TOKENS), **more)
+
+    with tally(model) as counts:
+        same = torch.equal(generate({}), generate(more))
+    plain, drafting = interleave([lambda _: generate({}), lambda _: generate(more)], seconds)
+    one, prompt = step_times(model, cache, seconds / 2, (1, PROMPT))
+    between = (plain - prompt - (TOKENS - 1) * one) / (TOKENS - 1)
+    return {
+        "tokens/s without": f"{TOKENS / plain:.1f}",
+        "with": f"{TOKENS / drafting:.1f}",
+        "ratio": f"{plain / drafting:.2f}×",
+        "tokens a step": f"{counts.tokens_per_step:.2f}",
+        "Python between plain steps": f"{between / one:.0%} of {one * 1e3:.2f} ms",
+        "same tokens": same,
+    }
+
+
+if __name__ == "__main__":
+    main()
