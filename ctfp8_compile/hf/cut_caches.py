@@ -2,8 +2,8 @@
 
 A cache that grows is contiguous after each step, and of a graph made for that, sizes explain strides. What `crop` leaves is a
 part of a larger tensor: its strides are of the larger one, and torch asks for its base, too. So a model that is about to be
-compiled is shown strides that no size explains, once for each kind of call; for dynamo, the graph then fits contiguous tensors as well. AOTAutograd, behind which Inductor is,
-guards on contiguity besides, so that there both remain.
+compiled is shown strides that no size explains, once for each kind of call; dynamo's graph then fits contiguous tensors as
+well. AOTAutograd, before Inductor, guards on contiguity besides, so that there both remain.
 """
 
 from __future__ import annotations
