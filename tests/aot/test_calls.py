@@ -119,6 +119,7 @@ def _anonymous_memory():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
+@pytest.mark.nightly
 @pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
 def test_loading_and_explaining_again_and_again_keeps_no_memory(tmp_path):

@@ -113,6 +113,7 @@ CASES = [
 ]
 
 
+@pytest.mark.ci("two MTP layers-static-fp8", "assistant-growing-bf16", "look-up-growing-fp8")
 @pytest.mark.parametrize(("way", "kind", "dtype"), CASES)
 def test_graphs_are_few_and_tokens_the_same(way: str, kind: str, dtype: Any, models: Any, kinds: set[Any]) -> None:
     layers, more, most = WAYS[way]
@@ -126,6 +127,7 @@ def test_graphs_are_few_and_tokens_the_same(way: str, kind: str, dtype: Any, mod
     each_kind_once(model, more, kind, dtype, most, "eager", kinds)
 
 
+@pytest.mark.ci("look-up-growing")
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["static", "growing"])
 @pytest.mark.parametrize("way", ["MTP", "look-up"])
