@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.mtp import make_mtp
+from support.mtp import make_mtp, needs_mtp
 from test_cli import DATA, SHIPPED, ctfp8_command
-from transformers import modeling_layers
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.cli.drafted import Drafted, Drafts
 
 PROMPT = ("--prompt", "Return a list of the names. Return a list of ", "--max-new-tokens", 20)
-has_mtp = pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="from transformers 5.24 on")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "option",
-    [pytest.param(("--mtp",), marks=has_mtp), ("--assistant", "{folder}"), ("--prompt-lookup", 3)],
+    [pytest.param(("--mtp",), marks=needs_mtp), ("--assistant", "{folder}"), ("--prompt-lookup", 3)],
     ids=["MTP", "assistant", "look-up"],
 )
 def test_generate(option: tuple[str, ...], folder: Path) -> None:
@@ -66,7 +64,7 @@ def test_ends_and_sampling() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.long(minutes=2)
-@has_mtp
+@needs_mtp
 def test_bench(folder: Path) -> None:
     arguments = ("bench", folder, "--mtp", "--new-tokens", 8, "--rounds", 1, "--prompt", "Return a list of ")
     speeds = json.loads(ctfp8_command(*arguments, "--json").stdout)

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_bits
-from support.mtp import make_mtp
+from support.mtp import make_mtp, needs_mtp
 from support.ranks import on_ranks
-from transformers import modeling_layers
 from transformers.distributed import DistributedConfig
 
 import ctfp8_compile as ctfp8
 
-pytestmark = pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="from transformers 5.24 on")
+pytestmark = needs_mtp
 IDS = torch.tensor([[3, 17, 99, 5, 64, 21, 8]])
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.mtp import make_mtp
-from transformers import Cache, modeling_layers
+from support.mtp import make_mtp, needs_mtp
+from transformers import Cache
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.compat import cache_argument
 from ctfp8_compile.hf.drafts import tally
 from ctfp8_compile.inductor.recipe import Compiled
 
-pytestmark = pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="from transformers 5.24 on")
+pytestmark = needs_mtp
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
 TEXTS = [torch.tensor([[3, 17, 99, 5, 64, 21, 8]]), torch.tensor([[3, 17, 99, 5, 64, 21, 8, 9, 10, 33, 12]])]
 

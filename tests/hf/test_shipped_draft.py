@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
-from transformers import modeling_layers
+from support.mtp import needs_mtp
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.drafts import tally
 
 MODELS = Path(__file__).parents[2] / "examples/models"
-pytestmark = pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="from transformers 5.24 on")
+pytestmark = needs_mtp
 
 
 def test_most_drafts_are_taken_and_the_tokens_are_the_same():

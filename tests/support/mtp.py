@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,11 +28,13 @@ from transformers import (
     AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
+    modeling_layers,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 SCHEMES = ("FP8_DYNAMIC", "fp8", "MXFP8")
+needs_mtp = pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="from transformers 5.24 on")
 VOCAB, HIDDEN, HEADS = 128, 64, 4
 #: Not quantized by anybody: norms, tables, heads, routers, convolutions.
 _PLAIN = re.compile(
