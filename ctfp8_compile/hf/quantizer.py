@@ -225,21 +225,21 @@ class Quantizer(HfQuantizer):
 
     def _declare(self, model: Any, declared: Mapping[str, Tensor]) -> None:
         """Puts an empty parameter, of what is read for it, in place of each that is quantized in the files."""
-        stored = {target: (info.layout.shape, FP8) for target, info in self.plans.items()}
-        stored |= {target: (info.packed_layout.shape, info.packed_dtype) for target, info in self.packed.items()}
         if is_distributed(model):  # as the plan has them; packed values are dequantized as soon as they are read
             stored = {target: (tuple(declared[target].shape), FP8) for target in self.plans}
             stored |= {target: (tuple(declared[target].shape), info.dtype) for target, info in self.packed.items()}
+            fp8 = {target: info.layout for target, info in self.plans.items()}
+            turned = (target for target, layout in fp8.items() if isinstance(layout, Turned))
+            self.parts = Parts(model, fp8, (*turned, *self.packed, *self.mixed))
+        else:
+            stored = {target: (info.layout.shape, FP8) for target, info in self.plans.items()}
+            stored |= {target: (info.packed_layout.shape, info.packed_dtype) for target, info in self.packed.items()}
         for target, (shape, dtype) in stored.items():
             path, _, leaf = target.rpartition(".")
             model.get_submodule(path)._parameters[leaf] = nn.Parameter(
                 torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False
             )
             model.all_tied_weights_keys.pop(target, None)  # the file has its own copy: not tied to a bf16 one
-        if is_distributed(model):
-            fp8 = {target: info.layout for target, info in self.plans.items()}
-            turned = (target for target, layout in fp8.items() if isinstance(layout, Turned))
-            self.parts = Parts(model, fp8, (*turned, *self.packed, *self.mixed))
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         if is_distributed(model):
