@@ -247,14 +247,13 @@ def _check_complete(path_or_id: str | Path, model: Any, info: Any, files: Folder
             "all). Add it to the index's weight_map, or save the checkpoint again."
         )
     if missing:
+        saved = (
+            "" if named in (None, type(model)) else f" than {type(model).__name__} (config.json names {named.__name__})"
+        )
         raise CheckpointError(
             f"{path_or_id}: the model needs {missing[0]}, but no tensor of the checkpoint provides it "
             f"({len(missing)} missing in all: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}). "
-            + (
-                "The checkpoint is incomplete, or was saved for another class: pass the right auto_class."
-                if named is None or named is type(model)
-                else f"It was saved as {named.__name__}, and is loaded as {type(model).__name__}: leave auto_class out."
-            )
+            f"The checkpoint is incomplete, or was saved for another class{saved}: pass the right auto_class."
         )
     if mismatched:
         name, found, declared = mismatched[0]

@@ -11,9 +11,10 @@ from ..errors import UsageError
 
 
 def named_class(config: PretrainedConfig) -> Any:
-    """The class that config.json names as the first of its `architectures`, if transformers has it; else None."""
+    """The class that config.json names as the first of its `architectures`, if transformers has it for this config; else None."""
     name = (getattr(config, "architectures", None) or [""])[0]
-    return getattr(transformers, name, None) if name else None
+    found = getattr(transformers, name, None) if name else None
+    return found if getattr(found, "config_class", None) is type(config) else None
 
 
 def class_of(path_or_id: object, config: PretrainedConfig, auto_class: Any) -> Any:

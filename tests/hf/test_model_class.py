@@ -23,6 +23,7 @@ from ctfp8_compile.hf.model_class import class_of
         ("llama4", "Llama4ForConditionalGeneration", "AutoModelForCausalLM"),  # which has one of its text part
         ("llama", None, "AutoModelForCausalLM"),
         ("llama", "AClassOfTheirOwn", "AutoModelForCausalLM"),
+        ("mistral", "LlamaForCausalLM", "AutoModelForCausalLM"),  # the config decides, as in transformers
     ],
 )
 def test_without_a_class(model_type, saved_as, loaded_as):
@@ -59,7 +60,7 @@ def test_a_vision_language_model_and_an_encoder(tmp_path):
         model = ctfp8.from_pretrained(forged.folder)
         assert type(model).__name__ == type(forged.reference).__name__
     with pytest.raises(
-        ctfp8.CheckpointError, match=r"saved as BertFor\w+, and is loaded as BertLMHeadModel: leave auto_class out"
+        ctfp8.CheckpointError, match=r"another class than BertLMHeadModel \(config.json names (BertFor\w+)\)"
     ):
         ctfp8.from_pretrained(tmp_path / "bert", AutoModelForCausalLM)
     with pytest.raises(ctfp8.UsageError, match="AutoModelForCausalLM has no class for LlavaConfig"):
