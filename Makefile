@@ -29,7 +29,7 @@ test-long: $(READY)  ## long fuzzing, whole matrices and the like, under half an
 test-nightly: $(READY)  ## the cases of long tests that are like one of test-long: every GPU, scheme and architecture
 	$(PYTEST) -m nightly
 
-test-matrix: $(READY)  ## every scheme, GPU and number of rows through all of Inductor, without a GPU: part of test-long
+test-matrix: $(READY)  ## every scheme, GPU and number of rows through all of Inductor, without a GPU: of it, test-long has one GPU's
 	$(PYTEST) -m long tests/gpu_codegen
 
 test-arm: $(READY)  ## the CPU kernels of other processors, emulated: needs g++-aarch64-linux-gnu and qemu-user

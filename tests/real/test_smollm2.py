@@ -34,7 +34,8 @@ pytestmark = pytest.mark.real
 
 FOLDER = Path(found.submodule_search_locations[0])
 FILE = next(FOLDER.glob("*.gguf")).name
-SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK", "MXFP8")
+#: By scheme, how far perplexity may be from bf16's: 0.033, 0.013, 0.009 and 0.006 were measured.
+SCHEMES = {"FP8_DYNAMIC": 0.06, "FP8": 0.03, "FP8_BLOCK": 0.02, "MXFP8": 0.02}
 LINEARS = 30 * 7
 WINDOW, WINDOWS = 256, 6
 
@@ -44,7 +45,7 @@ GARDEN = (
     "the children came home from school and played in the garden until the sun went down."
 )
 TASKS = {
-    "edit": "Replace the word cat by the word dog in this text, and change nothing else:\n\n" + GARDEN,
+    "copy": "Replace the word cat by the word dog in this text, and change nothing else:\n\n" + GARDEN,
     "correct": "Correct the spelling of this text and write it again:\n\n" + GARDEN.replace("quiet", "quiete"),
     "summarise": "Summarize this text in two sentences:\n\n" + GARDEN,
 }
@@ -128,11 +129,11 @@ def test_perplexity_and_what_it_writes(
             f"\n| {scheme} | perplexity {ours:.3f}, bf16 {reference:.3f} | compiled against eager {error:.4f} |", end=""
         )
     assert error < 0.03
-    assert abs(ours / reference - 1) < 0.06  # of FP8_DYNAMIC, 0.033 was measured
+    assert abs(ours / reference - 1) < SCHEMES[scheme]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_look_up_in_text_that_is_edited(task: str, folders: dict[str, Path], tokenizer: Any, capsys: Any) -> None:
+def test_look_up_in_text_that_is_repeated(task: str, folders: dict[str, Path], tokenizer: Any, capsys: Any) -> None:
     """The tokens in float32 are the model's own, in far fewer steps."""
     model = ctfp8.from_pretrained(folders["FP8_DYNAMIC"], dtype=torch.float32)
     want, said = answer(model, tokenizer, TASKS[task])
