@@ -21,7 +21,6 @@ from ..errors import UsageError
 from ..inductor.recipe import Compiled
 from ..model.beside import Beside, put_beside
 from . import compat, mtp
-from .cut_caches import cut_later
 from .static_cache import layers_of, static_cache
 
 
@@ -58,10 +57,8 @@ def _drafting(make: Any) -> Any:
         cache = next((v for v in (kwargs.get("model_kwargs") or {}).values() if isinstance(v, Cache)), None)
         _check_windows(cache)
         generator = make(self, *args, **kwargs)
-        if isinstance(self.forward, Compiled):
-            cut_later(self, cache)
-            if compat.CUTS_DRAFTS and not generator.requires_model_outputs:
-                _fill(generator, (kwargs.get("generation_config") or args[0]).max_length, cache)
+        if isinstance(self.forward, Compiled) and compat.CUTS_DRAFTS and not generator.requires_model_outputs:
+            _fill(generator, (kwargs.get("generation_config") or args[0]).max_length, cache)
         if getattr(generator, "mtp_model", None) is not None and isinstance(self.forward, Compiled):
             # what records hidden states is installed under a lock, which cannot be traced
             compat.install_output_recorders(self)
