@@ -86,7 +86,11 @@ bool run(const Kernels& kernels, const Shape& s) {
   const int64_t width = bytes ? kMxCols : s.block, segments = (s.cols + width - 1) / width;
   const Array<uint8_t> allocation(s.n * s.cols + 1);
   uint8_t* fp8 = allocation.data() + 1;  // at an odd address, as a memory-mapped file may give it
-  for (int64_t i = 0; i < s.n * s.cols; ++i) fp8[i] = rand() % 120 | (rand() & 128);
+  const bool normal = rand() % 2;        // or zero: runs of those have a path of their own
+  for (int64_t i = 0; i < s.n * s.cols; ++i) {
+    fp8[i] = normal ? 8 + rand() % 112 : rand() % 120;
+    fp8[i] = normal && rand() % 9 == 0 ? 0 : fp8[i] | (rand() & 128);
+  }
   const Array<float> scale(s.n * segments);
   const Array<uint8_t> exponents(s.n * segments);
   for (int64_t i = 0; i < s.n * segments; ++i) {

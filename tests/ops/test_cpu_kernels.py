@@ -36,6 +36,10 @@ def _restore() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+#: Instruction sets with a kernel for weights that are not quantized.
+STREAMING = ("avx512-bf16", "avx512", "avx2")
+
+
 def fp8(*shape: int, nan: bool = False) -> Tensor:
     raw = torch.randint(0, 256, shape, dtype=torch.uint8)
     if not nan:
@@ -165,7 +169,7 @@ def test_a_weight_that_is_not_quantized(
         out = op.linear(x.reshape(shape), weight, b)
         assert out.dtype == dtype
         assert out.shape == (*shape[:-1], n)
-        if isa == "avx512-bf16" and dtype == torch.bfloat16 and 1 <= m <= 4 and m * k <= 16384:
+        if isa in STREAMING and dtype == torch.bfloat16 and 1 <= m <= 4 and m * k <= 16384:
             check(out.reshape(m, n), expected, size)
         else:
             assert torch.equal(out, torch.nn.functional.linear(x.reshape(shape), weight, b))
@@ -206,6 +210,30 @@ def test_every_code(isa: str, dtype: torch.dtype, m: int) -> None:
         x[:, place] = 1
         out = op.dequantized_linear(x, row, torch.ones(256, 1), None, [1, 101])
         torch.testing.assert_close(out.float(), weight.float().expand(m, 256), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("block", [[1, 1100], [128, 128], MXFP8], ids=["row", "128x128", "MXFP8"])
+def test_normal_numbers_and_one_other(isa: str, dtype: torch.dtype, m: int, block: list[int]) -> None:
+    """Runs of normal numbers and zeros, which have a path of their own, and in each row one of the 256 FP8 values among them."""
+    torch.ops.ctfp8_cpu.set_isa(isa)
+    torch.manual_seed(m)
+    raw = torch.randint(8, 0x7F, (256, 1100), dtype=torch.uint8) | (torch.randint(0, 2, (256, 1100)) * 128).byte()
+    raw[64:] *= (torch.rand(192, 1100) < 0.7).byte()  # zeros
+    places = torch.arange(256) * 37 % 1100
+    raw[torch.arange(256), places] = torch.arange(256, dtype=torch.uint8)
+    weight, scale = raw.view(FP8), scales(256, 1100, block)
+    x = torch.randn(m, 1100).to(dtype)
+    out = op.dequantized_linear(x, weight, scale, None, block)
+    numbers = [row for row in range(256) if row not in (0x7F, 0xFF)]
+    expected, size = exact(x, weight, scale, block)
+    check(out[:, numbers], expected[:, numbers], size[:, numbers])
+    assert out[:, [0x7F, 0xFF]].isnan().all()
+    x = torch.eye(1100, dtype=dtype)[places[:12]]  # a single value of each row, exactly
+    got = op.dequantized_linear(x[:m], weight, torch.ones(256, 1), None, [1, 1100]).float()
+    assert torch.equal(got[:, numbers], weight.float()[numbers][:, places[:m]].T)
 
 
 @pytest.mark.parametrize("isa", ISAS)

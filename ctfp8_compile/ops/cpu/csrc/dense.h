@@ -5,11 +5,15 @@
 namespace ctfp8 {
 namespace {
 
-// What this file needs besides `Vector`: chunks of bfloat16s in the order of their columns.
+// What this file needs: chunks of bfloat16s, weights and activations in the same order, and of vector.h what sums take.
 template <class V>
-concept HalvesVector = Vector<V> && requires(const typename V::X* p) {
+concept HalvesVector = requires(const uint16_t* p, typename V::Acc sum, typename V::Chunk chunk) {
+  // `step` of them.
+  { V::load(p) } -> std::same_as<typename V::Chunk>;
   // Up to `step` of them, the rest zero; reads nothing behind them.
   { V::halves(p, int64_t{}) } -> std::same_as<typename V::Chunk>;
+  { V::dot(V::zero(), chunk, chunk) } -> std::same_as<typename V::Acc>;
+  { V::scale_add(sum, sum, float{}) } -> std::same_as<typename V::Acc>;
 };
 
 template <HalvesVector V, int M>
@@ -18,8 +22,8 @@ inline void dense_row(const uint16_t* row, int64_t cols, const uint16_t* const* 
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) sum[0][i] = sum[1][i] = V::zero();
   const auto add = [&](typename V::Acc* sum, int64_t k) {
-    V::prefetch_once(reinterpret_cast<const uint8_t*>(row + k) + 2 * V::ahead);
-    V::prefetch_once(reinterpret_cast<const uint8_t*>(row + k) + 2 * V::ahead + 64);
+    for (int line = 0; line < V::step; line += 32)
+      V::prefetch_once(reinterpret_cast<const uint8_t*>(row + k + line) + 2 * V::ahead);
     const auto chunk = V::load(row + k);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) sum[i] = V::dot(sum[i], chunk, V::load(x[i] + k));

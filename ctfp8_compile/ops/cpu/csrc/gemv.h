@@ -43,12 +43,16 @@ constexpr int rows_for(int m, bool blocked) {
 }
 
 // Weight rows pass some abreast, sharing chunks of activations, or in turn, which memory likes best: one run from the first FP8
-// value to the last. Then each of them reads all activations again, which have to stay in the first-level cache.
-constexpr int kInTurn = 4;  // activation rows, at most
+// value to the last. Then each of them reads all activations again, which have to stay in the first-level cache: they do, or, for
+// a `PlainVector`, columns are cut into spans so that they do.
+template <Vector V>
+constexpr int kInTurn = PlainVector<V> ? kAtOnce
+                        : V::in_turn   ? 4
+                                       : 0;  // activation rows, at most
 
 template <Vector V>
 bool in_turn(const Weight& w, int64_t m) {
-  return m <= kInTurn && m * w.segments * padded<V>(w) <= V::in_turn;
+  return PlainVector<V> || m * w.segments * padded<V>(w) <= V::in_turn;
 }
 
 // What scales a row of weights has: one, one for each segment, bytes.
@@ -63,7 +67,7 @@ inline typename V::Chunk decode(const V& v, const uint8_t* p, const uint8_t* exp
 }
 
 // The sum of the lanes of each of N <= 16 vectors.
-template <Vector V, int N>
+template <class V, int N>
 inline void reduce_all(const typename V::Acc* sums, float* results) {
   if constexpr (requires { &V::reduce16; }) {
     typename V::Acc all[16];
@@ -120,9 +124,10 @@ inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X*
   for (int64_t segment = 0; segment < w.segments; ++segment) {
     const int64_t length = w.length_of(segment), start = segment * w.block_cols;
     const typename V::X* xs = x + segment * padded<V>(w);
-    typename V::Acc sum[2][M];  // of every other chunk: an addition waits for the one before
+    constexpr int C = !PlainVector<V> || (M > 2 && M <= 4) ? 2 : M <= 2 ? 4 : 1;
+    typename V::Acc sum[C][M];  // of every C-th chunk: an addition waits for the one before
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) sum[0][i] = sum[1][i] = V::zero();
+    for (int i = 0; i < C * M; ++i) sum[i / M][i % M] = V::zero();
 
     const auto add = [&](typename V::Acc* sum, int64_t k, int n) {
       const uint8_t* bytes = exponents + k / kMxCols;
@@ -139,18 +144,34 @@ inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X*
       for (int i = 0; i < M; ++i) sum[i] = V::dot(sum[i], chunk, V::load(xs + i * x_stride + k));
     };
     int64_t k = 0;
+    if constexpr (PlainVector<V>) {
+      for (; k + kPlain <= length; k += kPlain) {
+        for (int j = 0; j < kPlain; j += 64) V::prefetch_once(row + ahead.of(start + k + j));
+        if (V::plain(row + start + k)) [[likely]] {
+#pragma GCC unroll 16
+          for (int j = 0; j < kPlain; j += V::step)
+            V::template add_plain<M, kind == Scales::bytes>(sum[j / V::step % C], row + start + k + j, xs + k + j, x_stride,
+                                                            exponents + (k + j) / kMxCols);
+        } else {
+#pragma GCC unroll 16
+          for (int j = 0; j < kPlain; j += V::step) add(sum[j / V::step % C], k + j, V::step);
+        }
+      }
+    }
     for (; k + 2 * V::step <= length; k += 2 * V::step) {
       V::prefetch_once(row + ahead.of(start + k));
       add(sum[0], k, V::step);
       V::prefetch_once(row + ahead.of(start + k + V::step));
-      add(sum[1], k + V::step, V::step);
+      add(sum[1 % C], k + V::step, V::step);
     }
     if (k + V::step <= length) add(sum[0], k, V::step), k += V::step;
-    if (k < length) add(sum[1], k, static_cast<int>(length - k));
+    if (k < length) add(sum[1 % C], k, static_cast<int>(length - k));
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const auto both = V::scale_add(sum[0][i], sum[1][i], 1.f);
-      sums[i * ld] = kind == Scales::blocked ? V::scale_add(sums[i * ld], both, scales[segment]) : both;
+      auto all = sum[0][i];
+#pragma GCC unroll 16
+      for (int c = 1; c < C; ++c) all = V::scale_add(all, sum[c][i], 1.f);
+      sums[i * ld] = kind == Scales::blocked ? V::scale_add(sums[i * ld], all, scales[segment]) : all;
     }
   }
 }
@@ -158,7 +179,7 @@ inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X*
 template <Vector V, int M, Scales kind>
 void gemv_in_turn(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y,
                   int64_t ldy) {
-  constexpr int R = M <= 2 ? 8 : 4;  // work is cut into eight rows and more
+  constexpr int R = M <= 2 ? 8 : M <= 4 ? 4 : 2;  // work is cut into eight rows and more
   const V v;
   typename V::Acc sums[M * R];
   int64_t n = begin;
@@ -257,14 +278,16 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
 template <Vector V, int M, Scales kind>
 void gemv_of(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y,
              int64_t ldy) {
-  if constexpr (M <= kInTurn && V::in_turn > 0) {
+  if constexpr (M <= kInTurn<V>) {
     if (in_turn<V>(w, M)) return gemv_in_turn<V, M, kind>(w, begin, end, x, x_stride, add, y, ldy);
   }
-  constexpr int R = rows_for<V>(M, kind == Scales::blocked);
-  const V v;
-  int64_t n = begin;
-  for (; n + R <= end; n += R) dot_rows<V, M, R, kind>(v, w, n, x, x_stride, add, y + n - begin, ldy);
-  for (; n < end; ++n) dot_rows<V, M, 1, kind>(v, w, n, x, x_stride, add, y + n - begin, ldy);
+  if constexpr (!PlainVector<V>) {
+    constexpr int R = rows_for<V>(M, kind == Scales::blocked);
+    const V v;
+    int64_t n = begin;
+    for (; n + R <= end; n += R) dot_rows<V, M, R, kind>(v, w, n, x, x_stride, add, y + n - begin, ldy);
+    for (; n < end; ++n) dot_rows<V, M, 1, kind>(v, w, n, x, x_stride, add, y + n - begin, ldy);
+  }
 }
 
 template <Vector V, int M>
@@ -282,11 +305,12 @@ void gemv_span(const Weight& w, int64_t begin, int64_t end, const typename V::X*
 }
 
 // The columns are cut into spans: whole segments, or parts of one. The second eight activation rows find a span of the
-// weight in the second-level cache. Up to four rows are bound by memory, which likes long runs.
+// weight in the second-level cache. Up to four rows are bound by memory, which likes long runs, or by decoding, if at all.
 template <Vector V, int Most = kAtOnce>
 void gemv(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t m, float* y, int64_t ldy) {
   const int64_t pad = padded<V>(w), x_stride = stride<V>(w), at_once = m < Most ? m : Most;
-  const int64_t cols = m <= 4 ? pad * w.segments : kSpan / at_once / int64_t{sizeof(typename V::X)} / kGrain * kGrain;
+  const int64_t span = PlainVector<V> ? V::in_turn : kSpan / int64_t{sizeof(typename V::X)};
+  const int64_t cols = m <= 4 && !PlainVector<V> ? pad * w.segments : span / at_once / kGrain * kGrain;
   const int64_t segments = pad < cols ? cols / pad : 1, part = pad < cols ? pad : cols;
   for (int64_t first = 0; first < w.segments; first += segments) {
     for (int64_t offset = 0; offset < w.length_of(first); offset += part) {

@@ -9,6 +9,7 @@
 #define CTFP8_TARGET "avx2,fma,f16c"
 #include "target_begin.h"
 //
+#include "dense.h"
 #include "table.h"
 
 namespace ctfp8 {
@@ -62,40 +63,69 @@ struct Avx2 {
   }
 };
 
-// For one row of activations, which is bound by decoding: 32 FP8 values at a time, that share a look for NaNs and, of MXFP8, a
-// byte.
+// For few rows of activations, which are bound by decoding: 32 FP8 values at a time, every fourth of them in a vector.
 struct Avx2Row : Avx2 {
   struct Chunk {
     __m256 part[4];
   };
-  static constexpr int step = 32, parts = 4;
+  static constexpr int step = 32, parts = 4, in_turn = 6144;
+  static constexpr float gain = 1;
 
-  // As Avx2::convert, 16 FP8 values to 2 parts; NaNs come out as numbers.
-  static void convert(__m128i fp8, __m256* parts_of) {
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(fp8), 7), _mm256_set1_epi16(-0x4080));
-    parts_of[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
-    parts_of[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+  // Whether each of `kPlain` FP8 values is a normal number or 0.
+  static bool plain(const uint8_t* p) {
+    const auto below = [&](bool zeros) {
+      __m256i most = _mm256_setzero_si256();
+      for (int i = 0; i < kPlain; i += 32) {
+        const __m256i fp8 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+        __m256i above = _mm256_sub_epi8(_mm256_add_epi8(fp8, fp8), _mm256_set1_epi8(2 * 0x08));  // without signs
+        if (zeros) above = _mm256_andnot_si256(_mm256_cmpeq_epi8(fp8, _mm256_setzero_si256()), above);
+        most = _mm256_max_epu8(most, above);
+      }
+      most = _mm256_subs_epu8(most, _mm256_set1_epi8(static_cast<char>(2 * 0x7e - 2 * 0x08)));
+      return _mm256_testz_si256(most, most);
+    };
+    return below(false) || below(true);
   }
-  static Chunk decode(const uint8_t* p) {
-    Chunk chunk;
-    convert(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), chunk.part);
-    convert(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)), chunk.part + 2);
-    const __m256i fp8 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), most = _mm256_set1_epi8(0x7f);
-    const __m256i nan = _mm256_cmpeq_epi8(_mm256_and_si256(fp8, most), most);
-    if (__builtin_expect(!_mm256_testz_si256(nan, nan), 0)) chunk = one_by_one(p);
-    return chunk;
+  // The upper half of float32 of s eeee mmm is s 0111eeee mmm0000 + 0x80, of 0 it is 0. Sixteen times an FP8 value, taken for an
+  // integer, is 0x3c00 less where it is positive, and 0x3c00 more where it is negative.
+  template <int M, bool shifted>
+  static void add_plain(Acc* sum, const uint8_t* p, const X* x, int64_t stride, const uint8_t* e) {
+    const __m256i fp8 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const auto add = [&](__m256i floats, int part) {
+      __m256 w = _mm256_castsi256_ps(floats);
+      if constexpr (shifted) w = _mm256_mul_ps(w, _mm256_set1_ps(powers.of[*e]));
+      hold(w);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) sum[i] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i * stride + 8 * part), sum[i]);
+    };
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {  // every other value
+      const __m256i products = _mm256_maddubs_epi16(_mm256_set1_epi16(odd ? 16 << 8 : 16), fp8);
+      __m256i halves = _mm256_add_epi16(products, _mm256_sign_epi16(_mm256_set1_epi16(0x3c00), products));
+      hold(halves);
+      add(_mm256_slli_epi32(halves, 16), odd);
+      add(_mm256_and_si256(halves, _mm256_set1_epi32(static_cast<int>(0xffff0000))), odd + 2);
+    }
   }
-  __attribute__((noinline)) static Chunk one_by_one(const uint8_t* p) {
-    Chunk chunk;
-    for (int i = 0; i < 4; ++i) chunk.part[i] = Avx2().decode(p + 8 * i);
-    return chunk;
+  static void hold(auto& vector) { __asm__("" : "+x"(vector)); }
+
+  // Values 0, 4, 8, … of 32, then 1, 5, 9, …, as add_plain has them.
+  __attribute__((noinline)) static Chunk decode(const uint8_t* p) {
+    const __m128i by_four = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m128i low = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), by_four);
+    const __m128i high = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)), by_four);
+    const __m128i first = _mm_unpacklo_epi32(low, high), last = _mm_unpackhi_epi32(low, high);
+    const auto value = [](__m128i fp8) { return _mm256_mul_ps(convert(fp8), _mm256_set1_ps(Avx2::gain)); };
+    return {{value(first), value(_mm_unpackhi_epi64(first, first)), value(last), value(_mm_unpackhi_epi64(last, last))}};
   }
   static Chunk decode_tail(const uint8_t* p, int n) {
     alignas(32) uint8_t fp8[step] = {};
     std::memcpy(fp8, p, n);
     return decode(fp8);
   }
-  static void arrange(const X* from, X* to) { std::memcpy(to, from, step * sizeof(X)); }
+  static void arrange(const X* from, X* to) {
+    for (int i = 0; i < step; ++i) to[i % 4 * 8 + i / 4] = from[i];
+  }
   static Chunk load(const X* p) {
     return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), _mm256_loadu_ps(p + 16), _mm256_loadu_ps(p + 24)}};
   }
@@ -104,33 +134,54 @@ struct Avx2Row : Avx2 {
     for (int i = 0; i < 4; ++i) sum = _mm256_fmadd_ps(w.part[i], x.part[i], sum);
     return sum;
   }
-  static Acc shift_dot(Acc total, const Chunk& w, const Chunk& x, const uint8_t* e) {
-    return scale_add(total, dot(_mm256_setzero_ps(), w, x), powers.of[*e]);
-  }
   static Chunk shift(Chunk chunk, const uint8_t* e, bool both) {
     for (__m256& part : chunk.part) part = Avx2::shift(part, e, both);
     return chunk;
   }
 };
 
-int64_t bytes_of(const Weight& w, int64_t m) { return m == 1 ? bytes<Avx2Row>(w, m) : bytes<Avx2>(w, m); }
+// bfloat16 weights and activations: 32 of them, as float32.
+struct Avx2Halves : Avx2 {
+  using Chunk = Avx2Row::Chunk;
+  static constexpr int step = 32;
+
+  static Chunk load(const uint16_t* p) {
+    const auto two = reinterpret_cast<const __m256i*>(p);
+    const __m256i first = _mm256_loadu_si256(two), last = _mm256_loadu_si256(two + 1);
+    const auto even = [](__m256i halves) { return _mm256_castsi256_ps(_mm256_slli_epi32(halves, 16)); };
+    const auto odd = [](__m256i halves) {
+      return _mm256_castsi256_ps(_mm256_and_si256(halves, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+    };
+    return {{even(first), odd(first), even(last), odd(last)}};
+  }
+  static Chunk halves(const uint16_t* p, int64_t n) {
+    uint16_t chunk[step] = {};
+    std::memcpy(chunk, p, (n < step ? n : step) * sizeof(uint16_t));
+    return load(chunk);
+  }
+  static Acc dot(Acc sum, const Chunk& w, const Chunk& x) { return Avx2Row::dot(sum, w, x); }
+};
+
+int64_t bytes_of(const Weight& w, int64_t m) { return m <= kFew ? bytes<Avx2Row>(w, m) : bytes<Avx2>(w, m); }
 
 void prepare_rows(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
-  (m == 1 ? prepare<Avx2Row> : prepare<Avx2>)(w, rows, begin, count, m, prepared);
+  (m <= kFew ? prepare<Avx2Row> : prepare<Avx2>)(w, rows, begin, count, m, prepared);
 }
 
 void multiply(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
-  if (m == 1)
-    gemv<Avx2Row, 1>(w, begin, end, static_cast<const float*>(prepared), m, y, ldy);
+  const auto* rows = static_cast<const float*>(prepared);
+  if (m <= kFew)
+    gemv<Avx2Row>(w, begin, end, rows, m, y, ldy);
   else
-    matmul<Avx2>(w, begin, end, prepared, m, y, ldy);
+    gemm<Avx2>(w, begin, end, rows, m, y, ldy);
 }
 
 }  // namespace
 
 const Kernels* avx2() {
   using V = Avx2;
-  static const Kernels kernels = {"avx2", 4, kTileCols, bytes_of, prepare_rows, multiply, finish<V>, dequantize<V>, attention<V>};
+  static const Kernels kernels = {"avx2",   4,         kTileCols,     bytes_of,     prepare_rows,
+                                  multiply, finish<V>, dequantize<V>, attention<V>, dense<Avx2Halves>};
   const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return here ? &kernels : nullptr;
 }

@@ -57,13 +57,27 @@ struct Avx512 {
   }
 };
 
+// One or two rows of activations are bound by decoding, for which AVX2 has the better instructions.
+constexpr int kNarrow = 2;
+
+int64_t bytes_of(const Weight& w, int64_t m) { return m <= kNarrow ? avx2()->bytes(w, m) : bytes<Avx512>(w, m); }
+
+void prepare_rows(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
+  (m <= kNarrow ? avx2()->prepare : prepare<Avx512>)(w, rows, begin, count, m, prepared);
+}
+
+void multiply(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
+  (m <= kNarrow ? avx2()->matmul : matmul<Avx512>)(w, begin, end, prepared, m, y, ldy);
+}
+
 }  // namespace
 
 const Kernels* avx512() {
   using V = Avx512;
-  static const Kernels kernels = {"avx512",  4,         kTileCols,     bytes<V>,    prepare<V>,
-                                  matmul<V>, finish<V>, dequantize<V>, attention<V>};
-  const bool here = avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (!avx2()) return nullptr;
+  static const Kernels kernels = {"avx512", 4,         kTileCols,     bytes_of,     prepare_rows,
+                                  multiply, finish<V>, dequantize<V>, attention<V>, avx2()->dense};
+  const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return here ? &kernels : nullptr;
 }

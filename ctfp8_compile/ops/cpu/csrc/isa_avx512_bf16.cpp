@@ -58,9 +58,11 @@ struct Avx512Bf16 {
   static __m512i load_tail(const uint8_t* p, int64_t n) { return _mm512_maskz_loadu_epi8((1ull << n) - 1, p); }
   Chunk decode_tail(const uint8_t* p, int n) const { return expand(load_tail(p, n)); }
 
-  // Adds to the exponents of bfloat16s that are not zero.
+  // Adds to the exponents of bfloat16s that are neither zero nor NaN.
   static __m512i add_exponents(__m512i values, __m512i exponents) {
-    return _mm512_mask_add_epi16(values, _mm512_test_epi16_mask(values, _mm512_set1_epi16(0x7fff)), values, exponents);
+    const __m512i below = _mm512_sub_epi16(_mm512_add_epi16(values, values), _mm512_set1_epi16(1));  // zero is the largest
+    const __mmask32 numbers = _mm512_cmplt_epu16_mask(below, _mm512_set1_epi16(static_cast<short>(0xff00)));
+    return _mm512_mask_add_epi16(values, numbers, values, exponents);
   }
   static __m512i exponents_of(uint8_t e) { return _mm512_set1_epi32(exponents.pair[e]); }
   static Chunk shift(const Chunk& chunk, const uint8_t* e, bool both) {

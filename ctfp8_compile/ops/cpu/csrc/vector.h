@@ -59,6 +59,18 @@ concept Vector =
       V::round_f16(row, row, int64_t{}, halves);
     };
 
+// Most FP8 values are normal numbers, which decode in fewer instructions: for few rows of activations `kPlain` of them are looked
+// at together, and where all are normal, multiplied so.
+constexpr int kPlain = 128;
+
+template <class V>
+concept PlainVector = Vector<V> && requires(typename V::Acc* sums, const uint8_t* fp8, const typename V::X* x) {
+  // Whether all of `kPlain` FP8 values are normal.
+  { V::plain(fp8) } -> std::same_as<bool>;
+  // sums[i] += the products of `step` such values, times 2^(e - 127) of a byte if asked, with each of M rows of activations.
+  V::template add_plain<1, true>(sums, fp8, x, int64_t{}, fp8);
+};
+
 // What `gemm` needs besides. Chunks have no more than 32 columns.
 template <class V>
 concept TileVector = Vector<V> && (V::step <= 32) && requires(typename V::X* to, typename V::Chunk chunk) {
