@@ -84,6 +84,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.long(minutes=1)
 def test_a_process_without_transformers_gets_the_same_bits(folder, dense, moe):
     """Compiled by Inductor, those of the model compiled by the backend; as it is, those of the program lowered here."""
     expected, want = {}, {}

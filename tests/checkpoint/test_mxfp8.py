@@ -53,7 +53,7 @@ def test_scales_stay_bytes_and_weights_are_bit_exact(name, load):
     assert compared >= 14
 
 
-@pytest.mark.quick("qwen3moe/MXFP8")
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_close_to_the_dense_twin_eager_compiled_and_exported(name, load, tmp_path):
     dense = logits(AutoModelForCausalLM.from_pretrained(DATA / name.split("/")[0] / "dense").eval())

@@ -42,7 +42,7 @@ def want(case):
 
 
 @pytest.mark.ci
-@pytest.mark.quick("u and v", "R3")
+@pytest.mark.quick("R3")
 def test_every_way_computes_what_the_dense_model_does(case, want, tmp_path):
     model = ctfp8.from_pretrained(case[1].folder)
     eager = _logits(model)

@@ -96,7 +96,7 @@ def test_a_file_is_read_as_its_writer_reads_it(folder):
     assert sum(p.numel() for p in model.parameters() if p.dtype == FP8) == fp8_bytes(folder)
 
 
-@pytest.mark.quick("hf-fg-qwen3moe", "modelopt-mixed-llama")
+@pytest.mark.quick("modelopt-mixed-llama")
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_one_graph(folder, kernel_everywhere):
     model = ctfp8.from_pretrained(folder, dtype=torch.float32)

@@ -240,6 +240,7 @@ def test_layers_for_more_tokens_have_scales_of_their_own(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.long
 def test_compiled_with_one_side_and_biases(tmp_path: Path) -> None:
     def change(state: dict[str, Tensor]) -> None:
         for name in [name for name in scales(state) if name.endswith("v_scale")]:

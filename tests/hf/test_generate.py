@@ -45,6 +45,7 @@ def compiled_twice_alike(call, want, expected_graphs):
     assert graphs() == expected_graphs
 
 
+@pytest.mark.long
 def test_generate_and_pipeline_with_a_compiled_forward_and_a_static_cache(tokenizer):
     model = ctfp8.from_pretrained(DATA / "qwen3moe/FP8_DYNAMIC", dtype=torch.float32)
     inputs = tokenizer("Return a list of ", return_tensors="pt")

@@ -62,8 +62,8 @@ def test_a_checkpoint_is_right_and_comes_back(strategy: str, head: str, tmp_path
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
 
 
-@pytest.mark.ci("channel")
-@pytest.mark.quick("block")
+@pytest.mark.ci("channel", "block")
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("strategy", "head"), [("tensor", "tied"), ("channel", "bf16"), ("block", "tied"), ("group", "fp8")]
 )
