@@ -57,17 +57,94 @@ struct Avx512 {
   }
 };
 
-// One or two rows of activations are bound by decoding, for which AVX2 has the better instructions.
-constexpr int kNarrow = 2;
+// As Avx2Row, 64 FP8 values at a time, for up to two rows of activations.
+struct Avx512Row : Avx512 {
+  struct Chunk {
+    __m512 part[4];
+  };
+  static constexpr int step = 64, parts = 4, in_turn = 6144;
+  static constexpr float gain = 1;
 
-int64_t bytes_of(const Weight& w, int64_t m) { return m <= kNarrow ? avx2()->bytes(w, m) : bytes<Avx512>(w, m); }
+  // Whether each of `kPlain` FP8 values is a normal number or 0.
+  static bool plain(const uint8_t* p) {
+    __mmask64 others = 0;
+    for (int i = 0; i < kPlain; i += step) {
+      const __m512i fp8 = _mm512_loadu_si512(p + i);
+      const __m512i above = _mm512_sub_epi8(_mm512_add_epi8(fp8, fp8), _mm512_set1_epi8(2 * 0x08));  // without signs
+      const __mmask64 other = _mm512_cmpgt_epu8_mask(above, _mm512_set1_epi8(static_cast<char>(2 * 0x7e - 2 * 0x08)));
+      others |= _mm512_mask_test_epi8_mask(other, fp8, fp8);
+    }
+    return others == 0;
+  }
+  // The powers of one byte, or of two for 32 columns each.
+  static __m512 powers_of(const uint8_t* e, bool both) {
+    const __m512 one = _mm512_set1_ps(powers.of[e[0]]);
+    return both ? _mm512_mask_mov_ps(one, 0xff00, _mm512_set1_ps(powers.of[e[1]])) : one;
+  }
+  // See Avx2Row::add_plain; there is no vpsignw here.
+  template <int M, bool shifted>
+  static void add_plain(Acc* sum, const uint8_t* p, const X* x, int64_t stride, const uint8_t* e) {
+    const __m512i fp8 = _mm512_loadu_si512(p);
+    const auto add = [&](__m512i floats, int part) {
+      __m512 w = _mm512_castsi512_ps(floats);
+      if constexpr (shifted) w = _mm512_mul_ps(w, powers_of(e, true));
+      hold(w);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) sum[i] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + i * stride + 16 * part), sum[i]);
+    };
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {  // every other value
+      const __m512i products = _mm512_maddubs_epi16(_mm512_set1_epi16(odd ? 16 << 8 : 16), fp8);
+      const __m512i bits = _mm512_and_si512(products, _mm512_set1_epi16(static_cast<short>(0x87f0)));
+      __m512i halves = _mm512_maskz_add_epi16(_mm512_test_epi16_mask(products, products), bits, _mm512_set1_epi16(0x3c00));
+      hold(halves);
+      add(_mm512_slli_epi32(halves, 16), odd);
+      add(_mm512_and_si512(halves, _mm512_set1_epi32(static_cast<int>(0xffff0000))), odd + 2);
+    }
+  }
+  static void hold(auto& vector) { __asm__("" : "+v"(vector)); }
+
+  // Values 0, 4, 8, … of 64, then 1, 5, 9, …, as add_plain has them.
+  static __attribute__((noinline)) Chunk ordered(__m512i fp8) {
+    const __m512i by_four = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    fp8 = _mm512_permutexvar_epi32(lanes, _mm512_shuffle_epi8(fp8, by_four));
+    const auto value = [](__m128i part) { return _mm512_mul_ps(convert(part), _mm512_set1_ps(Avx512::gain)); };
+    return {{value(_mm512_extracti32x4_epi32(fp8, 0)), value(_mm512_extracti32x4_epi32(fp8, 1)),
+             value(_mm512_extracti32x4_epi32(fp8, 2)), value(_mm512_extracti32x4_epi32(fp8, 3))}};
+  }
+  static Chunk decode(const uint8_t* p) { return ordered(_mm512_loadu_si512(p)); }
+  static Chunk decode_tail(const uint8_t* p, int n) { return ordered(_mm512_maskz_loadu_epi8((1ull << n) - 1, p)); }
+  static void arrange(const X* from, X* to) {
+    for (int i = 0; i < step; ++i) to[i % 4 * 16 + i / 4] = from[i];
+  }
+  static Chunk load(const X* p) {
+    return {{_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16), _mm512_loadu_ps(p + 32), _mm512_loadu_ps(p + 48)}};
+  }
+  static void hold(Chunk&) {}
+  static Acc dot(Acc sum, const Chunk& w, const Chunk& x) {
+    for (int i = 0; i < 4; ++i) sum = _mm512_fmadd_ps(w.part[i], x.part[i], sum);
+    return sum;
+  }
+  static Chunk shift(Chunk chunk, const uint8_t* e, bool both) {
+    for (__m512& part : chunk.part) part = _mm512_mul_ps(part, powers_of(e, both));
+    return chunk;
+  }
+};
+
+constexpr int kNarrow = 2;  // with more, and a scale for each block, Avx512 is faster
+
+int64_t bytes_of(const Weight& w, int64_t m) { return m <= kNarrow ? bytes<Avx512Row>(w, m) : bytes<Avx512>(w, m); }
 
 void prepare_rows(const Weight& w, const void* const* rows, int64_t begin, int64_t count, int64_t m, void* prepared) {
-  (m <= kNarrow ? avx2()->prepare : prepare<Avx512>)(w, rows, begin, count, m, prepared);
+  (m <= kNarrow ? prepare<Avx512Row> : prepare<Avx512>)(w, rows, begin, count, m, prepared);
 }
 
 void multiply(const Weight& w, int64_t begin, int64_t end, const void* prepared, int64_t m, float* y, int64_t ldy) {
-  (m <= kNarrow ? avx2()->matmul : matmul<Avx512>)(w, begin, end, prepared, m, y, ldy);
+  if (m <= kNarrow)
+    gemv<Avx512Row, kNarrow>(w, begin, end, static_cast<const float*>(prepared), m, y, ldy);
+  else
+    matmul<Avx512>(w, begin, end, prepared, m, y, ldy);
 }
 
 }  // namespace
