@@ -31,6 +31,7 @@ class WeightOnly:
     scalings = tuple(scaling for scaling in SCALINGS if scaling != "mx")  # it reads float32 scales
     lowers = ()
     scale_layout: ScaleLayout = ""
+    note = ""
 
     def supports(self, problem: Problem, target: Target) -> Verdict:
         if target.capability is not None and target.capability < (8, 0):

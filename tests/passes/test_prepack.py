@@ -167,7 +167,7 @@ def test_what_mxfp8_declines():
     module, _ = layer(192, 384, torch.bfloat16, "mx", "mx")
     for target, why in (
         ("cuda:sm100", "N and K must be multiples of 128, but they are 192 and 384"),
-        ("cuda:sm90", "aten._scaled_mm takes MXFP8 on cuda:sm100, not cuda:sm90"),
+        ("cuda:sm90", "aten._scaled_mm takes MXFP8 on cuda:sm100, cuda:sm120, cuda:sm121, cuda:sm103, not cuda:sm90"),
         ("xpu", "there is no kernel for a linear with mx scales on xpu"),
     ):
         (entry,) = ctfp8.explain(module, (torch.zeros(2, 384).bfloat16(),), target=target).kept
