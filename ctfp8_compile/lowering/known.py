@@ -43,7 +43,7 @@ LINEAR: tuple[Known, ...] = (
     Known("tensorwise", ("cuda:sm100",), "reported", "pytorch#152150, B200"),
     Known("tensorwise", ("cuda:sm120",), "reported", "torch 2.10.0+cu130, RTX PRO 5000: pytorch#192707"),
     Known("tensorwise", ("cuda:sm103", "cuda:sm110", "cuda:sm121"), "never tried", "cuBLAS, as on sm100 and sm120"),
-    Known("tensorwise", ("xpu",), "reported", "torch 2.11: vllm#41677"),
+    Known("tensorwise", ("xpu",), "reported", "vllm#49664; torch 2.11 names it in its errors: vllm#41677"),
     Known("rowwise", ("cuda:sm90",), "seen", "H100, torch 2.11.0+cu130"),
     Known("rowwise", ("cuda:sm89",), "reported", "hangs before torch 2.12: pytorch#177651", (2, 12)),
     Known("rowwise", ("cuda:sm100",), "reported", "B200, August 2025: ao#2904"),

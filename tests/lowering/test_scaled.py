@@ -399,7 +399,11 @@ def test_what_they_decline_is_weight_only(target, changes, declined):
 @pytest.mark.parametrize(
     ("target", "changes", "sentence"),
     [
-        ("cuda:sm75", {}, "the weight-only kernel needs sm80 or later, not cuda:sm75"),
+        ("cuda:sm70", {}, "the weight-only kernel needs sm75 or later, not cuda:sm70"),
+        ("cuda:sm75", {}, "sm75 has no bfloat16: for the weight-only kernel load the model with dtype=torch.float16"),
+        ("cuda:sm75", {"x_dtype": torch.float16, "x_shape": (17, 128)},
+         "on sm75 the weight-only kernel takes up to 16 rows, as Triton has no matrix instructions for that GPU"),
+        ("cuda:sm75", {"x_dtype": torch.float16, "x_shape": (16, 128)}, ""),
         ("xpu", {"x_dtype": torch.float64},
          "the weight-only kernel takes bfloat16, float16 and float32 activations, not torch.float64"),
     ],
