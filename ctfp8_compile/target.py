@@ -134,10 +134,18 @@ class Target:
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 raise TargetError("this machine has no CUDA device; name the one to compile for, such as cuda:sm90.")
+            if torch.version.hip is not None:
+                raise TargetError(
+                    "this torch is for AMD's GPUs (ROCm), and ctfp8 has no kernels for them. Load with dequantize=True: that is "
+                    "a plain model, which runs on any device."
+                )
             return Target("cuda", torch.cuda.get_device_capability(device))
         if device.type in ("cpu", "xpu"):
             return Target(device.type)
-        raise TargetError(f"no lowering for device type {device.type!r}; supported are cpu, cuda and xpu.")
+        raise TargetError(
+            f"no lowering for device type {device.type!r}; supported are cpu, cuda and xpu. Elsewhere load with "
+            "dequantize=True: that is a plain model, which runs on any device."
+        )
 
     def __str__(self) -> str:
         capability = "" if self.capability is None else f":sm{self.capability[0]}{self.capability[1]}"

@@ -40,6 +40,7 @@ class FusedDequantizeMatmul:
     scalings = SCALINGS
     lowers = ()
     scale_layout: ScaleLayout = ""
+    note = ""
 
     @property
     def name(self) -> str:

@@ -3,8 +3,9 @@
 | capability | linear | experts |
 |---|---|---|
 | sm90, sm100 | `_scaled_mm` for one scale each; fbgemm (MSLK where that is installed), rowwise or groupwise; else `_scaled_mm`, 128x128 blocks on sm90 | fbgemm's; on sm90 else `_scaled_grouped_mm` |
-| sm89, sm120 | `_scaled_mm` | weight-only |
+| sm89, sm103, sm110, sm120, sm121 | `_scaled_mm` | weight-only |
 | sm80 | weight-only | weight-only |
+| sm75 | weight-only for up to 16 rows in float16 | the same |
 | earlier | dequantized | dequantized |
 
 What no FP8 × FP8 kernel takes is for the weight-only kernel; and, on sm90, up to 8 rows of experts. Blocks are for `_scaled_mm`

@@ -29,6 +29,7 @@ class GatheredRows:
     scalings = SCALINGS
     lowers = ()
     scale_layout: ScaleLayout = ""
+    note = ""
 
     def supports(self, problem: Problem, target: Target) -> Verdict:
         return YES

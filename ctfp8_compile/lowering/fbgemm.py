@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from .. import ops
 from ..graph import value
 from ..target import KERNEL_LIBRARIES, Target
+from .declared import complete, declare, is_registered
 from .kernel import Kind, Problem, ScaleLayout, Scaling, Verdict, no
 from .scaled import (
     Scaled,
@@ -51,57 +52,36 @@ _SCHEMAS = (
     "f8f8bf16_rowwise_grouped_stacked(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor M_sizes) -> Tensor",
     "f8f8bf16_groupwise_grouped(Tensor XQ, Tensor WQ, Tensor x_scale, Tensor w_scale, Tensor M_sizes) -> Tensor",
 )
-_declared: list[torch.library.Library] = []
 
 
-@functools.cache
 def missing(library: str) -> str | None:
     """The sentence why a library's operators cannot be used, or None: they are registered, or declared, after this call."""
-    about = KERNEL_LIBRARIES[library]
     if torch.cuda.is_available():
-        if (mismatch := about.mismatch()) is not None:
-            return mismatch
-        try:
-            importlib.import_module(about.module)
-            getattr(torch.ops, library).f8f8bf16_rowwise.default  # noqa: B018 - raises if it is not there
-        except (ImportError, OSError, AttributeError, RuntimeError) as error:
-            name, why = about.distributions[0], str(error).splitlines()[0]
-            cure = f", and {unpaired}" if (unpaired := about.unpaired()) else f": pip install {name}"
-            return f"{name} is not installed, or does not load ({why}){cure}"
-        _complete(library)
-        return None
-    if library == "mslk":
+        if (why := _not_loaded(library)) is not None:
+            return why
+    elif library == "mslk":
         return "mslk is taken only where it is installed"
-    _declare(library)
+    elif not is_registered(library, _SCHEMAS):
+        references = _rowwise_reference, _groupwise_reference, _grouped_reference, _groupwise_grouped_reference
+        declare(library, KERNEL_LIBRARIES[library].module, _SCHEMAS, references, _fake)
+    complete(library, _SCHEMAS, _fake)  # groupwise has no meta function in any version so far
     return None
 
 
-def _declare(library: str) -> None:
+@functools.cache
+def _not_loaded(library: str) -> str | None:
+    """The sentence why a library is not used on this machine's GPU, or None: it is loaded."""
+    about = KERNEL_LIBRARIES[library]
+    if (mismatch := about.mismatch()) is not None:
+        return mismatch
     try:
-        getattr(torch.ops, library).f8f8bf16_rowwise.default  # noqa: B018 - somebody else has declared them
-        return
-    except (AttributeError, RuntimeError):
-        pass
-    fragment = torch.library.Library(library, "FRAGMENT")
-    references: tuple[Any, ...] = (
-        _rowwise_reference, _groupwise_reference, _grouped_reference, _groupwise_grouped_reference,
-    )  # fmt: skip
-    for schema, reference in zip(_SCHEMAS, references, strict=True):
-        fragment.define(schema)
-        name = schema.partition("(")[0]
-        fragment.impl(name, reference, "CPU")
-        torch.library.register_fake(f"{library}::{name}", _fake, lib=fragment)
-    _declared.append(fragment)  # declarations go with the object
-
-
-def _complete(library: str) -> None:
-    """Gives operators of the real library the meta functions it lacks: groupwise has none in any version so far."""
-    fragment = torch.library.Library(library, "IMPL")
-    for schema in _SCHEMAS:
-        name = schema.partition("(")[0]
-        if not getattr(getattr(torch.ops, library), name).default.has_kernel_for_dispatch_key("Meta"):
-            fragment.impl(name, _fake, "Meta")  # register_fake refuses operators of a C++ module
-    _declared.append(fragment)
+        importlib.import_module(about.module)
+        getattr(torch.ops, library).f8f8bf16_rowwise.default  # noqa: B018 - raises if it is not there
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        name, why = about.distributions[0], str(error).splitlines()[0]
+        cure = f", and {unpaired}" if (unpaired := about.unpaired()) else f": pip install {name}"
+        return f"{name} is not installed, or does not load ({why}){cure}"
+    return None
 
 
 def _fake(XQ: Tensor, WQ: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -134,6 +134,10 @@ class Kernel(Protocol):
     def scale_layout(self) -> ScaleLayout:
         """How it reads weight scales; it takes them as they are loaded all the same, and brings them into it at each call."""
 
+    @property
+    def note(self) -> str:
+        """What who gets it should know, such as a choice that may be faster; empty for most."""
+
     def supports(self, problem: Problem, target: Target) -> Verdict:
         """Whether this kernel takes a problem it is for on the target."""
 

@@ -73,6 +73,7 @@ class ScaledKernel:
         version: identifies the library on this machine, for Inductor's cache key.
         scale_layout: how it reads weight scales (`kernel.ScaleLayout`).
         preferred: which problems it is for before all others.
+        note: what a report says of it.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ScaledKernel:
     version: Callable[[], str] = lambda: torch.__version__
     scale_layout: ScaleLayout = ""
     preferred: Callable[[Problem, Target], bool] = lambda problem, target: False
+    note: str = ""
     lowers: ClassVar[tuple[Any, ...]] = SCALED
 
     def supports(self, problem: Problem, target: Target) -> Verdict:

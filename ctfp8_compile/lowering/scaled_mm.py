@@ -5,50 +5,47 @@
 with `scale_a` and `scale_b` of one element each, or `[M, 1]` and `[1, N]`, all float32, or, for 128x128 blocks on sm90,
 `[M, K/128]` and `[K/128, N/128]`, both with the first dimension innermost, or, for MXFP8 on sm100, `float8_e8m0fnu`
 `[M, K/32]` and `[N, K/32]` in the order of `ops.swizzle_steps` (the checks in torch's
-`aten/src/ATen/native/cuda/ScaledBlas.cpp`). Some versions of torch want columns of the latter padded
+`aten/src/ATen/native/cuda/ScaledBlas.cpp`). Some versions of torch want columns of the blocks' padded
 to a multiple of 4, which K a multiple of 512 makes the same; cuBLAS wants M to be one. These kernels write bfloat16.
+
+On XPU, oneDNN runs them. It takes blocks with scales `[M, K/128]` and `[K/128, N/128]` or `[K/128, N]`, both row-major
+(`aten/src/ATen/native/mkldnn/xpu/ScaledBlas.cpp`). `_scaled_mm_v2`, which has a name for each kind of scales, ends in the same
+kernel; Inductor lowers it to this operator.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 
 import torch
 from torch import fx
 
 from .. import ops
-from ..compat import release
 from ..graph import arguments, value
 from ..target import Target
 from .kernel import YES, Problem, Verdict, no
-from .scaled import Scaled, ScaledKernel, multiples_of, pad_rows, row_scales, rows_of, token_scales
+from .known import known
+from .scaled import (
+    Scaled,
+    ScaledKernel,
+    multiples_of,
+    pad_rows,
+    row_scales,
+    rows_of,
+    token_scales,
+    transposed_scales,
+)
 
 aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
 
 def _linear(problem: Problem, target: Target) -> Verdict:
-    if target.capability == (8, 9) and release(torch.__version__) < (2, 12):
-        return no(f"aten._scaled_mm on sm89 needs torch 2.12 or later, not {torch.__version__}")
-    if target.device == "xpu" and target.kernels == "auto" and not _xpu_multiplies_fp8():
-        return no(
-            "oneDNN multiplies FP8 as float16 on Intel GPUs up to Xe2, so that quantized activations would cost precision and "
-            "save nothing; ctfp8.kernels='scaled_mm' takes it all the same"
-        )
-    return multiples_of(16, problem)
-
-
-def _xpu_multiplies_fp8() -> bool:
-    """Whether this machine's Intel GPU is a newer one than those known to have no FP8 in their matrix units."""
-    # https://github.com/uxlfoundation/oneDNN/pull/2904
-    return torch.xpu.is_available() and not re.search(r"Max|Flex|Arc|Graphics", torch.xpu.get_device_name())
+    return multiples_of(16, problem) and known(problem.scaling, target)
 
 
 def _blockwise(problem: Problem, target: Target) -> Verdict:
-    if target.capability != (9, 0):
-        return no(f"aten._scaled_mm takes 128x128 blocks on cuda:sm90, not {target}")
-    if not (verdict := _cuda((12, 9), "128x128 blocks")):
+    if not (verdict := known("blockwise", target) and _cuda((12, 9), "128x128 blocks")):
         return verdict
     n, k = problem.weight_shape[-2:]
     return no(f"N must be a multiple of 128 and K of 512, but they are {n} and {k}") if n % 128 or k % 512 else YES
@@ -59,12 +56,17 @@ def _many_rows(problem: Problem, target: Target) -> bool:
     return problem.rows is None or problem.rows >= 128
 
 
+def _xpu_blocks(problem: Problem, target: Target) -> Verdict:
+    """oneDNN wants whole blocks (vllm#49596 pads N for it)."""
+    if problem.activation != "group" or problem.block not in ((128, 128), (1, 128)):
+        return no("aten._scaled_mm on xpu takes blocks of 128x128 and 1x128 with groups of 128 in the activation")
+    return multiples_of(128, problem) and known("blockwise", target)
+
+
 def _mx(problem: Problem, target: Target) -> Verdict:
     if problem.activation != "mx":
         return no("the checkpoint does not quantize activations (MXFP8A16)")
-    if target.capability != (10, 0):
-        return no(f"aten._scaled_mm takes MXFP8 on cuda:sm100, not {target}")
-    return _cuda((12, 8), "MXFP8") and multiples_of(128, problem)
+    return known("mx", target) and _cuda((12, 8), "MXFP8") and multiples_of(128, problem)
 
 
 def _cuda(release: tuple[int, int], what: str) -> Verdict:
@@ -105,6 +107,13 @@ def _build_blockwise(do: ops.Do, s: Scaled) -> fx.Node:
     return finish(do, s, out, s.bias)
 
 
+def _build_xpu_blocks(do: ops.Do, s: Scaled) -> fx.Node:
+    weight = do(aten.permute.default, s.weight, [1, 0])
+    scale_b = transposed_scales(do, s.weight_scale)  # of any strides, but others than these are copied at each call
+    out = do(aten._scaled_mm.default, s.x, weight, s.scale_a, scale_b, None, None, torch.bfloat16, False)
+    return finish(do, s, out, s.bias)
+
+
 def _build_mx(do: ops.Do, s: Scaled) -> fx.Node:
     cols = value(s.scale_a).shape[1]
     scale_a = ops.swizzle_steps(do, pad_rows(do, s.scale_a, 128), cols)
@@ -131,16 +140,24 @@ def _build_grouped(do: ops.Do, s: Scaled) -> fx.Node:
     return finish(do, s, do(aten._scaled_grouped_mm.default, *arguments))
 
 
-def linear(fast_accum: bool) -> tuple[ScaledKernel, ScaledKernel]:
+def linear(fast_accum: bool, note: str = "") -> tuple[ScaledKernel, ScaledKernel]:
     """The kernels with one scale each, and with scales per row; on Hopper, fast accumulation keeps partial sums with fewer bits
     than float32."""
     one = functools.partial(_build_tensorwise, fast_accum=fast_accum)
     rows = functools.partial(_build_linear, fast_accum=fast_accum)
     name, library = "aten._scaled_mm", "scaled_mm"
     return (
-        ScaledKernel(name, library, ("linear",), ("tensorwise",), _linear, one),
-        ScaledKernel(name, library, ("linear",), ("rowwise",), _linear, rows, scale_layout="by row"),
+        ScaledKernel(name, library, ("linear",), ("tensorwise",), _linear, one, note=note),
+        ScaledKernel(name, library, ("linear",), ("rowwise",), _linear, rows, scale_layout="by row", note=note),
     )
+
+
+def xpu_blocks(note: str) -> ScaledKernel:
+    """The kernel of oneDNN for weights in blocks of 128x128 or 1x128 and activations in groups of 128."""
+    return ScaledKernel(
+        "aten._scaled_mm", "scaled_mm", ("linear",), ("blockwise", "groupwise"), _xpu_blocks, _build_xpu_blocks,
+        scale_layout="transposed", note=note,
+    )  # fmt: skip
 
 
 MX = ScaledKernel("aten._scaled_mm", "scaled_mm", ("linear",), ("mx",), _mx, _build_mx, scale_layout="swizzled")

@@ -31,12 +31,15 @@ class WeightOnly:
     scalings = tuple(scaling for scaling in SCALINGS if scaling != "mx")  # it reads float32 scales
     lowers = ()
     scale_layout: ScaleLayout = ""
+    note = ""
 
     def supports(self, problem: Problem, target: Target) -> Verdict:
-        if target.capability is not None and target.capability < (8, 0):
-            return no(f"the weight-only kernel needs sm80 or later, not {target}")
+        if target.capability is not None and target.capability < (7, 5):
+            return no(f"the weight-only kernel needs sm75 or later, not {target}")
         if problem.x_dtype not in _DTYPES:
             return no(f"the weight-only kernel takes bfloat16, float16 and float32 activations, not {problem.x_dtype}")
+        if target.capability == (7, 5) and (why_not := _not_on_turing(problem)):
+            return no(why_not)
         return Verdict(missing(target.device) or "")
 
     def preferred(self, problem: Problem, target: Target) -> bool:
@@ -62,6 +65,15 @@ class WeightOnly:
             return f"triton {importlib.metadata.version('triton')}"
         except importlib.metadata.PackageNotFoundError:
             return "triton"
+
+
+def _not_on_turing(problem: Problem) -> str:
+    """Why sm75 does not run a problem so; Triton multiplies there without matrix instructions, which few rows do not need."""
+    if problem.x_dtype == torch.bfloat16:
+        return "sm75 has no bfloat16: for the weight-only kernel load the model with dtype=torch.float16"
+    if problem.rows is None or problem.rows > 16:
+        return "on sm75 the weight-only kernel takes up to 16 rows, as Triton has no matrix instructions for that GPU"
+    return ""
 
 
 KERNEL = WeightOnly()

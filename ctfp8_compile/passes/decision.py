@@ -32,6 +32,7 @@ class Decision:
         problem, kernel: what was asked and the kernel that said yes; None where the weight stays dequantized.
         reason: why it does; empty where it does not.
         declined: why kernels that come before the one chosen declined.
+        note: what the chosen kernel has to say to who gets it.
         before, after: the operations from the weight to its use, as traced and as rewritten.
     """
 
@@ -45,6 +46,7 @@ class Decision:
     kernel: Kernel | None = None
     reason: str = ""
     declined: str = ""
+    note: str = ""
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 
@@ -52,7 +54,7 @@ class Decision:
         """As the report shows it."""
         kernel = self.kernel.name if self.kernel is not None else ""
         return Entry(self.parameter, self.rule, kernel, self.reason, self.shape, self.block, self.activation,
-                     before=self.before, after=self.after, declined=self.declined)  # fmt: skip
+                     before=self.before, after=self.after, declined=self.declined, note=self.note)  # fmt: skip
 
 
 def match(graph: fx.Graph, rules: Sequence[Rule]) -> list[Decision]:
@@ -99,7 +101,7 @@ def _select(decision: Decision, found: Match, target: Target, kernels: Sequence[
     x = value(found.x)
     if x.dtype != found.dtype and found.kind != "embedding":
         why = f"its input is {_short(x.dtype)} where the weight dequantizes to {_short(found.dtype)}"
-        return replace(decision, problem=None, kernel=None, reason=why, declined="")
+        return replace(decision, problem=None, kernel=None, reason=why, declined="", note="")
     shape = decision.shape
     problem = Problem(
         kind=found.kind,
@@ -113,7 +115,8 @@ def _select(decision: Decision, found: Match, target: Target, kernels: Sequence[
     )
     kernel, why = choose(kernels, problem, target)
     reason, declined = (why, "") if kernel is None else ("", why)
-    return replace(decision, problem=problem, kernel=kernel, reason=reason, declined=declined)
+    note = "" if kernel is None else kernel.note
+    return replace(decision, problem=problem, kernel=kernel, reason=reason, declined=declined, note=note)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -102,6 +102,10 @@ def _prepack(graph: fx.Graph, marker: fx.Node, whole: fx.Node, layout: str) -> b
         return False
     for user in users:
         user.replace_input_with(whole, new)
+        if user.target is aten.slice.Tensor:  # of a pack: it has the strides of what it now is a part of
+            _, *args = arguments(user)
+            with fake_value(new).fake_mode:
+                user.meta["val" if "val" in user.meta else "example_value"] = user.target(fake_value(new), *args)
     return True
 
 

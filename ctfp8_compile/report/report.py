@@ -35,6 +35,7 @@ class Entry:
         before, after: the operations on the way from the weight to its use, as traced and as rewritten; `after` is empty
             where nothing was.
         declined: why kernels that come before this one for its target declined.
+        note: what the kernel that was chosen has to say to who gets it, such as a choice that may be faster.
         part: where a model is spread over processes, which part of the weight this one has, and what a cut block costs.
         cache_bytes: of the keys and values that an attention reads of a full cache; 0 where their number is any.
     """
@@ -50,6 +51,7 @@ class Entry:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     declined: str = ""
+    note: str = ""
     part: str = ""
     cache_bytes: int = 0
 
@@ -132,7 +134,7 @@ class Report:
     def __str__(self) -> str:
         """The summary, then a line a weight and an attention; what fared alike, and differs in name by numbers only, shares one.
 
-        Then why kernels that come before those chosen declined.
+        Then why kernels that come before those chosen declined, and what those chosen have to say.
         """
         alike: Counter[tuple[str, str, str]] = Counter()
         for e in (*self.rewritten, *self.kept, *self.attention, *self.transforms):
@@ -146,6 +148,8 @@ class Report:
         ]
         past = Counter(e.declined for e in self.rewritten if e.declined)
         lines += [f"  {count:>3} × not taken by a kernel that comes before: {why}" for why, count in past.items()]
+        notes = Counter(e.note for e in self.rewritten if e.note)
+        lines += [f"  {count:>3} × note: {note}" for note, count in notes.items()]
         return "\n".join([self.summary(), *lines])
 
     def to_dict(self) -> dict[str, Any]:

@@ -692,7 +692,7 @@ return [%34]""",
 
     def test_xpu_in_the_file(self):
         self.assertExpectedInline(
-            self._export("xpu+scaled_mm"),
+            self._export("xpu"),
             """\
 %0 = placeholder : f8e4m3[512, 128]
 %1 = placeholder : f8e4m3[128, 256]

@@ -12,7 +12,7 @@ from ctfp8_compile import passes
 from ctfp8_compile.cli.app import app
 
 SHIPPED = DATA.parent.parent / "examples/models"
-FOR_XPU = ("--target", "xpu+scaled_mm")
+FOR_XPU = ("--target", "xpu")
 
 
 def explained(*arguments, code=0):

@@ -36,11 +36,16 @@ def _meta(XQ: Tensor, WQ: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def install() -> None:
     """Registers the operators, and makes the wheel's modules importable, as of a release for the torch at hand."""
     KernelLibrary.unpaired = lambda self: None
+    register()
+    for module in ("fbgemm_gpu", "fbgemm_gpu.experimental", "fbgemm_gpu.experimental.gen_ai"):
+        sys.modules[module] = types.ModuleType(module)
+
+
+def register() -> None:
+    """Registers the operators, as loading the wheel's library does."""
     for schema in _SCHEMAS:
         library.define(schema)
         name = schema.partition("(")[0]
         library.impl(name, _no_code, "CUDA")
         if "groupwise" not in name:
             library.impl(name, _meta, "Meta")
-    for module in ("fbgemm_gpu", "fbgemm_gpu.experimental", "fbgemm_gpu.experimental.gen_ai"):
-        sys.modules[module] = types.ModuleType(module)

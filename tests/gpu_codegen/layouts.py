@@ -79,6 +79,8 @@ def _scaled_mm(launch: Launch, device: str) -> None:
         _is(launch, "scale_b", "float32", (1, n), (n, 1))
     elif scale_a.dtype == "float8_e8m0fnu":
         _contiguous(launch, scale_a.dtype, scale_a=(-(-m // 128) * 4 * k,), scale_b=(-(-n // 128) * 4 * k,))
+    elif device == "xpu":  # oneDNN reads both by row; torch would copy others at each call
+        _contiguous(launch, "float32", scale_a=(m, k // 128), scale_b=(k // 128, n // 128))
     else:
         assert m % 4 == 0, f"{launch.name}: {m} rows, whose scales cuBLAS cannot load"
         _is(launch, "scale_a", "float32", (m, k // 128), (1, m))

@@ -28,7 +28,7 @@ GPUS = (
     Gpu("cuda:sm100", fbgemm=True),
     Gpu("cuda:sm120"),
     Gpu("xpu"),
-    Gpu("xpu", kernels="scaled_mm"),
+    Gpu("xpu", kernels="triton"),
 )
 EXPERTS = {1: "batched_mm", 16: "batched_mm", 512: "grouped_mm", None: "grouped_mm"}
 
@@ -242,6 +242,68 @@ own:biased/FP8_DYNAMIC layer M=20
 own:wide/FP8_DYNAMIC layer M=1
   silu, quantize
   aten._scaled_mm [1, 14336] x [14336, 256]""",
+        )
+
+    @pytest.mark.long
+    def test_xpu(self):
+        text = self.compile(
+            Gpu("xpu"),
+            Case("forged:llama/FP8_DYNAMIC", rows=None),
+            Case("forged:llama/FP8_BLOCK", rows=21),
+            Case("own:views/FP8", rows=20),
+            Case("own:biased/FP8_BLOCK", rows=20),
+        )
+        self.assertExpectedInline(
+            text,
+            """\
+forged:llama/FP8_DYNAMIC layer M=any
+  norm, quantize
+  aten._scaled_mm [23, 512] x [512, 1024]
+  pointwise
+  pointwise
+  aten.bmm
+  softmax
+  pointwise
+  aten.bmm
+  quantize
+  aten._scaled_mm [23, 512] x [512, 512]
+  norm, quantize
+  aten._scaled_mm [23, 512] x [512, 2048]
+  silu, quantize
+  aten._scaled_mm [23, 1024] x [1024, 512]
+  pointwise
+forged:llama/FP8_BLOCK layer M=21
+  pointwise
+  norm, quantize
+  aten._scaled_mm [21, 512] x [512, 1024]
+  pointwise
+  pointwise
+  aten.bmm
+  softmax
+  pointwise
+  aten.bmm
+  amax
+  quantize
+  aten._scaled_mm [21, 512] x [512, 512]
+  pointwise
+  norm, quantize
+  aten._scaled_mm [21, 512] x [512, 2048]
+  silu, quantize
+  aten._scaled_mm [21, 1024] x [1024, 512]
+  pointwise
+own:views/FP8 layer M=20
+  quantize
+  aten._scaled_mm [20, 512] x [512, 256]
+  quantize
+  aten._scaled_mm [20, 512] x [512, 256]
+  quantize
+  aten._scaled_mm [20, 512] x [512, 256]
+  quantize
+  aten._scaled_mm [40, 512] x [512, 256]
+own:biased/FP8_BLOCK layer M=20
+  quantize
+  aten._scaled_mm [20, 512] x [512, 512]
+  silu""",
         )
 
     @pytest.mark.long

@@ -22,7 +22,7 @@ from ctfp8_compile.inductor import backend
 from ctfp8_compile.target import Target
 
 aten = torch.ops.aten
-TARGETS = ("cuda:sm80", "cuda:sm89", "cuda:sm90", "cuda:sm90+scaled_mm", "cuda:sm100", "xpu", "xpu+scaled_mm")
+TARGETS = ("cuda:sm80", "cuda:sm89", "cuda:sm90", "cuda:sm90+scaled_mm", "cuda:sm100", "xpu", "xpu+triton")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ LINEARS = [
     ("channel", "token", "cuda:sm90"),
     ("channel", "token", "cuda:sm89"),
     ("tensor", "tensor", "cuda:sm90"),
-    ("tensor", "tensor", "xpu+scaled_mm"),
+    ("tensor", "tensor", "xpu"),
     ("block", "group", "cuda:sm90+fbgemm"),  # torch has no `_scaled_mm` with blocks on a CPU
     ("block", "group", "cuda:sm89"),
     ("channel", "token", "cuda:sm80"),

@@ -48,14 +48,14 @@ def test_a_release_of_another_torch_is_refused(monkeypatch, library, torch_relea
     assert KERNEL_LIBRARIES[library].mismatch() == why_not
     if why_not is not None:  # and with a GPU, before anything of it is loaded, that is the check's sentence
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert fbgemm.missing.__wrapped__(library) == why_not
+        assert fbgemm._not_loaded.__wrapped__(library) == why_not
 
 
 def test_a_library_that_is_absent_is_named_with_its_cure(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for library, distribution in (("fbgemm", "fbgemm-gpu-genai"), ("mslk", "mslk-cuda")):
         if KERNEL_LIBRARIES[library].installed() is None:
-            why = fbgemm.missing.__wrapped__(library)
+            why = fbgemm._not_loaded.__wrapped__(library)
             assert why.startswith(f"{distribution} is not installed, or does not load (")
             assert why.endswith(f"pip install {distribution}")
 
@@ -119,5 +119,5 @@ def test_the_cure_for_an_absent_library_is_no_release_of_another_torch(monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     _installed(monkeypatch, "2.15.0", "", "")
     monkeypatch.setattr(fbgemm.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError("absent")))
-    why = fbgemm.missing.__wrapped__("fbgemm")
+    why = fbgemm._not_loaded.__wrapped__("fbgemm")
     assert why == f"fbgemm-gpu-genai is not installed, or does not load (absent), and {NOBODY_KNOWS.format('2.15')}"

@@ -75,12 +75,12 @@ CASES = [
     ("channel", "token", "cuda:sm90+scaled_mm", "aten._scaled_mm"),
     ("channel", "token", SM89, "aten._scaled_mm"),
     ("channel", "token", "cuda:sm120", "aten._scaled_mm"),
-    ("channel", "token", "xpu+scaled_mm", "aten._scaled_mm"),
+    ("channel", "token", "xpu", "aten._scaled_mm"),
     ("channel", "tensor", "cuda:sm90", "fbgemm f8f8bf16_rowwise"),
-    ("channel", "tensor", "xpu+scaled_mm", "aten._scaled_mm"),
+    ("channel", "tensor", "xpu", "aten._scaled_mm"),
     ("tensor", "tensor", "cuda:sm90", "aten._scaled_mm"),
     ("tensor", "tensor", "cuda:sm90+fbgemm", "fbgemm f8f8bf16_rowwise"),
-    ("tensor", "tensor", "xpu+scaled_mm", "aten._scaled_mm"),
+    ("tensor", "tensor", "xpu", "aten._scaled_mm"),
     ("tensor", "token", SM89, "aten._scaled_mm"),
     ("block", "group", "cuda:sm90", "fbgemm f8f8bf16_groupwise"),
 ]
@@ -124,6 +124,89 @@ def test_blocks_in_torch_alone(rows, bias):
         assert relative_error(got, want) < 4e-3
 
 
+XPU_BLOCKS = pytest.mark.skipif(torch.__version__ < (2, 13), reason="not in the torch of XPU before 2.13")
+
+
+@XPU_BLOCKS
+@pytest.mark.parametrize("block", [(128, 128), (1, 128)])
+@pytest.mark.parametrize(("rows", "bias", "dtype"), [(1, False, torch.bfloat16), (7, True, torch.float32)])
+def test_blocks_on_xpu(block, rows, bias, dtype):
+    module, state = layer(256, 384, dtype, "block", "group", bias, block)
+    x = torch.randn(2, rows, 384).to(dtype)
+    for shapes in (None, {"x": {1: torch.export.Dim("rows")}}) if rows > 1 else (None,):
+        program = ctfp8.lower(module, (x,), target="xpu", dynamic_shapes=shapes)
+        assert not [node for node in program.graph.nodes if "ctfp8" in str(node.target)]
+        (name,) = [name for name in program.state_dict if "scale" in name]
+        assert name.endswith("_prepacked")  # transposed once, not at each call
+        with BlockwiseOnCpu("xpu") as mode:
+            got = program.module()(x)
+        assert mode.calls == 1
+        weight = state["a.weight"].double() * ops.expand_scale(state["a.weight_scale"].double(), list(block), 256, 384)
+        want = quantized_activation(x, "group") @ weight.t() + (state["a.bias"].double() if bias else 0)
+        assert got.dtype == dtype
+        assert relative_error(got, want) < 4e-3
+
+
+@pytest.mark.parametrize(("strategy", "activation"), [("channel", "token"), ("tensor", "tensor"), ("block", "group")])
+def test_a_report_says_what_xpu_does_with_fp8(strategy, activation):
+    """With the choice that may be faster: which takes it."""
+    module, _ = layer(256, 384, torch.bfloat16, strategy, activation)
+    x = torch.zeros(2, 384).bfloat16()
+    report = ctfp8.explain(module, (x,), target="xpu")
+    if report.rewritten[0].kernel != "aten._scaled_mm":
+        pytest.skip("this torch has no blocks on XPU")
+    assert "1 × note: oneDNN multiplies FP8 as float16 on Intel GPUs up to Xe2" in str(report)
+    assert report.to_dict()["rewritten"][0]["note"].endswith("weight-only, ctfp8.kernels='triton', may be faster")
+    other = ctfp8.explain(module, (x,), target="xpu+triton")
+    assert [e.kernel for e in other.rewritten] == ["Triton weight-only"]
+    assert "note" not in str(other)
+
+
+@pytest.mark.parametrize(
+    ("target", "torch_release", "changes", "first"),
+    [
+        ("xpu", "2.11.0", {"block": (128, 128), "activation": "group", "weight_shape": (128, 128)}, (2, 13)),
+        ("cuda:sm120", "2.10.0+cu130", {}, (2, 11)),
+        ("cuda:sm121", "2.10.0+cu130", {}, (2, 11)),
+        ("cuda:sm89", "2.11.0", {}, (2, 12)),
+        (
+            "cuda:sm120",
+            "2.13.0",
+            {"exponents": True, "activation": "mx", "block": (1, 32), "weight_shape": (128, 128)},
+            (2, 14),
+        ),
+    ],
+)
+def test_a_release_that_somebody_saw_failing_is_for_who_asks(monkeypatch, target, torch_release, changes, first):
+    asked = problem(**{"x_shape": (4, 128), **changes})
+
+    def chosen(text):
+        kernels = [k for k in lowering.kernels_of(Target.parse(text)) if k.library != "fbgemm"]
+        return choose(kernels, asked, Target.parse(text))
+
+    monkeypatch.setattr(torch, "__version__", torch_release)
+    kernel, why = chosen(target)
+    assert kernel is None or kernel.name == "Triton weight-only"
+    assert f"on {target} needs torch {first[0]}.{first[1]} or later, not {torch_release}" in why
+    assert chosen(f"{target}+scaled_mm")[0].name == "aten._scaled_mm"
+    monkeypatch.setattr(torch, "__version__", f"{first[0]}.{first[1]}.0")
+    assert chosen(target)[0].name == "aten._scaled_mm"
+
+
+@pytest.mark.parametrize("gpu", ["cuda:sm103", "cuda:sm110", "cuda:sm120", "cuda:sm121"])
+def test_gpus_that_are_named(gpu):
+    assert choose(fp8_kernels(Target.parse(gpu)), problem(), Target.parse(gpu))[0].name == "aten._scaled_mm"
+
+
+def test_a_gpu_that_nobody_tried_is_for_who_asks():
+    target = Target.parse("cuda:sm130")
+    kernel, why = choose(lowering.kernels_of(target), problem(), target)
+    assert kernel is lowering.weight_only.KERNEL
+    assert why.endswith("not cuda:sm130; ctfp8.kernels='scaled_mm' takes it all the same")
+    named = Target.parse("cuda:sm130+scaled_mm")
+    assert choose(lowering.kernels_of(named), problem(), named)[0].name == "aten._scaled_mm"
+
+
 def test_one_quantization_for_all_that_share_an_input():
     for name, quantizations in (("llama/FP8_DYNAMIC", 4), ("llama/FP8_BLOCK", 4)):
         block = ctfp8.from_pretrained(DATA / name).model.layers[0]
@@ -137,7 +220,7 @@ def test_one_quantization_for_all_that_share_an_input():
 @pytest.mark.parametrize(
     ("name", "experts", "target"),
     [
-        *(("llama/FP8", None, target) for target in ("cuda:sm90", SM89, "cuda:sm80", "xpu+scaled_mm")),
+        *(("llama/FP8", None, target) for target in ("cuda:sm90", SM89, "cuda:sm80", "xpu")),
         ("llama/FP8_BLOCK", None, "cuda:sm90"),
         ("qwen3moe/FP8_BLOCK", "batched_mm", "cuda:sm90"),
         ("qwen3moe/FP8_BLOCK", "grouped_mm", "cuda:sm90"),
@@ -213,12 +296,6 @@ def test_before_lowering_the_nodes_run_anywhere():
     assert relative_error(program.module()(x), lowered.module()(x)) < 4e-3
 
 
-XPU = (
-    "oneDNN multiplies FP8 as float16 on Intel GPUs up to Xe2, so that quantized activations would cost precision and save "
-    "nothing; ctfp8.kernels='scaled_mm' takes it all the same"
-)
-
-
 def problem(**changes):
     usual = {"kind": "linear", "x_dtype": torch.bfloat16, "x_shape": (4, 128), "weight_shape": (64, 128),
              "block": (1, 128), "activation": "token", "bias": False}  # fmt: skip
@@ -237,7 +314,6 @@ def fp8_kernels(target):
         ("cuda:sm90", {"activation": "none"}, "the checkpoint does not quantize activations (W8A16)"),
         ("cuda:sm90", {"weight_shape": (60, 128)}, "N and K must be multiples of 16, but they are 60 and 128"),
         ("xpu+scaled_mm", {"weight_shape": (64, 100)}, "N and K must be multiples of 16, but they are 64 and 100"),
-        ("xpu", {}, XPU),
         ("xpu", {"kind": "grouped_mm", "weight_shape": (4, 64, 128)},
          "there is no kernel for experts with rowwise scales on xpu"),
         ("cuda:sm89", {"kind": "gathered_mm", "weight_shape": (4, 64, 128)},
@@ -247,7 +323,7 @@ def fp8_kernels(target):
          "N and K must be multiples of 128, but they are 64 and 128; N must be a multiple of 128 and K of 512, but they "
          "are 64 and 128"),
         ("cuda:sm100+scaled_mm", {"block": (128, 128), "activation": "group", "weight_shape": (128, 512)},
-         "aten._scaled_mm takes 128x128 blocks on cuda:sm90, not cuda:sm100+scaled_mm"),
+         "aten._scaled_mm takes 128x128 blocks on cuda:sm90, xpu, not cuda:sm100"),
         ("cuda:sm90", {"block": (1, 64)}, "there is no kernel for a linear with groupwise scales on cuda:sm90"),
         ("cuda:sm90", {"x_dtype": torch.float64}, "activations are torch.float64, not bfloat16, float16 or float32"),
         ("xpu+fbgemm", {}, "there is no kernel for a linear with rowwise scales on xpu+fbgemm"),
@@ -272,7 +348,10 @@ def test_sm89_needs_a_torch_that_does_not_hang(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     kernel, why = choose(fp8_kernels(target), problem(), target)
     assert kernel is None
-    assert "aten._scaled_mm on sm89 needs torch 2.12 or later, not 2.11.0+cu130" in why
+    assert (
+        "aten._scaled_mm with scales per row on cuda:sm89 needs torch 2.12 or later, not 2.11.0+cu130; "
+        "ctfp8.kernels='scaled_mm' takes it all the same"
+    ) in why
 
 
 @pytest.mark.parametrize("text", ["cuda:sm90+cutlass", "cuda:90", "xpu:sm90", "gpu", "cpu+"])
@@ -300,10 +379,15 @@ def test_the_backend_takes_a_library():
     [
         ("cuda:sm90", {"activation": "none"}, ""),
         ("cuda:sm80", {}, "cuda:sm80 has no FP8 tensor cores (sm89 and later have)"),
-        ("xpu", {}, XPU),
+        ("xpu", {"weight_shape": (60, 128)}, "N and K must be multiples of 16, but they are 60 and 128"),
+        ("xpu", {"block": (128, 128), "activation": "group", "weight_shape": (192, 128)},
+         "N and K must be multiples of 128, but they are 192 and 128"),
+        ("xpu", {"block": (64, 64), "activation": "group", "weight_shape": (128, 128)},
+         "aten._scaled_mm on xpu takes blocks of 128x128 and 1x128 with groups of 128 in the activation"),
+        ("xpu+triton", {}, ""),
         ("cuda:sm90+triton", {}, ""),
     ],
-)
+)  # fmt: skip
 def test_what_they_decline_is_weight_only(target, changes, declined):
     """The kernel comes last, and the decision keeps why those before it said no."""
     target = Target.parse(target)
@@ -315,7 +399,11 @@ def test_what_they_decline_is_weight_only(target, changes, declined):
 @pytest.mark.parametrize(
     ("target", "changes", "sentence"),
     [
-        ("cuda:sm75", {}, "the weight-only kernel needs sm80 or later, not cuda:sm75"),
+        ("cuda:sm70", {}, "the weight-only kernel needs sm75 or later, not cuda:sm70"),
+        ("cuda:sm75", {}, "sm75 has no bfloat16: for the weight-only kernel load the model with dtype=torch.float16"),
+        ("cuda:sm75", {"x_dtype": torch.float16, "x_shape": (17, 128)},
+         "on sm75 the weight-only kernel takes up to 16 rows, as Triton has no matrix instructions for that GPU"),
+        ("cuda:sm75", {"x_dtype": torch.float16, "x_shape": (16, 128)}, ""),
         ("xpu", {"x_dtype": torch.float64},
          "the weight-only kernel takes bfloat16, float16 and float32 activations, not torch.float64"),
     ],

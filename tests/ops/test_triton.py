@@ -70,6 +70,17 @@ def test_kernels_build(capability):
     fits(resources.gathered, capability, 8, 8, 96, 100)  # neither size is a multiple of a tile
 
 
+def test_kernels_build_for_sm75():
+    """Which has neither bfloat16 nor conversions of FP8, and, of Triton, no matrix instructions."""
+    half = torch.float16
+    for make, args in (
+        (resources.linear, (1, 4096, 4096)),
+        (resources.linear, (16, 1024, 4096, BLOCK)),
+        (resources.gathered, (8, 8, 96, 100)),
+    ):
+        assert "bf16" not in fits(make, 75, *args, dtype=half).ptx
+
+
 SIZES = [(4096, 4096), (28672, 4096), (1000, 200), (96, 33)]
 
 

@@ -437,7 +437,7 @@ return [%12]""",
 
     def test_mlp_on_xpu(self):
         self.assertExpectedInline(
-            _mlp("llama/FP8_DYNAMIC", "xpu+scaled_mm"),
+            _mlp("llama/FP8_DYNAMIC", "xpu"),
             """\
 %0 = placeholder : f8e4m3[512, 128]
 %1 = placeholder : f8e4m3[128, 256]
@@ -815,6 +815,128 @@ return [%90]""",
 %55 = view(%54, [5, 2, 128]) : bf16[5, 2, 128]
 %56 = sum(%55, [1]) : bf16[5, 128]
 return [%56]""",
+        )
+
+    @unittest.skipIf(torch.__version__ < (2, 13), "the torch of XPU has blocks from 2.13 on")
+    def test_blocks_on_xpu(self):
+        self.assertExpectedInline(
+            _mlp("llama/FP8_BLOCK", "xpu"),
+            """\
+%0 = placeholder : f8e4m3[512, 128]
+%1 = placeholder : f8e4m3[128, 256]
+%2 = placeholder : f32[1, 4]
+%3 = placeholder : f32[2, 1]
+%4 = placeholder : bf16[1, 5, 128]
+%5 = permute(%2, [1, 0]) : f32[4, 1]
+%6 = permute(%3, [1, 0]) : f32[1, 2]
+%7 = reshape(%4, [-1, 128]) : bf16[5, 128]
+%8 = convert_element_type(%7, float32) : f32[5, 128]
+%9 = reshape(%8, [-1, 1, 128]) : f32[5, 1, 128]
+%10 = abs(%9) : f32[5, 1, 128]
+%11 = amax(%10, [-1], True) : f32[5, 1, 1]
+%12 = clamp_min(%11, 1e-12) : f32[5, 1, 1]
+%13 = div(%12, 448.0) : f32[5, 1, 1]
+%14 = div(%9, %13) : f32[5, 1, 128]
+%15 = clamp_min(%14, -448.0) : f32[5, 1, 128]
+%16 = clamp_max(%15, 448.0) : f32[5, 1, 128]
+%17 = convert_element_type(%16, float8_e4m3fn) : f8e4m3[5, 1, 128]
+%18 = reshape(%17, [-1, 128]) : f8e4m3[5, 128]
+%19 = squeeze(%13, -1) : f32[5, 1]
+%20 = permute(%0, [1, 0]) : f8e4m3[128, 512]
+%21 = permute(%5, [1, 0]) : f32[1, 4]
+%22 = _scaled_mm(%18, %20, %19, %21, None, None, bfloat16, False) : bf16[5, 512]
+%23 = slice(%22, 1, 0, 256) : bf16[5, 256]
+%24 = clone(%23, memory_format=contiguous_format) : bf16[5, 256]
+%25 = slice(%22, 1, 256, 512) : bf16[5, 256]
+%26 = clone(%25, memory_format=contiguous_format) : bf16[5, 256]
+%27 = reshape(%24, [1, 5, 256]) : bf16[1, 5, 256]
+%28 = silu(%27) : bf16[1, 5, 256]
+%29 = reshape(%26, [1, 5, 256]) : bf16[1, 5, 256]
+%30 = mul(%28, %29) : bf16[1, 5, 256]
+%31 = reshape(%30, [-1, 256]) : bf16[5, 256]
+%32 = convert_element_type(%31, float32) : f32[5, 256]
+%33 = reshape(%32, [-1, 2, 128]) : f32[5, 2, 128]
+%34 = abs(%33) : f32[5, 2, 128]
+%35 = amax(%34, [-1], True) : f32[5, 2, 1]
+%36 = clamp_min(%35, 1e-12) : f32[5, 2, 1]
+%37 = div(%36, 448.0) : f32[5, 2, 1]
+%38 = div(%33, %37) : f32[5, 2, 128]
+%39 = clamp_min(%38, -448.0) : f32[5, 2, 128]
+%40 = clamp_max(%39, 448.0) : f32[5, 2, 128]
+%41 = convert_element_type(%40, float8_e4m3fn) : f8e4m3[5, 2, 128]
+%42 = reshape(%41, [-1, 256]) : f8e4m3[5, 256]
+%43 = squeeze(%37, -1) : f32[5, 2]
+%44 = permute(%1, [1, 0]) : f8e4m3[256, 128]
+%45 = permute(%6, [1, 0]) : f32[2, 1]
+%46 = _scaled_mm(%42, %44, %43, %45, None, None, bfloat16, False) : bf16[5, 128]
+%47 = reshape(%46, [1, 5, 128]) : bf16[1, 5, 128]
+return [%47]""",
+        )
+
+    def test_static_scales_on_xpu(self):
+        self.assertExpectedInline(
+            _mlp("llama/FP8", "xpu"),
+            """\
+%0 = placeholder : f8e4m3[512, 128]
+%1 = placeholder : f8e4m3[128, 256]
+%2 = placeholder : f32[512, 1]
+%3 = placeholder : f32[2]
+%4 = placeholder : f32[1, 1]
+%5 = placeholder : f32[1]
+%6 = placeholder : bf16[1, 5, 128]
+%7 = amax(%3, [-1], True) : f32[1]
+%8 = reshape(%6, [-1, 128]) : bf16[5, 128]
+%9 = reshape(%7, [1, 1]) : f32[1, 1]
+%10 = convert_element_type(%8, float32) : f32[5, 128]
+%11 = div(%10, %9) : f32[5, 128]
+%12 = clamp_min(%11, -448.0) : f32[5, 128]
+%13 = clamp_max(%12, 448.0) : f32[5, 128]
+%14 = convert_element_type(%13, float8_e4m3fn) : f8e4m3[5, 128]
+%15 = permute(%0, [1, 0]) : f8e4m3[128, 512]
+%16 = expand(%9, [5, 1]) : f32[5, 1]
+%17 = clone(%16, memory_format=contiguous_format) : f32[5, 1]
+%18 = reshape(%17, [-1, 1]) : f32[5, 1]
+%19 = reshape(%2, [1, 512]) : f32[1, 512]
+%20 = _scaled_mm(%14, %15, %18, %19, None, None, bfloat16, False) : bf16[5, 512]
+%21 = slice(%20, 1, 0, 256) : bf16[5, 256]
+%22 = clone(%21, memory_format=contiguous_format) : bf16[5, 256]
+%23 = slice(%20, 1, 256, 512) : bf16[5, 256]
+%24 = clone(%23, memory_format=contiguous_format) : bf16[5, 256]
+%25 = reshape(%22, [1, 5, 256]) : bf16[1, 5, 256]
+%26 = silu(%25) : bf16[1, 5, 256]
+%27 = reshape(%24, [1, 5, 256]) : bf16[1, 5, 256]
+%28 = mul(%26, %27) : bf16[1, 5, 256]
+%29 = reshape(%28, [-1, 256]) : bf16[5, 256]
+%30 = reshape(%5, [1, 1]) : f32[1, 1]
+%31 = convert_element_type(%29, float32) : f32[5, 256]
+%32 = div(%31, %30) : f32[5, 256]
+%33 = clamp_min(%32, -448.0) : f32[5, 256]
+%34 = clamp_max(%33, 448.0) : f32[5, 256]
+%35 = convert_element_type(%34, float8_e4m3fn) : f8e4m3[5, 256]
+%36 = permute(%1, [1, 0]) : f8e4m3[256, 128]
+%37 = _scaled_mm(%35, %36, %30, %4, None, None, bfloat16, False) : bf16[5, 128]
+%38 = reshape(%37, [1, 5, 128]) : bf16[1, 5, 128]
+return [%38]""",
+        )
+
+    def test_weight_only_on_xpu(self):
+        self.assertExpectedInline(
+            _mlp("llama/FP8_DYNAMIC", "xpu+triton"),
+            """\
+%0 = placeholder : f8e4m3[512, 128]
+%1 = placeholder : f8e4m3[128, 256]
+%2 = placeholder : f32[512, 1]
+%3 = placeholder : f32[128, 1]
+%4 = placeholder : bf16[1, 5, 128]
+%5 = ctfp8.weight_only_linear(%4, %0, %2, None, [1, 128]) : bf16[1, 5, 512]
+%6 = slice(%5, 2, 0, 256) : bf16[1, 5, 256]
+%7 = clone(%6, memory_format=contiguous_format) : bf16[1, 5, 256]
+%8 = slice(%5, 2, 256, 512) : bf16[1, 5, 256]
+%9 = clone(%8, memory_format=contiguous_format) : bf16[1, 5, 256]
+%10 = silu(%7) : bf16[1, 5, 256]
+%11 = mul(%10, %9) : bf16[1, 5, 256]
+%12 = ctfp8.weight_only_linear(%11, %1, %3, None, [1, 256]) : bf16[1, 5, 128]
+return [%12]""",
         )
 
     def test_experts_on_xpu(self):

@@ -55,7 +55,7 @@ def matmuls(program):
 X = torch.randn(3, 5, 128).bfloat16()
 
 
-@pytest.mark.parametrize("target", ["cuda:sm90", SM89, "xpu+scaled_mm"])
+@pytest.mark.parametrize("target", ["cuda:sm90", SM89, "xpu"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("strategy", "activation"), [("channel", "token"), ("tensor", "tensor"), ("tensor", "token")])
 def test_a_program_has_one_matmul_for_one_input(strategy, activation, bias, target):
@@ -74,10 +74,10 @@ def test_static_scales_fuse_to_the_largest():
     module = three("tensor", "tensor")
     scales = [q.input_scale for _, _, q in quantized_parameters(module)][:3]
     assert len({float(s) for s in scales}) == 3
-    fused = ctfp8.lower(module, (X,), target="xpu+scaled_mm").module()(X)
+    fused = ctfp8.lower(module, (X,), target="xpu").module()(X)
     for scale in scales:
         scale.copy_(max(scales))
-    assert all(map(torch.equal, fused, ctfp8.lower(module, (X,), target="xpu+scaled_mm").module()(X)))
+    assert all(map(torch.equal, fused, ctfp8.lower(module, (X,), target="xpu").module()(X)))
 
 
 @pytest.mark.parametrize(

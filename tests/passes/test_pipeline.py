@@ -80,7 +80,7 @@ fold-parameters""",
         )
 
     def test_a_block_after_each_pass(self):
-        report = ctfp8.explain(block(), (X,), target="xpu+scaled_mm", passes="", graphs=True)
+        report = ctfp8.explain(block(), (X,), target="xpu", passes="", graphs=True)
         shown, last = [], ""
         for ran in report.passes:
             said = f"{ran.name}: {ran.skipped or ran.matches}"
@@ -340,7 +340,7 @@ CASES = {
 
 
 @pytest.mark.quick("linears", "weights only")
-@pytest.mark.parametrize("target", ["cpu", "xpu+scaled_mm", "cuda:sm90"])
+@pytest.mark.parametrize("target", ["cpu", "xpu", "cuda:sm90"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_pass_names_all_operators_that_it_changes(case, target, kernel_everywhere):
     """A pass that is skipped without its operators would have found nothing: nothing but views of activations differs."""
@@ -428,7 +428,7 @@ def test_repeated_layers_count_once(load, kernel_everywhere, monkeypatch):
 POST_GRAD = [one.name for one in standard().passes if one.stage == "post_grad" and one.name != "inline-triton"]
 
 
-@pytest.mark.parametrize("target", ["cpu", "xpu+scaled_mm", "cuda:sm90+scaled_mm", "cuda:sm75"])
+@pytest.mark.parametrize("target", ["cpu", "xpu", "cuda:sm90+scaled_mm", "cuda:sm75"])
 @pytest.mark.parametrize("count", range(len(POST_GRAD) + 1))
 def test_any_beginning_of_the_pipeline_leaves_a_right_graph(target, count, kernel_everywhere):
     module = block("token")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
-from conftest import relative_error
-from support.scaled import MxOnCpu, layer, quantized_activation
+from conftest import fp8_config, quantize, relative_error
+from support.scaled import BlockwiseOnCpu, MxOnCpu, layer, quantized_activation
 from test_horizontal_fusion import FUSED, X, three
 
 import ctfp8_compile as ctfp8
-from ctfp8_compile import ops
+from ctfp8_compile import ops, passes
 from ctfp8_compile.inductor import prepacked
 from ctfp8_compile.model.parametrization import quantized_parameters
 
@@ -163,11 +163,44 @@ def test_mxfp8_on_sm100_against_float64(bias, dynamic):
         assert relative_error(got, want) < 4e-3
 
 
+class Shared(torch.nn.Module):
+    """Two linears with one input, whose block scales are several columns wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(384, 256, bias=False), torch.nn.Linear(384, 128, bias=False)
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+@pytest.mark.parametrize("target", ["cuda:sm90+fbgemm", "xpu"])
+def test_parts_of_packed_and_transposed_scales_have_their_strides(target):
+    """The graph is verified after each pass."""
+    if target == "xpu" and torch.__version__ < (2, 13):
+        pytest.skip("no blocks on XPU")
+    state = {}
+    for name, n in (("a", 256), ("b", 128)):
+        state[f"{name}.weight"], state[f"{name}.weight_scale"] = quantize(torch.randn(n, 384), "block", (128, 128))
+    module = ctfp8.load_state_dict(Shared().bfloat16(), state, fp8_config("block", "group", (128, 128)))
+    x = torch.randn(8, 384).bfloat16()
+    with passes.verifying():
+        program = ctfp8.lower(module, (x,), target=target)
+    matmuls = [n for n in program.graph.nodes if "scaled_mm" in str(n.target) or "groupwise" in str(n.target)]
+    assert len(matmuls) == 1  # they are one
+    with BlockwiseOnCpu("xpu"):
+        got = program.module()(x)
+    for name, y in zip("ab", got, strict=True):
+        scale = state[f"{name}.weight_scale"].double()
+        weight = state[f"{name}.weight"].double() * ops.expand_scale(scale, [128, 128], *state[f"{name}.weight"].shape)
+        assert relative_error(y, quantized_activation(x, "group") @ weight.t()) < 4e-3
+
+
 def test_what_mxfp8_declines():
     module, _ = layer(192, 384, torch.bfloat16, "mx", "mx")
     for target, why in (
         ("cuda:sm100", "N and K must be multiples of 128, but they are 192 and 384"),
-        ("cuda:sm90", "aten._scaled_mm takes MXFP8 on cuda:sm100, not cuda:sm90"),
+        ("cuda:sm90", "aten._scaled_mm takes MXFP8 on cuda:sm100, cuda:sm120, cuda:sm121, cuda:sm103, not cuda:sm90"),
         ("xpu", "there is no kernel for a linear with mx scales on xpu"),
     ):
         (entry,) = ctfp8.explain(module, (torch.zeros(2, 384).bfloat16(),), target=target).kept

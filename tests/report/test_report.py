@@ -10,6 +10,7 @@ import torch
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.report import Entry, Report
+from ctfp8_compile.target import Target
 
 DONE = Entry("model.q_proj.weight", "linear", "kernel A", "", (16, 32), (1, 32), "token")
 KEPT = Entry("model.<odd>.weight", "linear", "", "N=1000 is not a multiple of 16", (1000, 32), (1, 32), "token")
@@ -52,6 +53,20 @@ def test_targets(text, device, capability):
     target = ctfp8.Target.parse(text)
     assert (target.device, target.capability) == (device, capability)
     assert str(target) == text
+
+
+def test_devices_without_kernels_have_a_sentence(monkeypatch):
+    for device in ("mps", "mps:0", "hpu"):
+        with pytest.raises(
+            ctfp8.TargetError, match="no lowering for device type .* Elsewhere load with dequantize=True"
+        ):
+            Target.detect(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    for find in (lambda: Target.detect("cuda:0"), lambda: Target.parse("cuda")):
+        with pytest.raises(ctfp8.TargetError, match="AMD's GPUs .* dequantize=True"):
+            find()
+    assert Target.parse("cuda:sm90").capability == (9, 0)  # for another machine
 
 
 @pytest.mark.parametrize("text", ["", "gpu", "cpu:sm90", "cuda:90", "xpu:sm80"])

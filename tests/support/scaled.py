@@ -37,21 +37,34 @@ with warnings.catch_warnings():
 
 
 class BlockwiseOnCpu(TorchDispatchMode):
-    """torch's CPU `_scaled_mm` has no blocks: theirs are multiplied here, their layouts held to what CUDA's checks ask."""
+    """torch's CPU `_scaled_mm` has no blocks: theirs are multiplied here, their layouts held to what the device's checks ask.
+
+    On CUDA scales lie by column, and rows come in fours; on XPU both lie by row, which oneDNN would copy them to.
+    """
 
     calls = 0
+
+    def __init__(self, device: str = "cuda"):
+        super().__init__()
+        self.device = device
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is not torch.ops.aten._scaled_mm.default or args[2].shape[1] == 1:
             return op(*args, **(kwargs or {}))
         x, w, scale_a, scale_b, bias, _, out_dtype = args[:7]  # use_fast_accum: False is its default, and left out
         (m, k), n = x.shape, w.shape[1]
-        assert m % 4 == 0
         assert w.stride() == (1, k)
-        assert (scale_a.shape, scale_a.stride()) == ((m, k // 128), (1, m))
-        assert (scale_b.shape, scale_b.stride()) == ((k // 128, n // 128), (1, -(k // 128 // -4) * 4))
+        if self.device == "xpu":
+            assert (scale_a.shape, scale_a.is_contiguous()) == ((m, k // 128), True)
+            assert scale_b.shape in ((k // 128, n // 128), (k // 128, n))
+            assert scale_b.is_contiguous()
+        else:
+            assert m % 4 == 0
+            assert (scale_a.shape, scale_a.stride()) == ((m, k // 128), (1, m))
+            assert (scale_b.shape, scale_b.stride()) == ((k // 128, n // 128), (1, -(k // 128 // -4) * 4))
         self.calls += 1
-        return torch.ops.ctfp8.scaled_mm(x, w.t(), scale_a, scale_b.t(), bias, [128, 128], out_dtype)
+        block = [n // scale_b.shape[1], 128]
+        return torch.ops.ctfp8.scaled_mm(x, w.t(), scale_a, scale_b.t(), bias, block, out_dtype)
 
 
 class MxOnCpu(TorchDispatchMode):

@@ -15,8 +15,8 @@ from typing import Any
 #: As many programs keep the multiprocessors of a large GPU (an H100 has 132) busy; with fewer, tiles are made smaller.
 _PROGRAMS = 128
 #: Kilobytes of shared memory that a program may have, by capability (CUDA C++ Programming Guide, technical specifications).
-SHARED = {(8, 0): 163, (9, 0): 227, (10, 0): 227}
-#: Of all others: sm86, sm89 and sm120 have as much, and it is a fair guess for Intel's GPUs.
+SHARED = {(7, 5): 64, (8, 0): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+#: Of all others: sm86, sm89, sm120 and sm121 have as much, and it is a fair guess for Intel's GPUs.
 SHARED_BY_DEFAULT = 99
 
 
