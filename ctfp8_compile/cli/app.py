@@ -194,20 +194,39 @@ def explain(
 @_command
 def export(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Argument(help="The file to write; ends in .pt2.", metavar="OUT")],
+    output: Annotated[Path, typer.Argument(help="The file to write; ends in .pt2, .onnx or .xml.", metavar="OUT")],
     target: Target = None,
     package: Annotated[str | None, typer.Option(help="aoti: machine code for this machine instead of a graph.")] = None,
     cache: Annotated[
         int | None, typer.Option(help="With a key-value cache for this many tokens inside, batch 1: for generation.")
     ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of an .onnx or .xml: float32, the default, or float16.")] = None,
+    stateless: Annotated[bool, typer.Option("--stateless", help="Of an .xml: the cache goes in and out.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model, rewritten for a target, to one file that runs without transformers (ctfp8.load).
+    """Write a model to one file that runs without transformers: a .pt2 (ctfp8.load), .onnx or .xml (OpenVINO).
 
-    Batch and sequence are dynamic; with --cache the number of tokens of a call is.
+    A .pt2 is rewritten for a target. Batch and sequence are dynamic; with --cache the number of tokens of a call is.
 
-    [dim]ctfp8 export examples/models/llama llama.pt2 --target cuda:sm90[/]
+    [dim]ctfp8 export examples/models/llama llama.pt2 --target cuda:sm90
+    ctfp8 export examples/models/llama llama.onnx[/]
     """
+    if output.suffix in (".onnx", ".xml"):
+        from .interchange import write
+
+        _check_place(output)
+        write(
+            checkpoint,
+            output,
+            {"target": target, "package": package, "cache": cache},
+            dtype,
+            stateless,
+            as_json,
+            _debug,
+        )
+        return
+    if dtype is not None or stateless:
+        raise UsageError(f"{output}: {'--dtype' if dtype else '--stateless'} is for .onnx and .xml files.")
     import torch
 
     from .. import StaticCacheDecoder
@@ -218,7 +237,9 @@ def export(
     target = str(Machine.detect(device_of(None)) if target is None else Machine.parse(target))
     _check_place(output)
     if output.suffix != ".pt2":
-        raise UsageError(f"{output}: artifacts are .pt2 files; give the path that suffix.")
+        raise UsageError(
+            f"{output}: what is written is a .pt2, .onnx or .xml file; give the path one of these suffixes."
+        )
     # machine code is made where the model is, a graph anywhere
     model = load(checkpoint, _debug, device=device_of(None)) if package else load(checkpoint, _debug)
     args, kwargs = example(model, batch=2)

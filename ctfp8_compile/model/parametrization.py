@@ -197,7 +197,7 @@ def attach(
     device = weight.device
     dequantize = Dequantize(info, weight_scale.to(device), None if input_scale is None else input_scale.to(device))
     dequantize.eval()
-    _own_class(module)
+    own_class(module)
     parametrize.register_parametrization(module, name, dequantize, unsafe=True)
     module.parametrizations.eval()  # type: ignore[union-attr]
     module.parametrizations[name].__class__ = Single  # type: ignore[index]
@@ -259,7 +259,7 @@ def _share_class(module: nn.Module) -> None:
     module.__class__ = _shared[base, names]
 
 
-def _own_class(module: nn.Module) -> None:
+def own_class(module: nn.Module) -> None:
     """Gives a module that shares its class one of its own, which can be changed."""
     cls = type(module)
     if isinstance(cls, _Shared):
@@ -276,7 +276,7 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 
 def detach(module: nn.Module, name: str, value: Tensor) -> None:
     """Takes the parametrization off parameter `name` of a module, and puts `value` in its place."""
-    _own_class(module)
+    own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     module._parameters[name] = nn.Parameter(value, requires_grad=False)
     if parametrize.is_parametrized(module):  # in other parameters
