@@ -13,14 +13,19 @@ from ..errors import UsageError
 from ..model.call import Call
 
 
+class Returned:
+    """What a module returned last, by name. A tracer puts a module's own attributes back."""
+
+    names: tuple[str, ...] = ()
+
+
 class Called(nn.Module):
     """A module called with tensors by position, its other arguments fixed; returns a tuple of tensors."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...], fixed: Mapping[str, Any]):
         super().__init__()
         self.model, self.names, self.fixed = model, names, dict(fixed)
-        #: Names of what it returned last.
-        self.outputs: tuple[str, ...] = ()
+        self.returned = Returned()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         out = self.model(**dict(zip(self.names, inputs, strict=True)), **self.fixed)
@@ -31,7 +36,7 @@ class Called(nn.Module):
                 "tensors alone. Pass kwargs={'use_cache': False}; of a language model leave args out, and its cache goes in "
                 "and out."
             )
-        self.outputs = tuple(found)
+        self.returned.names = tuple(found)
         return tuple(found.values())
 
 
@@ -43,10 +48,13 @@ def _named(out: Any) -> dict[str, Any]:
     return {"output": out}
 
 
-def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any) -> Call:
+def call_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any, dtype: torch.dtype
+) -> Call:
     """The call `model(*args, **kwargs)`.
 
     Args:
+        dtype: what the model computes in; inputs of bfloat16, float16 and float32 become it.
         dynamic_shapes: as for `torch.export.export`, by name or by position: a dict from dimensions to `Dim`s for each tensor.
 
     Raises:
@@ -56,7 +64,11 @@ def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     loose = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.VAR_KEYWORD]
     for name in loose:
         given |= given.pop(name, {})
-    inputs = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    inputs = {
+        name: value.to(dtype) if value.dtype in _NUMBERS else value
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    }
     fixed = {name: value for name, value in given.items() if name not in inputs}
     for name, value in fixed.items():
         if not isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
@@ -66,7 +78,11 @@ def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
             )
     if not inputs:
         raise UsageError("no argument is a tensor; pass the tensors of one call as args or kwargs.")
-    return Call(Called(model, tuple(inputs), fixed), inputs, _dims(dynamic_shapes, [*given], inputs))
+    called = Called(model, tuple(inputs), fixed)
+    return Call(called, inputs, _dims(dynamic_shapes, [*given], inputs), lambda: called.returned.names)
+
+
+_NUMBERS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _dims(shapes: Any, names: list[str], inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:

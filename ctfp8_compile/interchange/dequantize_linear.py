@@ -19,46 +19,53 @@ from typing import Any
 OPSET = 21
 
 
-def translation() -> Callable[..., Any]:
-    """What torch.onnx calls for each marker, with onnxscript's values."""
+def translation(whole_blocks: bool) -> Callable[..., Any]:
+    """What torch.onnx calls for each marker, with onnxscript's values.
+
+    Args:
+        whole_blocks: whether who reads the file takes no block that is a part of one, as OpenVINO 2026.4 does not: a weight that
+            ends in one is Cast and Mul then.
+    """
     import onnxscript
 
-    return functools.partial(_dequantize, onnxscript.opset21)
+    return functools.partial(_dequantize, onnxscript.opset21, whole_blocks)
 
 
 def _dequantize(
-    op: Any, weight: Any, weight_scale: Any, input_scale: Any, block: Sequence[int], activation: str, dtype: int
+    op: Any, whole_blocks: bool,
+    weight: Any, weight_scale: Any, input_scale: Any, block: Sequence[int], activation: str, dtype: int
 ) -> Any:
     """Float32 times the scale, then a cast to `dtype`: the order and the rounding of `ops.dequantize_reference`."""
     rank, rows, cols = len(weight.shape), weight.shape[-2], weight.shape[-1]
-    groups = weight_scale.shape[-2], weight_scale.shape[-1]
+    groups = weight_scale.shape[-2:]
     scale = _of_bytes(op, weight_scale) if weight_scale.dtype.name == "UINT8" else weight_scale
     if rank == 2 and groups == (1, 1):
         wide = op.DequantizeLinear(weight, op.Squeeze(scale))
-    elif rank == 2 and groups[1] == 1 and block[0] == 1:
+    elif rank == 2 and groups == (rows, 1):
         wide = op.DequantizeLinear(weight, op.Reshape(scale, _ints(op, [-1])), axis=0)
     else:
-        scale = _by_row(op, scale, rank, rows, groups, block[0])
+        scale = _repeat(op, scale, [*weight_scale.shape], rank - 2, block[0], rows)
         step = cols if groups[1] == 1 else block[1]
-        wide = op.DequantizeLinear(weight, scale, axis=rank - 1, block_size=step)
+        if whole_blocks and cols % step:
+            scale = _repeat(op, scale, [*weight.shape[:-1], groups[1]], rank - 1, step, cols)
+            wide = op.Mul(op.Cast(weight, to=1), scale)
+        else:
+            wide = op.DequantizeLinear(weight, scale, axis=rank - 1, block_size=step)
     return wide if dtype == 1 else op.Cast(wide, to=dtype)
 
 
-def _by_row(op: Any, scale: Any, rank: int, rows: Any, groups: tuple[Any, Any], step: int) -> Any:
-    """Scales `[…, ceil(rows / step), groups]` as `[…, rows, groups]`."""
-    if groups[0] == rows:
+def _repeat(op: Any, scale: Any, shape: list[int], axis: int, step: int, size: int) -> Any:
+    """Scales of `shape` with each entry along `axis` `step` times, up to `size`; of one entry, `size` times."""
+    count = size if shape[axis] == 1 else step
+    if count == 1 or shape[axis] == size:
         return scale
-    count = rows if groups[0] == 1 else step
-    at = rank - 1
-    wide = op.Unsqueeze(scale, _ints(op, [at]))
-    ones = [1] * (rank + 1)
-    ones[at] = count
-    wide = op.Expand(wide, _ints(op, ones))
-    leading = [0] * (rank - 2)
-    wide = op.Reshape(wide, _ints(op, [*leading, groups[0] * count, groups[1]]))
-    if groups[0] * count == rows:
+    ones, repeated = [1] * (len(shape) + 1), [*shape]
+    ones[axis + 1], repeated[axis] = count, shape[axis] * count
+    wide = op.Expand(op.Unsqueeze(scale, _ints(op, [axis + 1])), _ints(op, ones))
+    wide = op.Reshape(wide, _ints(op, repeated))
+    if repeated[axis] == size:
         return wide
-    return op.Slice(wide, _ints(op, [0]), _ints(op, [rows]), _ints(op, [rank - 2]))
+    return op.Slice(wide, _ints(op, [0]), _ints(op, [size]), _ints(op, [axis]))
 
 
 def _of_bytes(op: Any, exponents: Any) -> Any:

@@ -137,7 +137,7 @@ def _export(
         raise UsageError(f"{path}: this process has a part of the model. Load it in one process to write it.")
     notes = _notes(model, dtype)
     made = in_dtype(model, dtype)
-    call = _call(made, args, kwargs, dynamic_shapes)
+    call = _call(made, args, kwargs, dynamic_shapes, dtype)
     if path.suffix == ".onnx":
         onnx.write(call, path, notes)
         files = [path, path.with_name(f"{path.name}.data")]
@@ -152,18 +152,20 @@ def _export(
         sum(weight.numel() for weight in stored),
         str(dtype).removeprefix("torch."),
         tuple(call.inputs),
-        call.outputs or call.module.outputs,  # type: ignore[arg-type]
+        call.outputs(),
         notes,
     )
 
 
-def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Call:
+def _call(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, dtype: torch.dtype
+) -> Call:
     if args or kwargs:
         if hasattr(model, "set_experts_implementation"):
             from ..hf.calls import gather_experts
 
             gather_experts(model)
-        return arguments.call_of(model, args, kwargs, dynamic_shapes)
+        return arguments.call_of(model, args, kwargs, dynamic_shapes, dtype)
     if not hasattr(model, "config") or not hasattr(model, "can_generate"):
         raise UsageError(
             f"{type(model).__name__} is no transformers model: pass the arguments of one call as args or kwargs."

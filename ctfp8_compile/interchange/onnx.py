@@ -43,24 +43,26 @@ def _dynamic_shapes(call: Call) -> dict[str, Any]:
     return dict(inspect.signature(call.module.forward).bind(*each).arguments)
 
 
-def write(call: Call, path: Path, notes: Sequence[str]) -> Any:
+def write(call: Call, path: Path, notes: Sequence[str], whole_blocks: bool = False) -> Any:
     """Writes `path` and, beside it, `path.data` with all weights; returns torch's program.
 
     Args:
         notes: sentences that the file's metadata is to hold.
+        whole_blocks: see `dequantize_linear.translation`.
 
     Raises:
         UsageError: onnx or onnxscript is not installed; torch.onnx has no translation for an operator of the model.
     """
     needs(".onnx")
     with torch.no_grad(), _quiet():
+        program = program_of(call)
         try:
             made: Any = torch.onnx.export(
-                program_of(call),
+                program,
                 input_names=list(call.inputs),
-                output_names=list(call.outputs or call.module.outputs),  # type: ignore[arg-type]
+                output_names=list(call.outputs()),
                 opset_version=dequantize_linear.OPSET,
-                custom_translation_table={MARKER: dequantize_linear.translation()},
+                custom_translation_table={MARKER: dequantize_linear.translation(whole_blocks)},
                 optimize=False,  # it would fold small FP8 weights to float32
                 verbose=False,
             )
@@ -89,9 +91,9 @@ def _untranslated(error: Exception) -> UsageError:
         seen.add(cause)
         chain.append(cause)  # type: ignore[arg-type]
     last = str(chain[-1]).strip().splitlines()
+    what = last[0] if last else type(chain[-1]).__name__
     return UsageError(
-        f"torch.onnx cannot express this model: {last[0] if last else type(chain[-1]).__name__}. Leave out that part of the model, "
-        "or write a .pt2 file, which torch runs."
+        f"torch.onnx cannot express this model: {what}. Leave out that part of the model, or write a .pt2 file, which torch runs."
     )
 
 

@@ -26,7 +26,7 @@ def write(call: Call, path: Path, notes: Sequence[str], stateful: bool) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         between = Path(folder) / "model.onnx"
-        onnx.write(call, between, notes)
+        onnx.write(call, between, notes, whole_blocks=True)
         model = openvino.convert_model(between)
         _name(model, call)
         if stateful and call.states:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class Call:
         module: returns a tuple of tensors.
         inputs: by name, in order.
         dims: by name of an input or an output, its dimensions that vary: `{0: "batch", 1: "sequence"}`.
-        outputs: names of what it returns; empty where they are known only once it has run.
+        outputs: names of what it returns; known once it has run, or was traced.
         states: by name of an input, the output that is that input at the next call.
         kind: what it is, for people: `a decoder with its cache`.
     """
@@ -24,6 +24,6 @@ class Call:
     module: nn.Module
     inputs: Mapping[str, Tensor]
     dims: Mapping[str, Mapping[int, str]]
-    outputs: tuple[str, ...] = ()
+    outputs: Callable[[], tuple[str, ...]]
     states: Mapping[str, str] = field(default_factory=dict)
     kind: str = "a module"
