@@ -200,7 +200,7 @@ def export(
     cache: Annotated[
         int | None, typer.Option(help="With a key-value cache for this many tokens inside, batch 1: for generation.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of an .onnx or .xml: float32, the default, or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of an .onnx: float32, the default, or float16.")] = None,
     stateless: Annotated[bool, typer.Option("--stateless", help="Of an .xml: the cache goes in and out.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -226,7 +226,9 @@ def export(
         )
         return
     if dtype is not None or stateless:
-        raise UsageError(f"{output}: {'--dtype' if dtype else '--stateless'} is for .onnx and .xml files.")
+        raise UsageError(
+            f"{output}: {'--dtype is for .onnx' if dtype else '--stateless is for .xml'} files; leave it out."
+        )
     import torch
 
     from .. import StaticCacheDecoder

@@ -32,8 +32,14 @@ def translation(whole_blocks: bool) -> Callable[..., Any]:
 
 
 def _dequantize(
-    op: Any, whole_blocks: bool,
-    weight: Any, weight_scale: Any, input_scale: Any, block: Sequence[int], activation: str, dtype: int
+    op: Any,
+    whole_blocks: bool,
+    weight: Any,
+    weight_scale: Any,
+    input_scale: Any,
+    block: Sequence[int],
+    activation: str,
+    dtype: int,
 ) -> Any:
     """Float32 times the scale, then a cast to `dtype`: the order and the rounding of `ops.dequantize_reference`."""
     rank, rows, cols = len(weight.shape), weight.shape[-2], weight.shape[-1]

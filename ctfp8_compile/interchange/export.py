@@ -89,7 +89,8 @@ def export(
             is on.
         dynamic_shapes: as for `torch.export.export`; a dimension that is not named there has its example's size for good.
         package: of a `.pt2`: None for a program, `"aoti"` for AOTInductor's machine code for this machine.
-        dtype: of an `.onnx` or `.xml`: what it computes in, `"float32"` (the default) or `"float16"`.
+        dtype: of an `.onnx`: what it computes in, `"float32"` (the default) or `"float16"`. An `.xml` says float32; OpenVINO
+            chooses what it computes in when it runs (`INFERENCE_PRECISION_HINT`).
         stateful: of an `.xml` without `args`: whether the cache is state inside the model (the default), as OpenVINO GenAI wants
             it, or goes in and out.
 
@@ -113,10 +114,16 @@ def export(
         )
     if stateful is not None and (path.suffix != ".xml" or args or kwargs):
         raise UsageError(f"{path}: stateful= is for a language model's .xml without args.")
+    if path.suffix == ".xml" and _dtype(dtype) != torch.float32:
+        raise UsageError(
+            f"{path}: dtype= is for .onnx files. OpenVINO chooses what it computes in when it runs: compile_model(…, "
+            "config={'INFERENCE_PRECISION_HINT': 'f16'})."
+        )
     return _export(model, args, dict(kwargs or {}), path, dynamic_shapes, _dtype(dtype), stateful is not False)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    """Raises `UsageError` where it is none of them."""
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise UsageError(f"dtype={name!r}: it is 'float32' or 'float16'; runtimes on CPUs have no kernels for others.")

@@ -122,12 +122,12 @@ def _tidy(model: Any, call: Call, notes: Sequence[str]) -> None:
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)
     for node in model.graph:
         node.metadata_props.clear()
-    for value in list(model.graph.initializers.values()):
-        value.name = _PARAMETRIZED.sub(lambda m: m[1] + (m["scale"] or ""), value.name.removeprefix("model."))
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        sizes = list(value.shape)
-        for dim, name in call.dims.get(value.name, {}).items():
+    for held in list(model.graph.initializers.values()):
+        held.name = _PARAMETRIZED.sub(lambda m: m[1] + (m["scale"] or ""), held.name.removeprefix("model."))
+    for port in (*model.graph.inputs, *model.graph.outputs):
+        sizes = list(port.shape)
+        for dim, name in call.dims.get(port.name, {}).items():
             sizes[dim] = name
-        value.shape = onnx_ir.Shape(sizes)
+        port.shape = onnx_ir.Shape(sizes)
     model.producer_name, model.producer_version = "ctfp8", version("ctfp8-compile")
     model.metadata_props["ctfp8"] = " ".join(notes)
