@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import collections
-from pathlib import Path
-
 import numpy as np
-import onnx
-import onnxruntime
 import openvino
 import pytest
 import torch
 from conftest import fp8_config, quantize
 from support.programs import draw
+from support.runtimes import compiled, fp8_in_openvino, onnx_types, session
 from torch import nn
 from torch.export import Dim
 
@@ -65,31 +61,6 @@ def _layers(strategy: str, dtype: torch.dtype, cols: int) -> tuple[nn.Module, di
 def _truth(exact: dict[str, torch.Tensor], x: torch.Tensor) -> np.ndarray:
     y = torch.relu(x.double() @ exact["one.weight"].T + exact["one.bias"]) @ exact["two.weight"].T
     return torch.einsum("tnk,tk->tn", exact["experts"][IDS], y).numpy()
-
-
-def onnx_types(path: Path) -> collections.Counter[str]:
-    return collections.Counter(onnx.TensorProto.DataType.Name(i.data_type) for i in onnx.load(path).graph.initializer)
-
-
-def session(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def compiled(path: Path) -> openvino.CompiledModel:
-    return openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
-
-
-def fp8_in_openvino(model: openvino.CompiledModel) -> int:
-    """Constants that the compiled model keeps as FP8."""
-    return sum(
-        op.get_rt_info()["layerType"].astype(str) == "Const"
-        and op.get_rt_info()["outputPrecisions"].astype(str) == "f8e4m3"
-        for op in model.get_runtime_model().get_ops()
-    )
 
 
 SCHEMES = [("tensor", 128), ("channel", 128), ("channel", 72), ("block", 128), ("block", 72), ("mx", 96)]
@@ -189,3 +160,20 @@ def test_what_is_not_installed_is_named(path, missing, tmp_path, monkeypatch):
     model, _ = _layers("channel", torch.bfloat16, 64)
     with pytest.raises(ctfp8.UsageError, match=rf"{missing} is not installed.*pip install 'ctfp8-compile\[o"):
         ctfp8.export(model, (torch.ones(5, 64).bfloat16(), IDS), path=tmp_path / path)
+
+
+@pytest.mark.quick("mx")
+@pytest.mark.parametrize("strategy", ["channel", "block", "mx"])
+def test_torch_onnx_export_takes_a_model_as_it_is(strategy, tmp_path):
+    model, exact = _layers(strategy, torch.float32, 96)
+    x = torch.randn(5, 96)
+    torch.onnx.export(model, (x, IDS), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    got, want = session(tmp_path / "m.onnx").run(None, {"x": x.numpy(), "ids": IDS.numpy()})[0], _truth(exact, x)
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+def test_convert_model_says_how():
+    model, _ = _layers("channel", torch.float32, 64)
+    with pytest.raises(Exception, match=r"ctfp8\.export\(model, path='model\.xml'\)"):
+        openvino.convert_model(model, example_input=(torch.randn(5, 64), IDS))
+    assert torch.jit.trace(model, (torch.randn(5, 64), IDS)) is not None
