@@ -21,6 +21,7 @@ from .. import __version__
 from ..errors import Ctfp8Error, UsageError
 from ..paused_gc import paused_gc
 from .alone import PassesAlone
+from .place import check_place
 from .terminal import err, escape, out, size
 
 app = typer.Typer(
@@ -173,7 +174,7 @@ def explain(
 
     target = str(Machine.detect(device_of(None)) if target is None else Machine.parse(target))  # before a long load
     if html is not None:
-        _check_place(html)
+        check_place(html)
     model = load(checkpoint, _debug)
     args, kwargs = example(model)
     if cache is not None:
@@ -211,58 +212,16 @@ def export(
     [dim]ctfp8 export examples/models/llama llama.pt2 --target cuda:sm90
     ctfp8 export examples/models/llama llama.onnx[/]
     """
-    if output.suffix in (".onnx", ".xml"):
-        from .interchange import write
+    from .export import write_other, write_program
 
-        _check_place(output)
-        write(
-            checkpoint,
-            output,
-            {"target": target, "package": package, "cache": cache},
-            dtype,
-            stateless,
-            as_json,
-            _debug,
-        )
+    if output.suffix in (".onnx", ".xml"):
+        given = {"target": target, "package": package, "cache": cache}
+        write_other(checkpoint, output, given, dtype, stateless, as_json, _debug)
         return
     if dtype is not None or stateless:
-        raise UsageError(
-            f"{output}: {'--dtype is for .onnx' if dtype else '--stateless is for .xml'} files; leave it out."
-        )
-    import torch
-
-    from .. import StaticCacheDecoder
-    from .. import Target as Machine
-    from .. import export as export_model
-    from .loading import device_of, example, load
-
-    target = str(Machine.detect(device_of(None)) if target is None else Machine.parse(target))
-    _check_place(output)
-    if output.suffix != ".pt2":
-        raise UsageError(
-            f"{output}: what is written is a .pt2, .onnx or .xml file; give the path one of these suffixes."
-        )
-    # machine code is made where the model is, a graph anywhere
-    model = load(checkpoint, _debug, device=device_of(None)) if package else load(checkpoint, _debug)
-    args, kwargs = example(model, batch=2)
-    ids = args[0]
-    shapes: Any = {
-        "input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")},
-        **dict.fromkeys(kwargs),
-    }
-    if cache is not None:
-        model = StaticCacheDecoder(model, 1, cache)
-        args, kwargs = (ids[:1], torch.tensor(0, device=ids.device)), {}
-        shapes = ({1: torch.export.Dim("tokens", max=cache)}, None)
-    with err().status("tracing, rewriting and writing …"):
-        report = export_model(model, args, kwargs, output, target, shapes, package)
-    if as_json:
-        print(json.dumps({"path": str(output), "bytes": output.stat().st_size, **report.to_dict()}))
-    else:
-        out().print(
-            f"wrote {output} ({size(output.stat().st_size)}); {escape(report.summary())}",
-            soft_wrap=True,
-        )
+        wrong = "--dtype is for .onnx" if dtype else "--stateless is for .xml"
+        raise UsageError(f"{output}: {wrong} files; leave it out.")
+    write_program(checkpoint, output, target, package, cache, as_json, _debug)
 
 
 @_command
@@ -355,7 +314,7 @@ def bench(
         ids = load_tokenizer(checkpoint)(prompt, return_tensors="pt").input_ids
         prompt_tokens = ids.shape[1]
     if plot is not None:
-        _check_place(plot)
+        check_place(plot)
         check_plot(plot)
     where = device_of(device)
     plain, model = dequantize_(load(checkpoint, _debug, tp, where)), load(checkpoint, _debug, tp, where)
@@ -402,8 +361,3 @@ def _speeds(results: dict[str, Any], prompt_tokens: int, drafted: bool) -> Table
             *((f"{speed.tokens_per_step:.2f}", accepted) if drafted else ()),
         )
     return table
-
-
-def _check_place(file: Path) -> None:
-    if not file.absolute().parent.is_dir():
-        raise UsageError(f"{file}: the folder {file.absolute().parent} does not exist. Make it first.")

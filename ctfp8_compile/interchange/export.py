@@ -54,6 +54,7 @@ class Exported:
     __str__ = summary
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -103,23 +104,38 @@ def export(
             installed; torch.onnx cannot express an operator of the model.
     """
     path = Path(path)
-    others = {"dtype": dtype, "stateful": stateful}
-    if path.suffix not in (".onnx", ".xml"):
-        if given := [name for name, value in others.items() if value is not None]:
-            raise UsageError(f"{path}: {given[0]}= is for .onnx and .xml files; a .pt2 keeps the dtype the model has.")
+    given = {"target": target, "package": package, "dtype": dtype, "stateful": stateful}
+    _check(path, {name: value for name, value in given.items() if value is not None}, bool(args or kwargs))
+    if path.suffix not in _OTHERS:
         return aot.export(model, args, kwargs, path, target, dynamic_shapes, package)
-    if given := [name for name, value in (("target", target), ("package", package)) if value is not None]:
+    return _export(model, args, dict(kwargs or {}), path, dynamic_shapes, _dtype(dtype), stateful is not False)
+
+
+_OTHERS = (".onnx", ".xml")
+
+
+def _check(path: Path, given: Mapping[str, Any], called: bool) -> None:
+    """Refuses what is for files of another kind.
+
+    Args:
+        given: arguments that are for some files, as far as they were given.
+        called: whether the arguments of a call were.
+    """
+    if path.suffix not in _OTHERS:
+        if wrong := [name for name in ("dtype", "stateful") if name in given]:
+            raise UsageError(f"{path}: {wrong[0]}= is for .onnx and .xml files; a .pt2 keeps the dtype the model has.")
+        return
+    if wrong := [name for name in ("target", "package") if name in given]:
         raise UsageError(
-            f"{path}: {given[0]}= is for .pt2 files. What runs an {path.suffix} file chooses its own kernels."
+            f"{path}: {wrong[0]}= is for .pt2 files. What runs an {path.suffix} file chooses its own kernels."
         )
-    if stateful is not None and (path.suffix != ".xml" or args or kwargs):
+    if "stateful" in given and (path.suffix != ".xml" or called):
         raise UsageError(f"{path}: stateful= is for a language model's .xml without args.")
-    if path.suffix == ".xml" and _dtype(dtype) != torch.float32:
+    if path.suffix == ".xml" and _dtype(given.get("dtype")) != torch.float32:
         raise UsageError(
             f"{path}: dtype= is for .onnx files. OpenVINO chooses what it computes in when it runs: compile_model(…, "
             "config={'INFERENCE_PRECISION_HINT': 'f16'})."
         )
-    return _export(model, args, dict(kwargs or {}), path, dynamic_shapes, _dtype(dtype), stateful is not False)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype:
