@@ -1,4 +1,4 @@
-"""A call as OpenVINO's IR, through ONNX and `openvino.convert_model`; a decoder's cache becomes state inside the model."""
+"""A call as OpenVINO's IR, through ONNX and OpenVINO's converter of that; a decoder's cache becomes state inside the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def write(call: Call, path: Path, notes: Sequence[str], stateful: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         between = Path(folder) / "model.onnx"
         onnx.write(call, between, notes, whole_blocks=True)
-        model = openvino.convert_model(between)
+        # the converter alone; `convert_model` also folds casts, and bfloat16 would be float32 in the file
+        model = openvino.Core().read_model(between)
         _name(model, call)
         if stateful and call.states:
             _keep_states(model, call)
