@@ -66,8 +66,8 @@ def _truth(exact: dict[str, torch.Tensor], x: torch.Tensor) -> np.ndarray:
 SCHEMES = [("tensor", 128), ("channel", 128), ("channel", 72), ("block", 128), ("block", 72), ("mx", 96)]
 
 
-@pytest.mark.quick("channel-72-float32", "block-72-bfloat16")
-@pytest.mark.ci("block", "mx", "tensor")
+@pytest.mark.quick("block-72-bfloat16")
+@pytest.mark.ci("block-128-bfloat16", "mx-96-bfloat16", "tensor-128-bfloat16", "channel-72-float32")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(("strategy", "cols"), SCHEMES)
 def test_every_scheme_is_exact_and_stays_fp8(strategy, cols, dtype, tmp_path):
