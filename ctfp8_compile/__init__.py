@@ -25,7 +25,6 @@ from .errors import (
 from .paused_gc import paused_gc
 
 if TYPE_CHECKING:
-    from .aot.export import export
     from .aot.load import load
     from .aot.lower import explain, lower
     from .aot.module import Artifact
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from .hf.static_cache import StaticCacheDecoder, static_cache
     from .inductor.backend import backend, compiled_reports
     from .inductor.recipe import compile
+    from .interchange.export import Exported, export
     from .model.state_dict import load_state_dict
     from .model.stored import save_state_dict, state_dict
     from .report import Entry, Report
@@ -47,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "Ctfp8Error",
     "Entry",
+    "Exported",
     "InputError",
     "RankError",
     "Report",
@@ -75,7 +76,6 @@ __all__ = [
 
 #: Where each name lives. They are imported on first use, so that loading an artifact needs no transformers.
 _HOMES = {
-    ".aot.export": ("export",),
     ".aot.lower": ("explain", "lower"),
     ".aot.load": ("load",),
     ".aot.module": ("Artifact",),
@@ -84,6 +84,7 @@ _HOMES = {
     ".hf.static_cache": ("StaticCacheDecoder", "static_cache"),
     ".inductor.backend": ("backend", "compiled_reports"),
     ".inductor.recipe": ("compile",),
+    ".interchange.export": ("Exported", "export"),
     ".model.state_dict": ("load_state_dict",),
     ".model.stored": ("save_state_dict", "state_dict"),
     ".report": ("Entry", "Report"),

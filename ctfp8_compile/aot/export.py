@@ -93,7 +93,7 @@ def _export(
     spread: bool,
 ) -> Report:
     if path.suffix != ".pt2":
-        raise UsageError(f"{path}: artifacts are .pt2 files; give the path that suffix.")
+        raise UsageError(f"{path}: what is written is a .pt2, .onnx or .xml file; give the path one of these suffixes.")
     if package not in (None, "aoti"):
         raise UsageError(f"package={package!r}: it is None for a program or 'aoti' for AOTInductor's machine code.")
     if package == "aoti" and target != (here := target_of(model, None)):

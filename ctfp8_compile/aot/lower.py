@@ -16,6 +16,7 @@ from ..compat import export_arguments, following
 from ..errors import UsageError
 from ..model.beside import Beside, beside
 from ..passes import Context, Pipeline, attention, parse, report_of, standard
+from ..passes.plain import plain
 from ..report import Entry, Report
 from ..target import Target
 from .parts import with_parts
@@ -146,6 +147,7 @@ def rewrite(program: ExportedProgram, context: Context, pipeline: Pipeline) -> N
     pipeline.run("traced", program.graph, context)
     with following(program):
         pipeline.run("post_grad", program.graph, context)
+    plain(program.graph)
     program.graph_module.recompile()
 
 

@@ -181,6 +181,11 @@ def nbytes(info: TensorInfo) -> int:
 
 def check_weight(info: TensorInfo) -> None:
     """Refuses a dtype that a floating-point parameter cannot be filled from without losing what it says."""
+    if info.dtype.upper() == "F8_E4M3FNUZ":
+        raise CheckpointError(
+            f"{info}: the FP8 of AMD's MI300, other numbers for the same bits. Store it as float8_e4m3fn with the scale it has, "
+            "x.float().to(torch.float8_e4m3fn), which rounds only numbers below 2^-6; or quantize the original again."
+        )
     if "E5M2" in info.dtype.upper() or "FNUZ" in info.dtype.upper():
         raise CheckpointError(
             f"{info}: of all 8-bit floats, only float8_e4m3fn is read as a weight. Quantize it again."

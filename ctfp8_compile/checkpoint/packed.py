@@ -213,6 +213,13 @@ class PackedParameter:
         return out.transpose(-1, -2).contiguous() if layout.transposed else out
 
 
+def _covered_as_fp8(schemes: Schemes, module: str) -> bool:
+    """Whether a module's weight is FP8 by all that its config says."""
+    groups = schemes.config.config_groups
+    found = [args for name in schemes.covering(module) if (args := groups[name].weights) is not None]
+    return bool(found) and all(is_fp8(args) for args in found)
+
+
 def _packed(tensors: Checkpoint, schemes: Schemes, module: str, leaf: str, read_shapes: bool) -> PackedWeight:
     packed = tensors[f"{module}.{leaf}"]
     groups = schemes.config.config_groups
@@ -220,6 +227,11 @@ def _packed(tensors: Checkpoint, schemes: Schemes, module: str, leaf: str, read_
     fitting = (name for name in schemes.covering(module) if (args := groups[name].weights) and is_fp8(args) == shifted)
     group = next((name for name in fitting if not shifted or not groups[name].weights.symmetric), None)
     scheme = None if group is None else groups[group]
+    if packed.dtype == "U8" and f"{module}.{leaf}" == f"{module}.weight" and _covered_as_fp8(schemes, module):
+        raise SchemeError(
+            f"{packed}: bytes, where {schemes.describe(module)} of quantization_config has FP8. If they are the bits of FP8, as "
+            "MLX writes them, store them as that: x.view(torch.float8_e4m3fn)."
+        )
     if group is None or scheme is None:
         raise SchemeError(
             f"{packed}: quantized in another format than FP8, but {schemes.describe(module)} of quantization_config covers it. "

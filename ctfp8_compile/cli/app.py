@@ -21,6 +21,7 @@ from .. import __version__
 from ..errors import Ctfp8Error, UsageError
 from ..paused_gc import paused_gc
 from .alone import PassesAlone
+from .place import check_place
 from .terminal import err, escape, out, size
 
 app = typer.Typer(
@@ -173,7 +174,7 @@ def explain(
 
     target = str(Machine.detect(device_of(None)) if target is None else Machine.parse(target))  # before a long load
     if html is not None:
-        _check_place(html)
+        check_place(html)
     model = load(checkpoint, _debug)
     args, kwargs = example(model)
     if cache is not None:
@@ -194,52 +195,33 @@ def explain(
 @_command
 def export(
     checkpoint: Checkpoint,
-    output: Annotated[Path, typer.Argument(help="The file to write; ends in .pt2.", metavar="OUT")],
+    output: Annotated[Path, typer.Argument(help="The file to write; ends in .pt2, .onnx or .xml.", metavar="OUT")],
     target: Target = None,
     package: Annotated[str | None, typer.Option(help="aoti: machine code for this machine instead of a graph.")] = None,
     cache: Annotated[
         int | None, typer.Option(help="With a key-value cache for this many tokens inside, batch 1: for generation.")
     ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of an .onnx: float32, the default, or float16.")] = None,
+    stateless: Annotated[bool, typer.Option("--stateless", help="Of an .xml: the cache goes in and out.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model, rewritten for a target, to one file that runs without transformers (ctfp8.load).
+    """Write a model to one file that runs without transformers: a .pt2 (ctfp8.load), .onnx or .xml (OpenVINO).
 
-    Batch and sequence are dynamic; with --cache the number of tokens of a call is.
+    A .pt2 is rewritten for a target. Batch and sequence are dynamic; with --cache the number of tokens of a call is.
 
-    [dim]ctfp8 export examples/models/llama llama.pt2 --target cuda:sm90[/]
+    [dim]ctfp8 export examples/models/llama llama.pt2 --target cuda:sm90
+    ctfp8 export examples/models/llama llama.onnx[/]
     """
-    import torch
+    from .export import write_other, write_program
 
-    from .. import StaticCacheDecoder
-    from .. import Target as Machine
-    from .. import export as export_model
-    from .loading import device_of, example, load
-
-    target = str(Machine.detect(device_of(None)) if target is None else Machine.parse(target))
-    _check_place(output)
-    if output.suffix != ".pt2":
-        raise UsageError(f"{output}: artifacts are .pt2 files; give the path that suffix.")
-    # machine code is made where the model is, a graph anywhere
-    model = load(checkpoint, _debug, device=device_of(None)) if package else load(checkpoint, _debug)
-    args, kwargs = example(model, batch=2)
-    ids = args[0]
-    shapes: Any = {
-        "input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")},
-        **dict.fromkeys(kwargs),
-    }
-    if cache is not None:
-        model = StaticCacheDecoder(model, 1, cache)
-        args, kwargs = (ids[:1], torch.tensor(0, device=ids.device)), {}
-        shapes = ({1: torch.export.Dim("tokens", max=cache)}, None)
-    with err().status("tracing, rewriting and writing …"):
-        report = export_model(model, args, kwargs, output, target, shapes, package)
-    if as_json:
-        print(json.dumps({"path": str(output), "bytes": output.stat().st_size, **report.to_dict()}))
-    else:
-        out().print(
-            f"wrote {output} ({size(output.stat().st_size)}); {escape(report.summary())}",
-            soft_wrap=True,
-        )
+    if output.suffix in (".onnx", ".xml"):
+        given = {"target": target, "package": package, "cache": cache}
+        write_other(checkpoint, output, given, dtype, stateless, as_json, _debug)
+        return
+    if dtype is not None or stateless:
+        wrong = "--dtype is for .onnx" if dtype else "--stateless is for .xml"
+        raise UsageError(f"{output}: {wrong} files; leave it out.")
+    write_program(checkpoint, output, target, package, cache, as_json, _debug)
 
 
 @_command
@@ -332,7 +314,7 @@ def bench(
         ids = load_tokenizer(checkpoint)(prompt, return_tensors="pt").input_ids
         prompt_tokens = ids.shape[1]
     if plot is not None:
-        _check_place(plot)
+        check_place(plot)
         check_plot(plot)
     where = device_of(device)
     plain, model = dequantize_(load(checkpoint, _debug, tp, where)), load(checkpoint, _debug, tp, where)
@@ -379,8 +361,3 @@ def _speeds(results: dict[str, Any], prompt_tokens: int, drafted: bool) -> Table
             *((f"{speed.tokens_per_step:.2f}", accepted) if drafted else ()),
         )
     return table
-
-
-def _check_place(file: Path) -> None:
-    if not file.absolute().parent.is_dir():
-        raise UsageError(f"{file}: the folder {file.absolute().parent} does not exist. Make it first.")

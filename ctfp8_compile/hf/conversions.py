@@ -115,6 +115,11 @@ def layouts(
             continue
         if pattern is None:
             info = tensors[sources[0][0]]
+            if len(info.shape) < 2 and info.shape == tuple(declared[target].shape):
+                raise CheckpointError(
+                    f"{info}: FP8, and a vector: only matrices are read as FP8, and a norm or a bias has no scale. Store it as "
+                    "the original model has it."
+                )
             if len(info.shape) < 2 or info.shape != tuple(declared[target].shape):
                 raise CheckpointError(f"{info}: the model declares {target} as {list(declared[target].shape)}.")
             source = sources[0][0]

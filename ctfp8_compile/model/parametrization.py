@@ -6,6 +6,7 @@ The module's own code stays as it is. It asks for `self.weight` and gets the deq
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from ..checkpoint import files as ckpt
 from ..errors import CheckpointError, UsageError
-from ..ops import FP8, embedding
+from ..ops import FP8, dequantize_plainly, embedding
 from .adapters import removable
 from .dequantized import WRITE, Dequantized
 from .embedding import Rows, asks_for_rows, gathering
@@ -31,6 +32,24 @@ CAST = (
 
 
 _dequantize = torch.ops.ctfp8.dequantize.default
+
+
+def leaving() -> bool:
+    """Whether `torch.onnx.export(model)` is tracing, to which our marker says nothing: then the weight is plain arithmetic.
+
+    Raises:
+        UsageError: OpenVINO's `convert_model(model)` is, which gets some of that arithmetic wrong.
+    """
+    if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
+        frame = inspect.currentframe()
+        while frame is not None and not frame.f_globals.get("__name__", "").startswith("openvino."):
+            frame = frame.f_back
+        if frame is not None:
+            raise UsageError(
+                "openvino.convert_model cannot take a model with FP8 weights as it is. Write it with ctfp8.export(model, "
+                "path='model.xml'), or with args=(…) for one call, and read that: openvino.Core().read_model('model.xml')."
+            )
+    return torch.onnx.is_in_onnx_export()
 
 
 class Dequantize(nn.Module):
@@ -60,12 +79,16 @@ class Dequantize(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         value = self.value(weight)
-        if is_compiling() or type(value) is not Tensor:  # a tracer's own kind of tensor
+        if is_compiling() or type(value) is not Tensor or leaving():  # a tracer's own kind of tensor
             return value
         return Dequantized.of(value, functools.partial(self.value, weight))
 
     def value(self, weight: Tensor) -> Tensor:
         """The weight as the model wants it: in `dtype`, `[..., K, N]` where it keeps it transposed."""
+        if leaving():
+            block, _, dtype, transposed = self.constants
+            out = dequantize_plainly(weight, self.weight_scale, block, dtype)
+            return out.transpose(-1, -2) if transposed else out
         return _value(weight, self)
 
     def right_inverse(self, value: Tensor) -> Tensor:
@@ -197,7 +220,7 @@ def attach(
     device = weight.device
     dequantize = Dequantize(info, weight_scale.to(device), None if input_scale is None else input_scale.to(device))
     dequantize.eval()
-    _own_class(module)
+    own_class(module)
     parametrize.register_parametrization(module, name, dequantize, unsafe=True)
     module.parametrizations.eval()  # type: ignore[union-attr]
     module.parametrizations[name].__class__ = Single  # type: ignore[index]
@@ -259,7 +282,7 @@ def _share_class(module: nn.Module) -> None:
     module.__class__ = _shared[base, names]
 
 
-def _own_class(module: nn.Module) -> None:
+def own_class(module: nn.Module) -> None:
     """Gives a module that shares its class one of its own, which can be changed."""
     cls = type(module)
     if isinstance(cls, _Shared):
@@ -276,7 +299,7 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 
 def detach(module: nn.Module, name: str, value: Tensor) -> None:
     """Takes the parametrization off parameter `name` of a module, and puts `value` in its place."""
-    _own_class(module)
+    own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     module._parameters[name] = nn.Parameter(value, requires_grad=False)
     if parametrize.is_parametrized(module):  # in other parameters

@@ -35,6 +35,16 @@ def say_dtypes(model: nn.Module) -> None:
             module.__class__ = _saying(type(module))  # type: ignore[arg-type]  # a module's class hashes like any
 
 
+def say_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes every part of a model that has a `dtype` say this one."""
+    for module in model.modules():
+        if isinstance(module, _SaysDtype):
+            module.said_dtype = dtype
+        elif isinstance(getattr(type(module), "dtype", None), property):
+            module.said_dtype = dtype  # type: ignore[assignment]
+            module.__class__ = _saying(type(module))  # type: ignore[arg-type]
+
+
 def unsay_dtypes(model: nn.Module) -> None:
     """Undoes it, for a model whose weights are dequantized."""
     for module in model.modules():

@@ -48,6 +48,22 @@ def dequantize_reference(weight: Tensor, weight_scale: Tensor, block: list[int],
     return (weight.to(torch.float32) * scale).to(dtype)
 
 
+def dequantize_plainly(weight: Tensor, weight_scale: Tensor, block: list[int], dtype: torch.dtype) -> Tensor:
+    """The same, of operators that torch.onnx knows: 2^(e - 127) is computed, not read off the bits of a float32."""
+    scale = torch.pow(2.0, weight_scale.to(torch.float32) - 127) if weight_scale.dtype == torch.uint8 else weight_scale
+    shape = [int(size) for size in scale.shape]
+    for dim in (-2, -1):
+        size, step, count = int(weight.shape[dim]), block[dim], shape[dim]
+        if count != 1 and step != 1:
+            at = len(shape) + dim
+            wide = scale.unsqueeze(at + 1).expand(*shape[: at + 1], step, *shape[at + 1 :])
+            shape[at] = count * step
+            scale = wide.reshape(shape)
+            if shape[at] != size:
+                scale, shape[at] = scale.narrow(at, 0, size), size
+    return (weight.to(torch.float32) * scale).to(dtype)
+
+
 def exponent_steps(do: Do, exponents: Any) -> Any:
     """`2^(e - 127)` of bytes e, as float32: a byte is the exponent of a float32; that of 0 is not normal. 255 is no scale."""
     bits = do(aten.mul.Tensor, do(_convert, exponents, torch.int32), 1 << 23)

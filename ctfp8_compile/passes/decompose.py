@@ -21,13 +21,14 @@ aten = torch.ops.aten
 _convert = torch.ops.prims.convert_element_type.default
 
 
-def decompose(graph: fx.Graph, caches: bool = True) -> dict[fx.Node, fx.Node]:
+def decompose(graph: fx.Graph, caches: bool = True, weights: bool = True) -> dict[fx.Node, fx.Node]:
     """Decomposes every rotation, and every marker that is still used; returns what took the place of each.
 
     Views of weights go with the rest.
 
     Args:
         caches: whether those of FP8 caches too. An artifact keeps them, for the attention of the machine that loads it.
+        weights: whether those of weights too. Another format has an operator for them.
     """
     for node in reversed(graph.nodes):
         if not node.users and (is_marker(node) or is_view(node)):
@@ -58,7 +59,7 @@ def decompose(graph: fx.Graph, caches: bool = True) -> dict[fx.Node, fx.Node]:
         replaced[node] = new
         node.replace_all_uses_with(new, propagate_meta=False)
         graph.erase_node(node)
-    for marker in [node for node in graph.nodes if is_marker(node)]:
+    for marker in [node for node in graph.nodes if weights and is_marker(node)]:
         replaced[marker] = arithmetic(graph, marker)
         marker.replace_all_uses_with(replaced[marker], propagate_meta=False)
         graph.erase_node(marker)

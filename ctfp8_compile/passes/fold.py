@@ -19,6 +19,7 @@ from torch import fx
 
 from ..graph import MARKER, before, call, is_view, value
 from .decompose import arithmetic
+from .plain import as_prim
 from .rule import Match
 
 #: The arithmetic of one weight in a graph of its own: its last node, and the weight and scale it starts from.
@@ -76,12 +77,10 @@ def _same(found: Any, expected: Any, weight: fx.Node, scale: fx.Node, match: Mat
     if expected is weight or expected is scale:
         return found is (match.weight if expected is weight else match.weight_scale)
     if isinstance(expected, fx.Node):
-        return (
-            isinstance(found, fx.Node)
-            and (found.op, found.target) == (expected.op, expected.target)
-            and _same([*found.args], [*expected.args], weight, scale, match)
-            and not found.kwargs
-        )
+        if not isinstance(found, fx.Node) or found.op != expected.op:
+            return False
+        (target, args, kwargs), (wanted, of, _) = as_prim(found), as_prim(expected)
+        return target == wanted and not kwargs and _same([*args], [*of], weight, scale, match)
     if isinstance(expected, list | tuple):
         return (
             isinstance(found, list | tuple)

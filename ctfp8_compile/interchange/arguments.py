@@ -1,0 +1,103 @@
+"""A call as its caller wrote it, of any module: the tensors among its arguments become inputs, the rest is fixed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..model.call import Call
+
+
+class Returned:
+    """What a module returned last, by name. A tracer puts a module's own attributes back."""
+
+    names: tuple[str, ...] = ()
+
+
+class Called(nn.Module):
+    """A module called with tensors by position, its other arguments fixed; returns a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], fixed: Mapping[str, Any]):
+        super().__init__()
+        self.model, self.names, self.fixed = model, names, dict(fixed)
+        self.returned = Returned()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(**dict(zip(self.names, inputs, strict=True)), **self.fixed)
+        found = _named(out)
+        if odd := [name for name, value in found.items() if not isinstance(value, Tensor)]:
+            raise UsageError(
+                f"{type(self.model).__name__} returns {odd[0]}, a {type(found[odd[0]]).__name__}, and these files return "
+                "tensors alone. Pass kwargs={'use_cache': False}; of a language model leave args out, and its cache goes in "
+                "and out."
+            )
+        self.returned.names = tuple(found)
+        return tuple(found.values())
+
+
+def _named(out: Any) -> dict[str, Any]:
+    if isinstance(out, Mapping):  # transformers' ModelOutput
+        return {str(name): value for name, value in out.items() if value is not None}
+    if isinstance(out, (tuple, list)):
+        return {f"output_{i}": value for i, value in enumerate(out) if value is not None}
+    return {"output": out}
+
+
+def call_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any, dtype: torch.dtype
+) -> Call:
+    """The call `model(*args, **kwargs)`.
+
+    Args:
+        dtype: what the model computes in; inputs of bfloat16, float16 and float32 become it.
+        dynamic_shapes: as for `torch.export.export`, by name or by position: a dict from dimensions to `Dim`s for each tensor.
+
+    Raises:
+        UsageError: an argument holds tensors within something else, or shapes are given in another form.
+    """
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    loose = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.VAR_KEYWORD]
+    for name in loose:
+        given |= given.pop(name, {})
+    inputs = {
+        name: value.to(dtype) if value.dtype in _NUMBERS else value
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+    }
+    fixed = {name: value for name, value in given.items() if name not in inputs}
+    for name, value in fixed.items():
+        if not isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
+            raise UsageError(
+                f"{name}: a {type(value).__name__}, and these files take tensors alone. Wrap the model in a module whose forward "
+                "takes each tensor by itself."
+            )
+    if not inputs:
+        raise UsageError("no argument is a tensor; pass the tensors of one call as args or kwargs.")
+    called = Called(model, tuple(inputs), fixed)
+    return Call(called, inputs, _dims(dynamic_shapes, [*given], inputs), lambda: called.returned.names)
+
+
+_NUMBERS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _dims(shapes: Any, names: list[str], inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
+    by_name = dict(zip(names, shapes, strict=False)) if isinstance(shapes, (tuple, list)) else dict(shapes or {})
+    found: dict[str, dict[int, str]] = {}
+    for name, dims in by_name.items():
+        if name not in inputs or not dims:
+            continue
+        if isinstance(dims, (tuple, list)):
+            dims = dict(enumerate(dims))
+        if not isinstance(dims, Mapping) or not all(isinstance(dim, int) for dim in dims):
+            raise UsageError(f"dynamic_shapes of {name}: give a dict from dimensions to names, {{0: Dim('batch')}}.")
+        found[name] = {
+            dim: getattr(size, "__name__", f"{name}_{dim}")
+            for dim, size in dims.items()
+            if size is not None and not isinstance(size, int) and size != torch.export.Dim.STATIC
+        }
+    return found
