@@ -1,4 +1,4 @@
-"""The command line: `ctfp8 inspect | explain | export | generate | bench`.
+"""The command line: `ctfp8 inspect | explain | export | generate | serve | bench`.
 
 Results go to stdout (`--json`: nothing but JSON), progress and errors to stderr. Exit codes: 0 done, 1 an error, 2 a wrong
 command line.
@@ -286,6 +286,39 @@ def generate(
         where = device_of(device)
         text = of_checkpoint(checkpoint, tokenizer, prompt, max_new_tokens, eager, _debug, tp, where, drafts)
     generate(text, max_new_tokens, temperature, seed, as_json)
+
+
+@_command
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; the default is reached from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: a free one.", min=0, max=65535)] = 8000,
+    device: Device = None,
+    max_batch: Annotated[int, typer.Option(help="Requests that run at a time.", min=1, max=1024)] = 16,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a request, prompt and answer; default: 4096, or what the model was made for.", min=8
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; those beyond are refused (429).", min=0)] = 64,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must send as their key (401 otherwise).", envvar="CTFP8_API_KEY")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients know the model by; default: the folder's name.")
+    ] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, runs slower.")] = False,
+) -> None:
+    """Serve a checkpoint as OpenAI's API does: chat completions, completions, responses, streamed or not, batched.
+
+    [dim]ctfp8 serve examples/models/llama --port 8000[/]
+    """
+    from .serve import serve
+
+    serve(checkpoint, host, port, device, (max_batch, context), queue, api_key, name, eager, _debug)
 
 
 @_command
