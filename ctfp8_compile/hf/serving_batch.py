@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import queue
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -187,6 +188,16 @@ class Streamer(CBStreamer):
         self._engine.cancel(self._request_id)
 
 
+class _Nowhere:
+    """Where tokens go that nobody waits for: those made for a request between its cancelling and the engine's noticing."""
+
+    def put(self, output: Any) -> None:
+        pass
+
+    def empty(self) -> bool:
+        return True
+
+
 class Batched(CBGenerateManager):
     """transformers' engine for continuous batching, kept running.
 
@@ -223,11 +234,13 @@ class Batched(CBGenerateManager):
                 f"a key-value cache for {self.room.batch} requests of {self.room.context} tokens does not fit in memory. "
                 "Serve fewer at a time (--max-batch), or shorter ones (--context)."
             ) from None
+        engine.output_router.output_queue = _Nowhere()
         engine.start()
         self._cb = engine
 
     def warm_up(self, prompts: list[list[int]], new_tokens: int = 3) -> None:
         """Runs prompts together, to the end; what is to be compiled is then compiled."""
+        self._cb.output_router.output_queue = queue.Queue()
         names = [self._cb.add_request(ids, max_new_tokens=new_tokens, eos_token_id=-1) for ids in prompts]
         for _ in names:
             found = None
@@ -236,6 +249,7 @@ class Batched(CBGenerateManager):
             if found is None or found.error is not None:
                 fatal = self._cb.background_thread_status.fatal_error
                 raise fatal or RuntimeError(getattr(found, "error", "the engine ended"))
+        self._cb.output_router.output_queue = _Nowhere()
 
     def init_cb(self, model: Any, gen_config: GenerationConfig) -> None:
         """transformers' server calls it with each request: the engine runs already, for all of them."""
@@ -247,17 +261,17 @@ class Batched(CBGenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Streamer]:  # fmt: skip
-        queue: asyncio.Queue[Any] = asyncio.Queue()
+        text: asyncio.Queue[Any] = asyncio.Queue()
         stops = Stops(gen_config.stop_strings)
-        streamer = Streamer(self, request_id, processor._tokenizer, queue, response_parser, stops)
+        streamer = Streamer(self, request_id, processor._tokenizer, text, response_parser, stops)
 
         def over(error: str | None) -> None:
             if error is not None:
-                queue.put_nowait(StreamError(error))
+                text.put_nowait(StreamError(error))
             streamer.end()
 
         self._submit(request_id, inputs["input_ids"], gen_config, streamer.put, over, stops)
-        return queue, streamer
+        return text, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
