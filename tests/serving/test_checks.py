@@ -149,9 +149,9 @@ async def _ask(gate, headers=(), path="/v1/completions", body=b"{}", method="POS
     sent, messages = [], [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive():
-        if messages:
-            return messages.pop(0)
-        await asyncio.sleep(60)
+        if not messages:
+            await asyncio.sleep(60)
+        return messages.pop(0)
 
     async def send(message):
         sent.append(message)
