@@ -13,6 +13,7 @@ from ..counted import counted
 from ..errors import UsageError
 from ..hf.serving_batch import Room
 from ..inductor.progress import Progress
+from ..inductor.recipe import compile
 from .loading import device_of, load, load_tokenizer
 from .terminal import err, escape
 
@@ -46,6 +47,8 @@ def serve(
         if made_for is not None and context > made_for:
             raise UsageError(f"--context {context}: this model was made for {counted(made_for, 'position')}.")
         name = name or (Path(checkpoint).resolve().name if is_folder(checkpoint) else checkpoint)
+        if not eager:
+            compile(model)
         app, engine = warmed_up(model, tokenizer, name, Room(batch, context), key, queue)
         try:
             _run(app, address, name, host, key)

@@ -1,9 +1,9 @@
 """transformers' continuous batching on our graphs: a step of `generate_batch`, or of its server, is one graph.
 
 transformers' paged cache is a Python object that torch.compile does not look into, so that each layer would be two graphs. What
-a step needs of it is one tensor of pages and the places of tokens in it, and one operator (`ctfp8::paged_attention`) that
-writes and reads them. So nothing in the graph depends on which requests run, or on how many: it is compiled for sizes that are
-any, once for several tokens and once for one.
+a step needs of it is one tensor of pages and the places of tokens in it, and one operator (`ctfp8::paged_attention`) writes and
+reads them. Nothing in the graph depends on which requests run, or on how many. So there are three, for any sizes: of one new
+token, of several of one request, of several requests.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,11 @@ from ..inductor.recipe import Compiled
 from ..ops import paged as paged  # the operator
 from .compat import ALL_ATTENTION_FUNCTIONS
 
+#: transformers' name for attention to pages as it is done here, while a model is batched.
 NAME = "ctfp8_paged"
 #: The argument, passed through the model to each attention, by which that knows the pages.
 _PAGES = "ctfp8_pages"
+_KEPT = "_ctfp8_steps"
 
 
 def watch(model: Any) -> None:
@@ -40,12 +43,11 @@ def _preparing(init: Any) -> Any:
     @functools.wraps(init)
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         manager = init(self, *args, **kwargs)
-        if why_not(self, manager) is None:
-            own = self.config._attn_implementation
-            self.set_attn_implementation(NAME)
-            manager._original_attn_impl = manager._original_attn_impl or own  # set again when it stops
-            if not isinstance(self.forward, PagedForward):
-                self.forward = PagedForward(self.forward)
+        why = why_not(self, manager)
+        if why is None and self.config._attn_implementation != NAME:
+            manager._original_attn_impl = manager._original_attn_impl or self.config._attn_implementation
+            self.set_attn_implementation(NAME)  # until the manager stops
+        manager.model = _steps_of(self, why)
         return manager
 
     return init_continuous_batching
@@ -54,25 +56,32 @@ def _preparing(init: Any) -> Any:
 def why_not(model: Any, manager: Any) -> str | None:
     """Why a model's steps stay transformers' own; None where they are ours."""
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    settings = getattr(manager, "continuous_batching_config", None)
+    if settings is None or not hasattr(manager, "distributed_helper"):
+        return "this release of transformers batches in another way"
     if model.config._attn_implementation not in ("sdpa", NAME):
-        return f"its attention is {model.config._attn_implementation}"
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
-        return "some of its layers attend to a window, or have states"
-    if getattr(config, "attn_logit_softcapping", None) or any(hasattr(m, "sinks") for m in model.modules()):
+        return f"its attention is {model.config._attn_implementation}, not sdpa"
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "some of its layers attend to a window, or keep states"
+    if getattr(config, "sliding_window", None):
+        return "its layers attend to a window"
+    if getattr(config, "attn_logit_softcapping", None) or any(hasattr(part, "sinks") for part in model.modules()):
         return "its attention has sinks, or caps its logits"
-    if "logits_to_keep" not in _parameters(type(model).forward):
+    if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
         return "its forward computes the logits of all tokens"
-    settings = manager.continuous_batching_config
     if manager.distributed_helper.tp_size > 1 or settings.max_blocks_per_request or any(settings.cuda_graph_booleans):
-        return "it is spread over processes, or has CUDA graphs"
+        return "it is spread over processes, or uses CUDA graphs"
     if settings.varlen_compile_config is not None or settings.use_async_batching:
-        return "transformers was told how to compile it"
+        return "transformers is to compile it, or to prepare a step while another runs"
     return None
 
 
-def _parameters(function: Any) -> Any:
-    return inspect.signature(function).parameters
+def _steps_of(model: Any, why: str | None) -> _Steps:
+    """Kept with the model, so that what was compiled for one batch serves the next."""
+    kept = model.__dict__.get(_KEPT)
+    if kept is None or kept.forward is not model.forward or kept.why != why:
+        kept = model.__dict__[_KEPT] = _Steps(model, why)
+    return kept
 
 
 class _Step(Compiled):
@@ -84,30 +93,35 @@ class _Step(Compiled):
         return during
 
 
-class PagedForward:
-    """A model's forward that does a step of continuous batching with tensors only; other calls pass through."""
+class _Steps:
+    """What transformers' engine takes for the model: called, it does a step with tensors only; all else is the model's."""
 
-    def __init__(self, forward: Any):
-        functools.update_wrapper(self, forward)
-        self.inner = forward
-        plain = forward
+    def __init__(self, model: Any, why: str | None):
+        forward = plain = model.forward
         while hasattr(plain, "_torchdynamo_orig_callable"):
             plain = plain._torchdynamo_orig_callable
-        self._torchdynamo_orig_callable = plain
-        self._step: Callable[..., Any] = plain
-        if isinstance(forward, Compiled):
-            self._step = _Step(plain, {**forward.arguments, "dynamic": True})
+        step: Callable[..., Any] = plain
+        if isinstance(forward, Compiled) and why is None:
+            step = _Step(plain, {**forward.arguments, "dynamic": True})
+        elif isinstance(forward, Compiled):
+            warnings.warn(f"{type(model).__name__} is batched, but not compiled: {why}.", stacklevel=4)
+        self.__dict__.update(model=model, why=why, forward=forward, step=step)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("cache")
-        if "write_index" not in kwargs or cache is None:
-            return self.inner(*args, **kwargs)
-        (allocator,) = cache.cache_allocators.values()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model, name, value)
+
+    def __call__(self, **kwargs: Any) -> Any:
+        if self.why is not None:
+            return self.step(**kwargs)
+        (allocator,) = kwargs["cache"].cache_allocators.values()
         (read,), (write,), (key_starts,) = kwargs["read_index"], kwargs["write_index"], kwargs["cu_seq_lens_k"].values()
         if not read.numel():  # all tokens there are were just written
             read = write.clone()  # a tensor of its own, as ever: dynamo looks for those that are one
         pages = (allocator.cache_tensor, write, read, kwargs["cu_seq_lens_q"], key_starts, allocator.tokens_per_page)
-        return self._step(
+        return self.step(
             input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"], use_cache=False,
             logits_to_keep=kwargs["logits_indices"], **{_PAGES: pages},
         )  # fmt: skip

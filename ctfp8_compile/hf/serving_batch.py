@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from ..errors import UsageError
+from ..inductor.recipe import Compiled
 from .compat import (
     CBGenerateManager,
     CBStreamer,
@@ -256,6 +257,11 @@ class Batched(CBGenerateManager):
 
     def is_alive(self) -> bool:
         return self._lost is None
+
+    @property
+    def why_not_compiled(self) -> str | None:
+        """Why steps are transformers' own though the model is compiled; None where they are graphs, or it is not."""
+        return getattr(self._cb.model, "why", None) if isinstance(self.model.forward, Compiled) else None
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str,
