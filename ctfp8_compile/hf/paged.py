@@ -36,6 +36,15 @@ def watch(model: Any) -> None:
     """Has a model of ours step through transformers' continuous batching in graphs, once it is compiled."""
     if hasattr(type(model), "init_continuous_batching"):
         model.init_continuous_batching = types.MethodType(_preparing(type(model).init_continuous_batching), model)
+        model.register_forward_pre_hook(_before)  # a step calls the forward itself
+
+
+def _before(model: Any, args: Any) -> None:
+    if model.config._attn_implementation == NAME:
+        raise UsageError(
+            "this model is batching requests (generate_batch, ctfp8 serve) and cannot be called beside them. Call it when they "
+            "have ended, or load it twice."
+        )
 
 
 @functools.cache
@@ -120,7 +129,9 @@ class _Steps:
         (read,), (write,), (key_starts,) = kwargs["read_index"], kwargs["write_index"], kwargs["cu_seq_lens_k"].values()
         if not read.numel():  # all tokens there are were just written
             read = write.clone()  # a tensor of its own, as ever: dynamo looks for those that are one
-        pages = (allocator.cache_tensor, write, read, kwargs["cu_seq_lens_q"], key_starts, allocator.tokens_per_page)
+        kept = allocator.cache_tensor  # [tokens, 2, heads, columns], of which a page is `tokens_per_page`
+        kept = kept.view(-1, 2, allocator.tokens_per_page, *kept.shape[2:])
+        pages = (kept, write, read, kwargs["cu_seq_lens_q"], key_starts)
         return self.step(
             input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"], use_cache=False,
             logits_to_keep=kwargs["logits_indices"], **{_PAGES: pages},
@@ -131,14 +142,8 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    if (given := kwargs.get(_PAGES)) is None:
-        raise UsageError(
-            "this model is batching requests (generate_batch, ctfp8 serve) and cannot be called beside them. Call it when they "
-            "have ended, or load it twice."
-        )
-    *tensors, page = given
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return torch.ops.ctfp8.paged_attention(query, key, value, *tensors, page, module.layer_idx, scale), None
+    return torch.ops.ctfp8.paged_attention(query, key, value, *kwargs[_PAGES], module.layer_idx, scale), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)

@@ -1,9 +1,9 @@
 """Attention of several texts in one row of tokens to a paged key-value cache: new tokens are written to it, and all are read.
 
-Pages are those of transformers' continuous batching: `pages` `[tokens, 2, heads, columns]`, of which a page, `page` tokens of one
-layer, holds its keys and then its values. An index i of `write` or `read` is the row `i + 2 * layer * page` of the keys, in
-`pages` seen as `[2 * tokens, heads, columns]`; the value is `page` rows behind it. The pages of a text begin at multiples of
-`page` of its tokens.
+Pages are those of transformers' continuous batching: `pages` `[pages, 2, page, heads, columns]`, each `page` tokens of one layer,
+first the keys and then the values; pages of one text's tokens lie together, a layer's behind the one before. An index i of
+`write` or `read` means the row `i + 2 * layer * page` of all, seen as `[rows, heads, columns]`, for a key, and the row `page`
+further for its value. The pages of a text begin at multiples of `page` of its tokens.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .operators import operator
 
 @operator(
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) pages, Tensor write, Tensor read, Tensor query_starts,"
-    " Tensor key_starts, int page, int layer, float scale) -> Tensor",
+    " Tensor key_starts, int layer, float scale) -> Tensor",
     meta=lambda query, key, value, pages, *_: query.new_empty(
         (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     ),
 )
 def _paged_attention(
     query: Tensor, key: Tensor, value: Tensor, pages: Tensor, write: Tensor, read: Tensor, query_starts: Tensor,
-    key_starts: Tensor, page: int, layer: int, scale: float,
+    key_starts: Tensor, layer: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """`[1, tokens, heads, columns]`.
 
@@ -33,7 +33,8 @@ def _paged_attention(
         read: `[all]` int64, where each text's tokens are, the new ones last; one text after another.
         query_starts, key_starts: `[texts + 1]` int32, where each text's tokens begin among the new ones, and in `read`.
     """
-    rows = pages.view(-1, *pages.shape[2:])
+    page = pages.shape[2]
+    rows = pages.view(-1, *pages.shape[3:])
     first = 2 * layer * page
     rows.index_copy_(0, write + first, key[0].transpose(0, 1))
     rows.index_copy_(0, write + (first + page), value[0].transpose(0, 1))

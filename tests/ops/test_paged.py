@@ -22,7 +22,7 @@ def step(texts, heads, shared, width, page, dtype, seed=0):
     torch.manual_seed(seed)
     order = random.Random(seed)
     blocks = sum(-(-(kept + new) // page) for kept, new in texts) + 2
-    pages = torch.randn(blocks * LAYERS * page, 2, shared, width).to(dtype)
+    pages = torch.randn(blocks * LAYERS, 2, page, shared, width).to(dtype)
     free = list(range(blocks))
     order.shuffle(free)
     rows = pages.view(-1, shared, width)
@@ -45,7 +45,7 @@ def step(texts, heads, shared, width, page, dtype, seed=0):
         starts.append(starts[-1] + new)
         ends.append(ends[-1] + kept + new)
     index = [torch.tensor(t, dtype=torch.long) for t in (write, read)]
-    return (query, key, value, pages, *index, *(torch.tensor(t, dtype=torch.int32) for t in (starts, ends)), page), seen
+    return (query, key, value, pages, *index, *(torch.tensor(t, dtype=torch.int32) for t in (starts, ends))), seen
 
 
 def exact(arguments, seen, scale):

@@ -147,8 +147,7 @@ void attend_one(const Tensor& query, const Pages& pages, const std::vector<Text>
 }
 
 Tensor paged_attention(const Tensor& query, const Tensor& key, const Tensor& value, Tensor& pages, const Tensor& write,
-                       const Tensor& read, const Tensor& query_starts, const Tensor& key_starts, int64_t page, int64_t layer,
-                       double scale) {
+                       const Tensor& read, const Tensor& query_starts, const Tensor& key_starts, int64_t layer, double scale) {
   const char* op = "ctfp8::paged_attention";
   const Dtype dtype = dtype_of(query, op);
   TORCH_CHECK(query.dim() == 4 && query.size(0) == 1 && key.sizes() == value.sizes() && key.dim() == 4 && key.size(0) == 1 &&
@@ -156,16 +155,17 @@ Tensor paged_attention(const Tensor& query, const Tensor& key, const Tensor& val
                   query.size(1) % key.size(1) == 0,
               op, ": query must be [1, heads, tokens, columns], keys and values the same with a divisor of the heads, not ",
               query.sizes(), ", ", key.sizes(), " and ", value.sizes());
-  TORCH_CHECK(pages.dim() == 4 && pages.size(1) == 2 && pages.size(2) == key.size(1) && pages.size(3) == key.size(3) &&
-                  pages.is_contiguous() && pages.scalar_type() == query.scalar_type() &&
+  TORCH_CHECK(pages.dim() == 5 && pages.size(1) == 2 && pages.size(2) > 0 && pages.size(3) == key.size(1) &&
+                  pages.size(4) == key.size(3) && pages.is_contiguous() && pages.scalar_type() == query.scalar_type() &&
                   key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
-              op, ": pages must be [tokens, 2, heads, columns] of the keys' heads, columns and dtype, not ", pages.sizes());
+              op, ": pages must be [pages, 2, page, heads, columns] of the keys' heads, columns and dtype, not ", pages.sizes());
   TORCH_CHECK(
       write.scalar_type() == at::kLong && read.scalar_type() == at::kLong && write.is_contiguous() && read.is_contiguous() &&
           write.numel() == query.size(2) && query_starts.scalar_type() == at::kInt && key_starts.scalar_type() == at::kInt &&
-          query_starts.is_contiguous() && key_starts.is_contiguous() && query_starts.numel() == key_starts.numel() && page > 0,
+          query_starts.is_contiguous() && key_starts.is_contiguous() && query_starts.numel() == key_starts.numel(),
       op, ": write and read must be int64, a place for each new token, and starts int32, as many of the one as of the other");
-  const Pages kept{pages.view({-1, pages.size(2), pages.size(3)}), page, 2 * layer * page};
+  const int64_t page = pages.size(2);
+  const Pages kept{pages.view({-1, pages.size(3), pages.size(4)}), page, 2 * layer * page};
   const std::vector<Text> texts = texts_of(query_starts, key_starts, query.size(2), read.numel());
   write_to(kept, key, write, 0);
   write_to(kept, value, write, page);
