@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +30,11 @@ NAME = "ctfp8_paged"
 #: The argument, passed through the model to each attention, by which that knows the pages.
 _PAGES = "ctfp8_pages"
 _KEPT = "_ctfp8_steps"
+_MANAGER = "_ctfp8_manager"
+_BUSY = (
+    "this model is batching requests (generate_batch, ctfp8 serve) and cannot be called beside them. Call it when they have "
+    "ended, or load it twice."
+)
 
 
 def watch(model: Any) -> None:
@@ -41,22 +46,29 @@ def watch(model: Any) -> None:
 
 def _before(model: Any, args: Any) -> None:
     if model.config._attn_implementation == NAME:
-        raise UsageError(
-            "this model is batching requests (generate_batch, ctfp8 serve) and cannot be called beside them. Call it when they "
-            "have ended, or load it twice."
-        )
+        raise UsageError(_BUSY)
+
+
+def _refuse_if_running(model: Any) -> None:
+    manager = model.__dict__.get(_MANAGER, lambda: None)()
+    if manager is not None and manager.is_running():
+        raise UsageError(_BUSY)
 
 
 @functools.cache
 def _preparing(init: Any) -> Any:
     @functools.wraps(init)
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation == NAME:  # of a manager that runs, or that failed
+            _refuse_if_running(self)
+            self.set_attn_implementation("sdpa")
         manager = init(self, *args, **kwargs)
         why = why_not(self, manager)
         if why is None and self.config._attn_implementation != NAME:
             manager._original_attn_impl = manager._original_attn_impl or self.config._attn_implementation
             self.set_attn_implementation(NAME)  # until the manager stops
         manager.model = _steps_of(self, why)
+        self.__dict__[_MANAGER] = weakref.ref(manager)
         return manager
 
     return init_continuous_batching
@@ -76,8 +88,6 @@ def why_not(model: Any, manager: Any) -> str | None:
         return "its layers attend to a window"
     if getattr(config, "attn_logit_softcapping", None) or any(hasattr(part, "sinks") for part in model.modules()):
         return "its attention has sinks, or caps its logits"
-    if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
-        return "its forward computes the logits of all tokens"
     if manager.distributed_helper.tp_size > 1 or settings.max_blocks_per_request or any(settings.cuda_graph_booleans):
         return "it is spread over processes, or uses CUDA graphs"
     if settings.varlen_compile_config is not None or settings.use_async_batching:
@@ -132,10 +142,9 @@ class _Steps:
         kept = allocator.cache_tensor  # [tokens, 2, heads, columns], of which a page is `tokens_per_page`
         kept = kept.view(-1, 2, allocator.tokens_per_page, *kept.shape[2:])
         pages = (kept, write, read, kwargs["cu_seq_lens_q"], key_starts)
-        return self.step(
-            input_ids=kwargs["input_ids"], position_ids=kwargs["position_ids"], use_cache=False,
-            logits_to_keep=kwargs["logits_indices"], **{_PAGES: pages},
-        )  # fmt: skip
+        kept_logits = {name: kwargs[name] for name in ("logits_to_keep",) if name in kwargs}
+        step = {"input_ids": kwargs["input_ids"], "position_ids": kwargs["position_ids"], "use_cache": False}
+        return self.step(**step, **kept_logits, **{_PAGES: pages})
 
 
 def _attention(

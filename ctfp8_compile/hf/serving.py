@@ -26,11 +26,13 @@ from .compat import (
     GenerationState,
     ModelManager,
     ResponseHandler,
+    StreamError,
     build_server,
 )
 from .serving_batch import SEED, Batched, Room
 from .serving_checks import Refused, answer, check_chat, check_fields
 from .serving_gate import Gate
+from .serving_stops import Stops
 
 log = logging.getLogger("ctfp8_compile")
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
@@ -108,10 +110,28 @@ class OneByOne(GenerateManager):
         self.model, self.room = model, room
 
     def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any
+        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, *args: Any, **kwargs: Any
     ) -> Any:
         self.room.limit(inputs["input_ids"].shape[-1], gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, *args, **kwargs)
+        stops, enqueue = Stops(gen_config.stop_strings), streamer._enqueue
+
+        def up_to_a_stop_word(item: Any) -> None:
+            last = item is None or isinstance(item, StreamError)
+            if last and (rest := stops.rest()):
+                enqueue(rest)
+            if last or type(item) is not str:
+                enqueue(item)
+            elif sure := stops.feed(item):
+                enqueue(sure)
+
+        streamer._enqueue = up_to_a_stop_word
+        self._thread.submit(self._next)
+        return queue, streamer
+
+    def submit(self, fn: Any, *args: Any, **kwargs: Any) -> None:
+        """What is to run once its streamer is ready."""
+        self._next = fn
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
@@ -128,7 +148,11 @@ class OneByOne(GenerateManager):
         except asyncio.CancelledError:
             watch.left = True
             raise
-        return processor.decode(ids, skip_special_tokens=True), length, ids
+        stops = Stops(gen_config.stop_strings)
+        text = stops.cut(processor.decode(ids, skip_special_tokens=True))
+        if stops.found:
+            gen_config.max_new_tokens = None  # not the length ended it
+        return text, length, ids.tolist()
 
     def is_alive(self) -> bool:
         return True

@@ -78,6 +78,7 @@ def test_a_compiled_batch_is_each_text_alone_in_three_graphs(name):
 
 
 @pytest.mark.long
+@pytest.mark.nightly
 def test_serving_compiles_nothing_after_its_warm_up():
     model, prompts = load("llama")
     want = [alone(model, ids, 16) for ids in prompts]
@@ -123,7 +124,10 @@ def test_a_model_that_is_batched_is_not_called_beside():
     with pytest.raises(ctfp8.UsageError, match="cannot be called beside"):
         model(torch.tensor([prompts[0]]))
     manager.start()
+    with pytest.raises(ctfp8.UsageError, match="cannot be called beside"):
+        batch(model, prompts, 4)
     manager.stop()
+    assert batch(model, prompts[:1], 4) == [alone(model, prompts[0], 4)]
     assert model(torch.tensor([prompts[0]])).logits.shape[1] == len(prompts[0])
 
 
@@ -148,7 +152,7 @@ def test_threads_that_generate_with_one_compiled_model_get_their_own_texts(calls
             out = model.generate(ids, cache=own.cache, max_new_tokens=8, **GREEDY)
         return out[0, ids.shape[1] :].tolist() == want[i % len(prompts)]
 
-    assert all(map(ask, range(2)))
+    assert all(map(ask, range(len(prompts))))
     before = graphs()
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(calls)))

@@ -142,6 +142,20 @@ def test_stop_words_are_held_back_until_they_are_none():
     assert stops.rest() == ""
 
 
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    import importlib.util
+
+    from ctfp8_compile import UsageError
+    from ctfp8_compile.cli.serve import serve
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "uvicorn" else found(name, *more)
+    )
+    with pytest.raises(UsageError, match=r"serving needs uvicorn\. Run: pip install 'ctfp8-compile\[serve\]'"):
+        serve("nowhere", "127.0.0.1", 0, None, (1, None), 1, None, None, True, False)
+
+
 # The gate, without a server
 
 

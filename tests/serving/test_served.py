@@ -44,8 +44,8 @@ def want(loaded):
 
 
 @pytest.fixture(scope="module")
-def server(loaded, want):
-    model, tokenizer = loaded
+def server(folder, loaded):
+    model, tokenizer = ctfp8.from_pretrained(folder), loaded[1]
     plain, fails = model.forward, {POISON: tokenizer(POISON).input_ids[-1]}
 
     def forward(input_ids=None, **kwargs):
@@ -54,11 +54,8 @@ def server(loaded, want):
         return plain(input_ids=input_ids, **kwargs)
 
     model.forward = forward
-    try:
-        with serving(model, tokenizer, queue=8) as (url, engine):
-            yield url, engine
-    finally:
-        model.forward = plain
+    with serving(model, tokenizer, queue=8) as (url, engine):
+        yield url, engine
 
 
 @pytest.fixture
@@ -124,6 +121,17 @@ def test_a_long_prompt_read_in_parts_beside_others(loaded):
     with serving(model, tokenizer, context=2048) as (url, _), ThreadPoolExecutor(8) as pool:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         assert list(pool.map(lambda p: complete(client, p, new_tokens=16), [long, PROMPTS[0]] * 3)) == expected * 3
+
+
+def test_a_model_without_a_paged_cache_is_served_one_request_after_another(loaded, want):
+    with serving(*loaded, one_by_one=True) as (url, _), ThreadPoolExecutor(8) as pool:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        raw(url, {"prompt": PROMPTS[0], "max_tokens": 200}).close()
+        for stream in (False, True):
+            assert list(pool.map(lambda prompt: complete(client, prompt, stream), PROMPTS[:4])) == want[:4]  # noqa: B023
+            word = want[0][9:12]
+            assert complete(client, PROMPTS[0], stream, stop=[word]) == want[0][: want[0].find(word)]
+        assert post(url, {"prompt": "x" * 300})[0] == 400
 
 
 def test_chat_and_responses_use_the_checkpoints_template(client, loaded):
@@ -324,6 +332,7 @@ def test_the_command_end_to_end(folder, want):
         "4",
         "--context",
         "256",
+        "--eager",
     ]
     process = subprocess.Popen([*command, "--api-key", "secret"], stderr=subprocess.PIPE, text=True)
     try:

@@ -29,15 +29,16 @@ def chatting(folder: Path, source: Path = SHIPPED / "llama", dtype: str = "float
 
 @contextlib.contextmanager
 def serving(
-    model: Any, tokenizer: Any, batch: int = 4, context: int = 256, **options: Any
+    model: Any, tokenizer: Any, batch: int = 4, context: int = 256, one_by_one: bool = False, **options: Any
 ) -> Iterator[tuple[str, Any]]:
     """Its address, and its engine."""
     import uvicorn
 
-    from ctfp8_compile.hf.serving import application, engine_of
+    from ctfp8_compile.hf.serving import OneByOne, application, engine_of
     from ctfp8_compile.hf.serving_batch import Room
 
-    engine, _ = engine_of(model, Room(batch, context, step=32))  # prompts are read in parts
+    room = Room(batch, context, step=32)  # prompts are read in parts
+    engine = OneByOne(model, room) if one_by_one else engine_of(model, room)[0]
     address = socket.create_server(("127.0.0.1", 0))
     app = application(model, tokenizer, "served", engine, **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
