@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint.place import is_folder
 from ..counted import counted
 from ..errors import UsageError
-from ..hf.serving_batch import Room
+from ..hf.serving_room import Room
 from ..inductor.progress import Progress
 from ..inductor.recipe import compile
 from .loading import device_of, load, load_tokenizer

@@ -29,9 +29,10 @@ from .compat import (
     StreamError,
     build_server,
 )
-from .serving_batch import SEED, Batched, Room
+from .serving_batch import SEED, Batched
 from .serving_checks import Refused, answer, check_chat, check_fields
 from .serving_gate import Gate
+from .serving_room import Room
 from .serving_stops import Stops
 
 log = logging.getLogger("ctfp8_compile")

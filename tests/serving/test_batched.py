@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConf
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf import paged
-from ctfp8_compile.hf.serving_batch import Batched, Room
+from ctfp8_compile.hf.serving_batch import Batched
+from ctfp8_compile.hf.serving_room import Room
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = ["Return a list of ", "def main(", "x" * 90, "class A", "a", "import os\n" * 15]

@@ -35,7 +35,7 @@ def serving(
     import uvicorn
 
     from ctfp8_compile.hf.serving import OneByOne, application, engine_of
-    from ctfp8_compile.hf.serving_batch import Room
+    from ctfp8_compile.hf.serving_room import Room
 
     room = Room(batch, context, step=32)  # prompts are read in parts
     engine = OneByOne(model, room) if one_by_one else engine_of(model, room)[0]
