@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from .. import __version__
 from ..errors import Ctfp8Error, UsageError
@@ -350,7 +349,7 @@ def bench(
     ctfp8 bench examples/models/llama --context 400[/]
     """
     from ..model.freeze import dequantize_
-    from .bench import check_plot, compare, draw
+    from .bench import check_plot, compare, draw, speeds
     from .drafted import Drafts
     from .loading import device_of, load, load_tokenizer
 
@@ -379,7 +378,7 @@ def bench(
     if as_json:
         print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
         return
-    out().print(_speeds(results, prompt_tokens, bool(drafts)))
+    out().print(speeds(results, prompt_tokens, bool(drafts)))
 
 
 def _ways(plain: Any, model: Any, long: bool, drafts: Any, inductor: bool) -> dict[str, Any]:
@@ -395,23 +394,6 @@ def _ways(plain: Any, model: Any, long: bool, drafts: Any, inductor: bool) -> di
     if inductor:
         ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
     return ways
-
-
-def _speeds(results: dict[str, Any], prompt_tokens: int, drafted: bool) -> Table:
-    base = results["bf16 eager"]
-    more = ("tokens a step", "accepted") if drafted else ()
-    table = Table("", "prefill", "decode", "weights", "cache", *more, box=None, header_style="dim")
-    for way, speed in results.items():
-        accepted = "" if speed.acceptance is None else f"{speed.acceptance:.0%}"
-        table.add_row(
-            way,
-            f"{prompt_tokens / speed.prefill_seconds:.0f} tokens/s ({base.prefill_seconds / speed.prefill_seconds:.2f}×)",
-            f"{speed.tokens_per_second:.1f} tokens/s ({speed.tokens_per_second / base.tokens_per_second:.2f}×)",
-            f"{size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
-            f"{size(speed.cache_bytes)} ({speed.cache_bytes / max(base.cache_bytes, 1):.2f}×)",
-            *((f"{speed.tokens_per_step:.2f}", accepted) if drafted else ()),
-        )
-    return table
 
 
 def _check_place(file: Path) -> None:

@@ -76,8 +76,8 @@ def warmed_up(model: Any, tokenizer: Any, name: str, room: Room, key: str | None
 def bound(host: str, port: int) -> socket.socket:
     """A socket with this address, which accepts nothing yet: a long load need not end in an address that is taken."""
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, proto)
+        domain, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(domain, kind, proto)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Stop words in text that comes in pieces."""
+"""Stop words in text that comes in parts."""
 
 from __future__ import annotations
 

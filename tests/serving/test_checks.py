@@ -1,4 +1,4 @@
-"""What the server refuses before it does anything, and stop words in text that comes in pieces. No server runs here."""
+"""What the server refuses before it does anything, and stop words in text that comes in parts. No server runs here."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ def test_without_a_template_the_other_route_is_named():
 @given(st.text("ab<|", max_size=40), st.lists(st.text("ab<|", min_size=1, max_size=4), max_size=3), st.integers())
 @settings(max_examples=300, deadline=None)
 def test_stop_words_cut_the_same_text_whatever_the_pieces(text, words, seed):
-    stops, cut, pieces = Stops(words), random.Random(seed), []
+    stops, cut, parts = Stops(words), random.Random(seed), []
     said, rest = "", text
     while rest:
         length = cut.randint(1, 3)
-        pieces.append(rest[:length])
+        parts.append(rest[:length])
         rest = rest[length:]
-    for piece in pieces:
-        said += stops.feed(piece)
+    for part in parts:
+        said += stops.feed(part)
         assert text.startswith(said)
     said += stops.rest()
     # the earliest end of a stop word is what is seen first; what is said ends where that word begins
@@ -137,7 +137,7 @@ def test_stop_words_cut_the_same_text_whatever_the_pieces(text, words, seed):
 
 def test_stop_words_are_held_back_until_they_are_none():
     stops = Stops(["</s>"])
-    assert [stops.feed(piece) for piece in ("a<", "/", "b", "</", "s", ">x")] == ["a", "", "</b", "", "", ""]
+    assert [stops.feed(part) for part in ("a<", "/", "b", "</", "s", ">x")] == ["a", "", "</b", "", "", ""]
     assert stops.found
     assert stops.rest() == ""
 
