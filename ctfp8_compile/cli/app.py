@@ -349,7 +349,7 @@ def bench(
     ctfp8 bench examples/models/llama --context 400[/]
     """
     from ..model.freeze import dequantize_
-    from .bench import check_plot, compare, draw, speeds
+    from .bench import check_plot, compare, draw, speeds, ways_of
     from .drafted import Drafts
     from .loading import device_of, load, load_tokenizer
 
@@ -369,7 +369,7 @@ def bench(
     where = device_of(device)
     plain, model = dequantize_(load(checkpoint, _debug, tp, where)), load(checkpoint, _debug, tp, where)
     prompt_tokens = prompt_tokens if context is None else context
-    ways = _ways(plain, model, context is not None, drafts, inductor)
+    ways = ways_of(plain, model, context is not None, drafts, inductor)
     results = compare(ways, prompt_tokens, new_tokens, rounds, err(), context is None, ids)
     if plot is not None:
         name, what = Path(checkpoint).resolve().name, "prompt" if context is None else "context"
@@ -379,21 +379,6 @@ def bench(
         print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
         return
     out().print(speeds(results, prompt_tokens, bool(drafts)))
-
-
-def _ways(plain: Any, model: Any, long: bool, drafts: Any, inductor: bool) -> dict[str, Any]:
-    """What is compared: by its name in the table."""
-    from .bench import Way
-
-    ways = {"ctfp8": Way(model, "ctfp8")}
-    if long:
-        ways = {"ctfp8, FP8 cache": Way(model, "ctfp8", "fp8"), "ctfp8, bf16 cache": Way(model, "ctfp8", "bf16")}
-    if drafts:
-        ways[f"ctfp8, {drafts}"] = Way(model, "ctfp8", drafts=drafts)
-    ways["bf16 eager"] = Way(plain, None, "bf16")
-    if inductor:
-        ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
-    return ways
 
 
 def _check_place(file: Path) -> None:

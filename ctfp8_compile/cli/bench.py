@@ -96,6 +96,19 @@ def compare(
     return results
 
 
+def ways_of(plain: Any, model: Any, long: bool, drafts: Drafts, inductor: bool) -> dict[str, Any]:
+    """What is compared: by its name in the table."""
+    ways = {"ctfp8": Way(model, "ctfp8")}
+    if long:
+        ways = {"ctfp8, FP8 cache": Way(model, "ctfp8", "fp8"), "ctfp8, bf16 cache": Way(model, "ctfp8", "bf16")}
+    if drafts:
+        ways[f"ctfp8, {drafts}"] = Way(model, "ctfp8", drafts=drafts)
+    ways["bf16 eager"] = Way(plain, None, "bf16")
+    if inductor:
+        ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
+    return ways
+
+
 def _decoder(way: Way, room: int) -> Decoder | Drafted:
     if way.drafts:
         return Drafted(way.model, way.drafts, room + way.drafts.most(way.model), way.backend, way.cache)
