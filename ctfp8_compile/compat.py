@@ -48,6 +48,7 @@ PRIVATE = {
     "AOTIModelPackageLoader": ("torch._C._aoti.AOTIModelPackageLoader", "2.11 2.13 2.14"),
     "callback_handler": ("torch._dynamo.callback_handler", "2.11 2.13 2.14"),  # around each compilation
     "dynamo_config": ("torch._dynamo.config", "2.11 2.13 2.14"),  # specialize_float
+    "symbols_config": ("torch.fx.experimental._config", "2.11 2.13 2.14"),  # use_duck_shape
     "CallbackTrigger": ("torch._dynamo.callback.CallbackTrigger", "2.11 2.13 2.14"),
     "FailOnRecompileLimitHit": ("torch._dynamo.exc.FailOnRecompileLimitHit", "2.11 2.13 2.14"),
     "RestartAnalysis": ("torch._dynamo.exc.RestartAnalysis", "2.11 2.13 2.14"),

@@ -95,6 +95,18 @@ def test_embeddings(capsys):
 
 
 @pytest.mark.long
+def test_serve_and_ask():
+    import subprocess
+
+    pytest.importorskip("openai")
+    command = [sys.executable, ROOT / "examples/serve_and_ask.py", "--eager"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "llama is served at http://127.0.0.1:" in run.stdout
+    assert re.search(r"the same texts: [78] of 8", run.stdout)  # in bf16 a tie may fall the other way
+
+
+@pytest.mark.long
 def test_export_and_load():
     import subprocess
 

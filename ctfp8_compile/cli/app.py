@@ -1,4 +1,4 @@
-"""The command line: `ctfp8 inspect | explain | export | generate | bench`.
+"""The command line: `ctfp8 inspect | explain | export | generate | serve | bench`.
 
 Results go to stdout (`--json`: nothing but JSON), progress and errors to stderr. Exit codes: 0 done, 1 an error, 2 a wrong
 command line.
@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from .. import __version__
 from ..errors import Ctfp8Error, UsageError
 from ..paused_gc import paused_gc
 from .alone import PassesAlone
 from .place import check_place
-from .terminal import err, escape, out, size
+from .terminal import err, escape, out
 
 app = typer.Typer(
     name="ctfp8",
@@ -271,6 +270,39 @@ def generate(
 
 
 @_command
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; the default is reached from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: a free one.", min=0, max=65535)] = 8000,
+    device: Device = None,
+    max_batch: Annotated[int, typer.Option(help="Requests that run at a time.", min=1, max=1024)] = 16,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a request, prompt and answer; default: 4096, or what the model was made for.", min=8
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; those beyond are refused (429).", min=0)] = 64,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must send as their key (401 otherwise).", envvar="CTFP8_API_KEY")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients know the model by; default: the folder's name.")
+    ] = None,
+    eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, runs slower.")] = False,
+) -> None:
+    """Serve a checkpoint as OpenAI's API does: chat completions, completions, responses, streamed or not, batched.
+
+    [dim]ctfp8 serve examples/models/llama --port 8000[/]
+    """
+    from .serve import serve
+
+    serve(checkpoint, host, port, device, (max_batch, context), queue, api_key, name, eager, _debug)
+
+
+@_command
 def bench(
     checkpoint: Checkpoint,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.", min=1)] = 128,
@@ -299,7 +331,7 @@ def bench(
     ctfp8 bench examples/models/llama --context 400[/]
     """
     from ..model.freeze import dequantize_
-    from .bench import check_plot, compare, draw
+    from .bench import check_plot, compare, draw, speeds, ways_of
     from .drafted import Drafts
     from .loading import device_of, load, load_tokenizer
 
@@ -319,7 +351,7 @@ def bench(
     where = device_of(device)
     plain, model = dequantize_(load(checkpoint, _debug, tp, where)), load(checkpoint, _debug, tp, where)
     prompt_tokens = prompt_tokens if context is None else context
-    ways = _ways(plain, model, context is not None, drafts, inductor)
+    ways = ways_of(plain, model, context is not None, drafts, inductor)
     results = compare(ways, prompt_tokens, new_tokens, rounds, err(), context is None, ids)
     if plot is not None:
         name, what = Path(checkpoint).resolve().name, "prompt" if context is None else "context"
@@ -328,36 +360,4 @@ def bench(
     if as_json:
         print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
         return
-    out().print(_speeds(results, prompt_tokens, bool(drafts)))
-
-
-def _ways(plain: Any, model: Any, long: bool, drafts: Any, inductor: bool) -> dict[str, Any]:
-    """What is compared: by its name in the table."""
-    from .bench import Way
-
-    ways = {"ctfp8": Way(model, "ctfp8")}
-    if long:
-        ways = {"ctfp8, FP8 cache": Way(model, "ctfp8", "fp8"), "ctfp8, bf16 cache": Way(model, "ctfp8", "bf16")}
-    if drafts:
-        ways[f"ctfp8, {drafts}"] = Way(model, "ctfp8", drafts=drafts)
-    ways["bf16 eager"] = Way(plain, None, "bf16")
-    if inductor:
-        ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
-    return ways
-
-
-def _speeds(results: dict[str, Any], prompt_tokens: int, drafted: bool) -> Table:
-    base = results["bf16 eager"]
-    more = ("tokens a step", "accepted") if drafted else ()
-    table = Table("", "prefill", "decode", "weights", "cache", *more, box=None, header_style="dim")
-    for way, speed in results.items():
-        accepted = "" if speed.acceptance is None else f"{speed.acceptance:.0%}"
-        table.add_row(
-            way,
-            f"{prompt_tokens / speed.prefill_seconds:.0f} tokens/s ({base.prefill_seconds / speed.prefill_seconds:.2f}×)",
-            f"{speed.tokens_per_second:.1f} tokens/s ({speed.tokens_per_second / base.tokens_per_second:.2f}×)",
-            f"{size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
-            f"{size(speed.cache_bytes)} ({speed.cache_bytes / max(base.cache_bytes, 1):.2f}×)",
-            *((f"{speed.tokens_per_step:.2f}", accepted) if drafted else ()),
-        )
-    return table
+    out().print(speeds(results, prompt_tokens, bool(drafts)))

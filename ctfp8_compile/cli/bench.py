@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from ..errors import UsageError
 from ..hf.fp8_cache import CacheDtype
 from .decoder import Decoder
 from .drafted import NO_DRAFTS, Drafted, Drafts
+from .terminal import size
 
 PLOTS = (".png", ".svg", ".pdf")
 
@@ -94,6 +96,19 @@ def compare(
     return results
 
 
+def ways_of(plain: Any, model: Any, long: bool, drafts: Drafts, inductor: bool) -> dict[str, Any]:
+    """What is compared: by its name in the table."""
+    ways = {"ctfp8": Way(model, "ctfp8")}
+    if long:
+        ways = {"ctfp8, FP8 cache": Way(model, "ctfp8", "fp8"), "ctfp8, bf16 cache": Way(model, "ctfp8", "bf16")}
+    if drafts:
+        ways[f"ctfp8, {drafts}"] = Way(model, "ctfp8", drafts=drafts)
+    ways["bf16 eager"] = Way(plain, None, "bf16")
+    if inductor:
+        ways["bf16 Inductor"] = Way(plain, "inductor", "bf16")
+    return ways
+
+
 def _decoder(way: Way, room: int) -> Decoder | Drafted:
     if way.drafts:
         return Drafted(way.model, way.drafts, room + way.drafts.most(way.model), way.backend, way.cache)
@@ -102,6 +117,24 @@ def _decoder(way: Way, room: int) -> Decoder | Drafted:
 
 def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def speeds(results: dict[str, Any], prompt_tokens: int, drafted: bool) -> Table:
+    """The table that is shown: each way's speed and bytes, and what they are of those of bf16 eager."""
+    base = results["bf16 eager"]
+    more = ("tokens a step", "accepted") if drafted else ()
+    table = Table("", "prefill", "decode", "weights", "cache", *more, box=None, header_style="dim")
+    for way, speed in results.items():
+        accepted = "" if speed.acceptance is None else f"{speed.acceptance:.0%}"
+        table.add_row(
+            way,
+            f"{prompt_tokens / speed.prefill_seconds:.0f} tokens/s ({base.prefill_seconds / speed.prefill_seconds:.2f}×)",
+            f"{speed.tokens_per_second:.1f} tokens/s ({speed.tokens_per_second / base.tokens_per_second:.2f}×)",
+            f"{size(speed.weight_bytes)} ({speed.weight_bytes / base.weight_bytes:.2f}×)",
+            f"{size(speed.cache_bytes)} ({speed.cache_bytes / max(base.cache_bytes, 1):.2f}×)",
+            *((f"{speed.tokens_per_step:.2f}", accepted) if drafted else ()),
+        )
+    return table
 
 
 def check_plot(path: Path) -> None:

@@ -53,12 +53,13 @@ def device_of(wanted: str | None) -> torch.device:
     return device
 
 
-def load(checkpoint: str, debug: bool = False, tp: bool = False, device: torch.device = CPU) -> Any:
+def load(checkpoint: str, debug: bool = False, tp: bool = False, device: torch.device = CPU, text: bool = False) -> Any:
     """The model under the class its config names: a causal language model, an encoder, ….
 
     Args:
         tp: spread it over the processes that torchrun started, on the device of each.
         device: where it is to be.
+        text: of a model that also sees or hears, the part that makes text.
     """
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if tp and ranks == 1:
@@ -76,7 +77,7 @@ def load(checkpoint: str, debug: bool = False, tp: bool = False, device: torch.d
     place: dict[str, Any] = {"distributed_config": DistributedConfig(tp_size=ranks)} if tp else {}
     if not tp and device != CPU:
         place = {"device_map": device}
-    model = from_pretrained(checkpoint, named_class(config), **place)
+    model = from_pretrained(checkpoint, None if text else named_class(config), **place)
     packed = getattr(getattr(model, "hf_quantizer", None), "packed", {})
     if weights := [weight for info in packed.values() for weight in info.weights.values()]:
         err().print(escape(f"{sentence(weights, model.dtype)}."), soft_wrap=True)

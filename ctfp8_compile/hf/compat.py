@@ -61,6 +61,24 @@ PRIVATE = {
     "AllReduceEP": ("transformers.distributed.expert_parallel.AllReduceEP", "5.23 5.24"),
     "EPImplementationInterface": ("transformers.distributed.expert_parallel.EPImplementationInterface", "5.23 5.24"),
     "ensure_torch_distributed": ("transformers.distributed.utils._ensure_torch_distributed", "5.23 5.24"),
+    "build_server": ("transformers.cli.serving.server.build_server", "5.24"),  # and below: need ctfp8-compile[serve]
+    "ModelManager": ("transformers.cli.serving.model_manager.ModelManager", "5.24"),
+    "ChatCompletionHandler": ("transformers.cli.serving.chat_completion.ChatCompletionHandler", "5.24"),
+    "CompletionHandler": ("transformers.cli.serving.completion.CompletionHandler", "5.24"),
+    "ResponseHandler": ("transformers.cli.serving.response.ResponseHandler", "5.24"),
+    "GenerationState": ("transformers.cli.serving.utils.GenerationState", "5.24"),
+    "GenerateManager": ("transformers.cli.serving.utils.GenerateManager", "5.24"),  # one request after another
+    "CBGenerateManager": ("transformers.cli.serving.utils.CBGenerateManager", "5.24"),  # batched continuously
+    "CBStreamer": ("transformers.cli.serving.utils.CBStreamer", "5.24"),
+    "GenerationCancelled": ("transformers.cli.serving.utils._GenerationCancelled", "5.24"),
+    "response_events_to_chunks": ("transformers.cli.serving.utils.response_events_to_chunks", "5.24"),
+    "StreamError": ("transformers.cli.serving.utils._StreamError", "5.24"),
+    "ContinuousBatchingLogitsProcessor": (
+        "transformers.generation.continuous_batching.cb_logits_processors.ContinuousBatchingLogitsProcessor", "5.24"
+    ),
+    "ContinuousBatchingLogitsProcessorList": (
+        "transformers.generation.continuous_batching.cb_logits_processors.ContinuousBatchingLogitsProcessorList", "5.24"
+    ),
 }  # fmt: skip
 #: What a forward calls its key-value cache: `cache` from 5.24 on, where the name before it warns, to go in 5.40.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")

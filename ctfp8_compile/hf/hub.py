@@ -26,7 +26,7 @@ from ..model.ranks import together
 from ..model.storage import detach_from_mmap
 from ..ops import FP8
 from ..paused_gc import paused_gc
-from . import consolidated, drafts, mtp
+from . import consolidated, drafts, mtp, paged
 from .configs import Holders, private_config, settle_dtype
 from .model_class import class_of, named_class
 from .origin import of_stock
@@ -81,6 +81,7 @@ def from_pretrained(
     freeze(model, SavesAsRead)
     mtp.remember(model, dequantize)
     drafts.watch(model)
+    paged.watch(model)
     if in_memory:
         detach_from_mmap((*model.parameters(), *model.buffers()))
     if dequantize:
@@ -173,6 +174,7 @@ def prepare(model: Any) -> Any:
     freeze(model, SavesAsRead)
     mtp.remember(model, plain=False)
     drafts.watch(model)
+    paged.watch(model)
     return model
 
 

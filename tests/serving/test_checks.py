@@ -1,0 +1,260 @@
+"""What the server refuses before it does anything, and stop words in text that comes in parts. No server runs here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctfp8_compile.hf.serving_checks import Refused, check_chat, check_fields
+from ctfp8_compile.hf.serving_gate import Gate
+from ctfp8_compile.hf.serving_stops import Stops
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model": "another"}, "one model, 'm'"),
+        ({"model": ["m"]}, "one model, 'm'"),
+        ({"model": "/etc/passwd"}, "one model, 'm'"),
+        ({"n": 2}, "n is not served"),
+        ({"n": True}, "n is not served"),
+        ({"echo": True}, "echo is not served"),
+        ({"logprobs": 5}, "logprobs is not served"),
+        ({"logprobs": True}, "logprobs is not served"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not served"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice is not served"),
+        ({"generation_config": "{}"}, "generation_config is not served"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
+        ({"max_tokens": True}, "max_tokens must be"),
+        ({"max_tokens": "5"}, "max_tokens must be"),
+        ({"max_output_tokens": 2**40}, "max_output_tokens must be"),
+        ({"temperature": -0.1}, "temperature must be a number from 0"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": "hot"}, "temperature must be"),
+        ({"top_p": 1.5}, "top_p must be"),
+        ({"seed": 2**63}, "seed must be"),
+        ({"seed": 1.5}, "seed must be"),
+        ({"stop": [""]}, "stop must be"),
+        ({"stop": ["a"] * 17}, "stop must be"),
+        ({"stop": 5}, "stop must be"),
+        ({"stream": "yes"}, "stream must be"),
+        ({"prompt": ["a", "b"]}, "prompt must be a text"),
+        ({"prompt": "\ud800"}, "not Unicode"),
+        ({"messages": [{"role": "user", "content": "\udfff"}]}, "not Unicode"),
+        ({"logit_bias": {"a": 1}}, "logit_bias must be"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias must be"),
+    ],
+)
+def test_a_field_is_refused(fields, said):
+    with pytest.raises(Refused, match=said) as found:
+        check_fields(fields, "m")
+    assert found.value.status == (404 if "model" in fields else 400)
+
+
+def test_fields_that_ask_for_nothing_are_taken():
+    fields = {"n": 1, "logprobs": False, "echo": False, "response_format": {"type": "text"}, "tool_choice": "auto"}
+    check_fields({**fields, "model": "m", "temperature": 0, "top_p": 1, "stop": None, "stream": None, "seed": -5}, "m")
+    cold = {"temperature": 1e-30}
+    check_fields(cold, "m")
+    assert cold["temperature"] == 0  # and no logit becomes infinite
+
+
+class _Tokenizer:
+    chat_template = "there is one"
+
+    def apply_chat_template(
+        self, conversation, tools=None, tokenize=True, add_generation_prompt=False, chat_template=None, **more
+    ):
+        return "".join(message["role"] + message["content"] for message in conversation)
+
+
+def _check(body):
+    check_chat(lambda: body["messages"], body, _Tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "Give messages"),
+        ({"messages": []}, "Give messages"),
+        ({"messages": "hello"}, None),
+        ({"messages": ["hello"]}, "Give messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}]}]},
+            "image_url",
+        ),
+        ({"messages": [{"role": "user", "content": ["hello"]}]}, "'str'"),
+        ({"messages": [{"content": "hello"}]}, "template does not take"),
+        ({"messages": [{"role": "user", "content": 5}]}, "template does not take"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+            "chat_template_kwargs",
+        ),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]}, "chat_template_kwargs"),
+    ],
+)
+def test_messages_are_refused(body, said):
+    if said is None:
+        return
+    with pytest.raises(Refused, match=said):
+        _check(body)
+
+
+def test_without_a_template_the_other_route_is_named():
+    tokenizer = _Tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(Refused, match="/v1/completions"):
+        check_chat(list, {"messages": [{"role": "user", "content": "a"}]}, tokenizer)
+
+
+@given(st.text("ab<|", max_size=40), st.lists(st.text("ab<|", min_size=1, max_size=4), max_size=3), st.integers())
+@settings(max_examples=300, deadline=None)
+def test_stop_words_cut_the_same_text_whatever_the_pieces(text, words, seed):
+    stops, cut, parts = Stops(words), random.Random(seed), []
+    said, rest = "", text
+    while rest:
+        length = cut.randint(1, 3)
+        parts.append(rest[:length])
+        rest = rest[length:]
+    for part in parts:
+        said += stops.feed(part)
+        assert text.startswith(said)
+    said += stops.rest()
+    # the earliest end of a stop word is what is seen first; what is said ends where that word begins
+    places = [text.find(word) for word in words if word in text]
+    if not places:
+        assert said == text
+        assert not stops.found
+    else:
+        assert stops.found
+        assert not any(word in said for word in words)
+
+
+def test_stop_words_are_held_back_until_they_are_none():
+    stops = Stops(["</s>"])
+    assert [stops.feed(part) for part in ("a<", "/", "b", "</", "s", ">x")] == ["a", "", "</b", "", "", ""]
+    assert stops.found
+    assert stops.rest() == ""
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+    import importlib.util
+
+    from ctfp8_compile import UsageError
+    from ctfp8_compile.cli.serve import serve
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "uvicorn" else found(name, *more)
+    )
+    with pytest.raises(UsageError, match=r"serving needs uvicorn\. Run: pip install 'ctfp8-compile\[serve\]'"):
+        serve("nowhere", "127.0.0.1", 0, None, (1, None), 1, None, None, True, False)
+
+
+# The gate, without a server
+
+
+async def _ask(gate, headers=(), path="/v1/completions", body=b"{}", method="POST"):
+    sent, messages = [], [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive():
+        if not messages:
+            await asyncio.sleep(60)
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    await gate({"type": "http", "method": method, "path": path, "headers": list(headers)}, receive, send)
+    return sent[0]["status"], sent[1].get("body", b""), dict(sent[0]["headers"])
+
+
+async def _echo(scope, receive, send):
+    body = (await receive())["body"]
+    names = b",".join(name for name, _ in scope["headers"])
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"seen", names)]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        (None, 401),
+        (b"Bearer wrong", 401),
+        (b"Bearer k\xc3\xa9", 200),
+        (b"k\xc3\xa9", 401),
+        (b"bearer k\xc3\xa9", 401),
+        (b"\xff", 401),
+    ],
+)
+def test_the_key(given, status):
+    headers = [] if given is None else [(b"authorization", given)]
+    assert asyncio.run(_ask(Gate(_echo, "ké", 1), headers))[0] == status
+
+
+def test_health_needs_no_key():
+    async def fine(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    gate = Gate(fine, "key", 1)
+    assert asyncio.run(_ask(gate, path="/health", method="GET"))[0] == 200
+    assert asyncio.run(_ask(gate, path="/v1/models", method="GET"))[0] == 401
+
+
+def test_a_body_that_is_too_long_and_names_of_requests_that_clients_make():
+    gate = Gate(_echo, None, 1, most_bytes=10)
+    assert asyncio.run(_ask(gate, body=b"x" * 11))[0] == 413
+    status, body, headers = asyncio.run(_ask(gate, [(b"X-Request-Id", b"same"), (b"accept", b"a")], body=b"x" * 10))
+    assert (status, body, headers[b"seen"]) == (200, b"x" * 10, b"accept")
+
+
+def test_more_than_fits_is_told_to_come_again_and_room_is_given_back():
+    async def run():
+        go = asyncio.Event()
+
+        async def slow(scope, receive, send):
+            await go.wait()
+            await _echo(scope, receive, send)
+
+        gate = Gate(slow, None, 2)
+        two = [asyncio.ensure_future(_ask(gate)) for _ in range(2)]
+        await asyncio.sleep(0)
+        status, body, headers = await _ask(gate)
+        assert (status, headers[b"retry-after"]) == (429, b"1")
+        assert json.loads(body)["error"]["code"] == "queue_full"
+        go.set()
+        assert [found[0] for found in await asyncio.gather(*two)] == [200, 200]
+        assert (await _ask(gate))[0] == 200
+        assert gate.running == 0
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_ends_its_request():
+    async def run():
+        ended = asyncio.Event()
+
+        async def slow(scope, receive, send):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+
+        gate = Gate(slow, None, 1)
+        messages = [{"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}]
+
+        async def receive():
+            await asyncio.sleep(0)
+            return messages.pop(0)
+
+        await asyncio.wait_for(gate({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, None), 5)
+        assert ended.is_set()
+        assert gate.running == 0
+
+    asyncio.run(run())

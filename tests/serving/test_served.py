@@ -1,0 +1,377 @@
+"""The server with real clients: tokens are those of `generate` alone, whoever else asks, leaves, asks for too much or fails."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.served import alone, chatting, serving
+from transformers import AutoTokenizer
+
+import ctfp8_compile as ctfp8
+
+pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+PROMPTS = ["Return a list of ", "def main(", "The quick brown fox", "import os\n", "x" * 90, "class A", "Raises ", "a"]
+POISON = "\x07"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return chatting(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return ctfp8.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def want(loaded):
+    return [alone(*loaded, prompt, 24) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def server(folder, loaded):
+    model, tokenizer = ctfp8.from_pretrained(folder), loaded[1]
+    plain, fails = model.forward, {POISON: tokenizer(POISON).input_ids[-1]}
+
+    def forward(input_ids=None, **kwargs):
+        if (input_ids == fails[POISON]).any():
+            raise RuntimeError("poisoned at /a/secret/place")
+        return plain(input_ids=input_ids, **kwargs)
+
+    model.forward = forward
+    with serving(model, tokenizer, queue=8) as (url, engine):
+        yield url, engine
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def complete(client, prompt, stream=False, new_tokens=24, **more):
+    found = client.completions.create(
+        model="served", prompt=prompt, max_tokens=new_tokens, temperature=0, stream=stream, **more
+    )
+    return "".join(chunk.choices[0].text for chunk in found) if stream else found.choices[0].text
+
+
+def post(url, body, path="/v1/completions"):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as found:
+            return found.status, json.load(found)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def raw(url, body, path="/v1/completions"):
+    """A socket on which a request was sent."""
+    host, port = url.removeprefix("http://").split(":")
+    found = socket.create_connection((host, int(port)))
+    data = json.dumps(body).encode()
+    found.sendall(
+        b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        % (path.encode(), len(data))
+        + data
+    )
+    return found
+
+
+def quiet(engine):
+    """Waits until nothing runs, nor is anything remembered of what ran."""
+    for _ in range(500):
+        scheduler = engine._cb.batch_processor.scheduler
+        if not engine._live and not scheduler.active_requests and not scheduler.waiting_requests:
+            break
+        time.sleep(0.02)
+    assert not engine._live
+    assert not engine._cb.output_router.result_handlers
+    assert not scheduler.active_requests
+    assert type(engine._cb.output_router.output_queue).__name__ == "_Nowhere"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_are_those_of_generate_alone(client, want, stream):
+    assert [complete(client, prompt, stream) for prompt in PROMPTS] == want
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2):  # and again, with prefixes that are cached
+            assert list(pool.map(lambda prompt: complete(client, prompt, stream), PROMPTS)) == want
+
+
+def test_a_long_prompt_read_in_parts_beside_others(loaded):
+    model, tokenizer = loaded
+    long = "def f(a, b):\n    return a\n" * 60
+    expected = [alone(model, tokenizer, long, 16), alone(model, tokenizer, PROMPTS[0], 16)]
+    with serving(model, tokenizer, context=2048) as (url, _), ThreadPoolExecutor(8) as pool:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        assert list(pool.map(lambda p: complete(client, p, new_tokens=16), [long, PROMPTS[0]] * 3)) == expected * 3
+
+
+def test_a_model_without_a_paged_cache_is_served_one_request_after_another(loaded, want):
+    with serving(*loaded, one_by_one=True) as (url, _), ThreadPoolExecutor(8) as pool:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        raw(url, {"prompt": PROMPTS[0], "max_tokens": 200}).close()
+        for stream in (False, True):
+            assert list(pool.map(lambda prompt: complete(client, prompt, stream), PROMPTS[:4])) == want[:4]  # noqa: B023
+            word = want[0][9:12]
+            assert complete(client, PROMPTS[0], stream, stop=[word]) == want[0][: want[0].find(word)]
+        assert post(url, {"prompt": "x" * 300})[0] == 400
+
+
+def test_chat_and_responses_use_the_checkpoints_template(client, loaded):
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Return a list"}]
+    expected = alone(*loaded, "system: Be brief\nuser: Return a list\nassistant:", 16)
+    found = client.chat.completions.create(model="served", messages=messages, max_tokens=16, temperature=0)
+    assert found.choices[0].message.content == expected
+    assert found.usage.total_tokens == found.usage.prompt_tokens + 16
+    chunks = list(
+        client.chat.completions.create(model="served", messages=messages, max_tokens=16, temperature=0, stream=True)
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 16
+    made = client.responses.create(
+        model="served", instructions="Be brief", input="Return a list", max_output_tokens=16, temperature=0
+    )
+    assert made.output_text == expected
+    events = list(
+        client.responses.create(
+            model="served",
+            instructions="Be brief",
+            input="Return a list",
+            max_output_tokens=16,
+            temperature=0,
+            stream=True,
+        )
+    )
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == expected
+    assert events[-1].type == "response.completed"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_words_end_a_text_before_them(client, server, want, stream):
+    for text, prompt in zip(want, PROMPTS, strict=True):
+        word = text[9:12]
+        before = text[: text.find(word)]
+        assert complete(client, prompt, stream, stop=[word, "never there"]) == before
+    found = client.completions.create(
+        model="served", prompt=PROMPTS[0], max_tokens=24, temperature=0, stop=want[0][9:12]
+    )
+    assert found.choices[0].finish_reason == "stop"
+    assert found.usage.completion_tokens < 24
+    quiet(server[1])
+
+
+def test_sampling_is_each_requests_own(client, want):
+    def sampled(seed, temperature=1.0, **more):
+        found = client.completions.create(
+            model="served", prompt=PROMPTS[0], max_tokens=24, seed=seed, temperature=temperature, **more
+        )
+        return found.choices[0].text
+
+    first = sampled(1)
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(complete, client, prompt) for prompt in PROMPTS]
+        jobs += [pool.submit(sampled, seed) for seed in (1, 1, 2)]
+        found = [job.result() for job in jobs]
+    assert found[:8] == want  # those that do not sample beside those that do
+    assert found[8:10] == [first, first]
+    assert found[10] != first
+    assert sampled(3, top_p=1e-6) == want[0] == sampled(3, temperature=1e-9)
+    banned = client.completions.create(
+        model="served", prompt="a", max_tokens=4, temperature=0, logit_bias={"98": 1000.0}
+    )
+    assert len(set(banned.choices[0].text)) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"[]", 400, "invalid_json"),
+        (b"\xff\xfe", 400, None),
+        (b"[" * 100_000, 400, None),
+        (b'{"prompt": "a", "nonsense": 1}', 422, "invalid_request"),
+        ({"prompt": "a", "model": "gpt-4"}, 404, "model_not_found"),
+        ({"prompt": "a", "model": "../../etc"}, 404, "model_not_found"),
+        ({"prompt": "x" * 257}, 400, "context_length_exceeded"),
+        ({"prompt": "a", "max_tokens": 256}, 400, "context_length_exceeded"),
+        ({"prompt": ""}, 400, "invalid_request"),
+        ({"prompt": 5}, 400, "invalid_request"),
+        ({"prompt": "a", "stream": True, "max_tokens": 999}, 400, "context_length_exceeded"),
+    ],
+)
+def test_what_is_refused_is_one_sentence(server, body, status, code):
+    found = post(server[0], body)
+    assert found[0] == status
+    error = found[1]["error"]
+    assert error["code"] == code or code is None
+    assert error["message"]
+    assert str(Path.cwd()) not in json.dumps(found[1])
+
+
+@pytest.mark.parametrize(
+    "path", ["/load_model", "/reset", "/v1/systemone", "/v1/audio/transcriptions", "/docs", "/openapi.json", "/nowhere"]
+)
+def test_routes_that_do_more_than_make_text_are_not_there(server, path):
+    status, found = post(server[0], {"model": "hub/other"}, path)
+    assert status == 404
+    assert found["error"]["message"]
+
+
+def test_an_answer_has_no_limit_but_the_context(client):
+    found = client.completions.create(model="served", prompt="def f(", temperature=0)
+    assert found.usage.total_tokens <= 256
+    assert found.choices[0].finish_reason in ("stop", "length")
+
+
+def test_clients_that_leave_change_nothing(client, server, want):
+    """While waiting, while their prompt is read, while tokens come; streamed or not."""
+    url, engine = server
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(complete, client, prompt, i % 2 == 0) for i, prompt in enumerate(PROMPTS[:4])]
+        for i in range(12):
+            left = raw(url, {"prompt": "leaving " * 20, "max_tokens": 90, "stream": i % 2 == 0})
+            time.sleep(0.01 * i)
+            left.close()
+        assert [job.result() for job in jobs] == want[:4]
+    quiet(engine)
+    assert engine._cb.batch_processor.cache.compute_free_capacity() > 0.5
+
+
+def test_more_requests_than_fit_are_told_so(server, want, client):
+    url, engine = server  # 4 run, 8 wait
+    held = [raw(url, {"prompt": "a" * (i + 1), "max_tokens": 200}) for i in range(12)]
+    time.sleep(0.2)
+    status, found = post(url, {"prompt": "one more"})
+    assert (status, found["error"]["code"]) == (429, "queue_full")
+    for one in held:
+        one.close()
+    quiet(engine)
+    assert complete(client, PROMPTS[0]) == want[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_makes_the_model_fail_fails_alone(client, server, want, stream):
+    url, engine = server
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(complete, client, prompt, stream) for prompt in PROMPTS[:4]]
+        time.sleep(0.3)
+        status, found = post(url, {"prompt": f"bad {POISON}", "max_tokens": 4})
+        assert [job.result() for job in jobs] == want[:4]
+    assert status == 500
+    assert "secret" not in json.dumps(found)
+    with raw(url, {"prompt": POISON, "stream": True}) as bad:
+        bad.settimeout(20)
+        said = b""
+        while b"error" not in said:
+            said += bad.recv(4096)
+    assert b"secret" not in said
+    assert complete(client, PROMPTS[5], stream) == want[5]
+    assert client.models.list().data[0].id == "served"
+    with urllib.request.urlopen(f"{url}/health") as health:
+        assert health.status == 200
+    quiet(engine)
+
+
+def resident():
+    gc.collect()
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def _many(url, count):
+    def ask(i):
+        if i % 10 == 9:
+            raw(url, {"prompt": f"{i} leaves", "max_tokens": 20}).close()
+        elif i % 10 == 8:
+            assert post(url, {"prompt": "a" * 300})[0] == 400
+        else:
+            assert post(url, {"prompt": f"{i} ", "max_tokens": 2, "stop": ["q"]})[0] in (200, 429)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(count)))
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.nightly)])
+def test_memory_stays_flat_over_many_short_requests(server, count):
+    url, engine = server
+    _many(url, 200)
+    before = resident()
+    _many(url, count)
+    quiet(engine)
+    assert resident() < before * 1.02 + (8 << 20)
+
+
+def test_the_command_end_to_end(folder, want):
+    """Another process: its progress, its key, its name for the model, and that it finishes what runs when it is ended."""
+    command = [
+        sys.executable,
+        "-m",
+        "ctfp8_compile",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--max-batch",
+        "4",
+        "--context",
+        "256",
+        "--eager",
+    ]
+    process = subprocess.Popen([*command, "--api-key", "secret"], stderr=subprocess.PIPE, text=True)
+    try:
+        told = ""
+        while " at http://" not in told:
+            told = process.stderr.readline()
+            assert told, process.wait()
+        name, url = re.match(r"(\S+) at (http://127\.0\.0\.1:\d+)/v1", told).groups()
+        assert name == "llama"
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["llama"]
+        found = [None] * 4
+
+        def ask(i):
+            found[i] = (
+                client.completions.create(model="llama", prompt=PROMPTS[i], max_tokens=24, temperature=0)
+                .choices[0]
+                .text
+            )
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.15)
+        process.send_signal(signal.SIGINT)
+        for thread in threads:
+            thread.join()
+        assert found == want[:4]
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+
+
+def test_an_address_that_is_taken_is_told_before_the_model_loads(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "ctfp8_compile", "serve", str(folder), "--port", port]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in found.stderr
