@@ -9,6 +9,7 @@ from gptqmodel import GPTQModel
 from gptqmodel.quantization import FP8Config
 
 source, method, out = sys.argv[1:]
-model = GPTQModel.load(source, FP8Config(weight_scale_method=method), device="cpu")
+block = {"weight_block_size": [128, 128]} if method == "block" else {}
+model = GPTQModel.load(source, FP8Config(weight_scale_method=method, **block), device="cpu")
 model.quantize(calibration=None)
 model.save(out)
