@@ -111,68 +111,87 @@ inline void put(const Weight& w, int64_t n, const typename V::Acc* sums, bool ad
     }
 }
 
-// sums[i * ld] = the products of M activation rows with weight row n, lane by lane.
-template <Vector V, int M, Scales kind>
-inline void dot_row(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, typename V::Acc* sums,
-                    int ld) {
+// Weight rows, at most, that pass in turn a few columns at a time: of one or two rows of activations, several runs through memory
+// keep it busier than one.
+template <Vector V>
+constexpr int together(int m) {
+  return PlainVector<V> && m <= 2 ? 8 / m : 1;
+}
+
+// sums[i * ld + r] = the products of M activation rows with R weight rows from row n on, lane by lane.
+template <Vector V, int M, int R, Scales kind>
+inline void dot_in_turn(const V& v, const Weight& w, int64_t n, const typename V::X* x, int64_t x_stride, typename V::Acc* sums,
+                        int ld) {
   const uint8_t* row = w.fp8 + n * w.row_stride;
   const uint8_t* exponents = w.exponents_of(n);
-  const float* scales = kind == Scales::blocked ? w.scale_of(n) : nullptr;  // a division
-  const CodesAhead ahead(w, 2 * V::ahead, 1);
+  const CodesAhead ahead(w, 2 * V::ahead / R, R);
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) sums[i * ld] = V::zero();
+  for (int i = 0; i < M * R; ++i) sums[i / R * ld + i % R] = V::zero();
   for (int64_t segment = 0; segment < w.segments; ++segment) {
     const int64_t length = w.length_of(segment), start = segment * w.block_cols;
     const typename V::X* xs = x + segment * padded<V>(w);
-    constexpr int C = !PlainVector<V> || (M > 2 && M <= 4) ? 2 : M <= 2 ? 4 : 1;
-    typename V::Acc sum[C][M];  // of every C-th chunk: an addition waits for the one before
+    constexpr int C = !PlainVector<V> || M <= 4 ? 2 : 1;
+    typename V::Acc sum[R][C][M];  // of every C-th chunk: an addition waits for the one before
 #pragma GCC unroll 16
-    for (int i = 0; i < C * M; ++i) sum[i / M][i % M] = V::zero();
+    for (int i = 0; i < R * C * M; ++i) sum[i / M / C][i / M % C][i % M] = V::zero();
 
-    const auto add = [&](typename V::Acc* sum, int64_t k, int n) {
-      const uint8_t* bytes = exponents + k / kMxCols;
+    const auto add = [&](int r, int c, int64_t k, int n) __attribute__((always_inline)) {
+      const uint8_t* p = row + r * w.row_stride + start + k;
+      const uint8_t* bytes = exponents + r * w.exponent_stride + k / kMxCols;
+      typename V::Acc* to = sum[r][c % C];
       if constexpr (kind == Scales::bytes && requires { &V::shift_dot; }) {
         if (n == V::step) {
-          const auto chunk = v.decode(row + start + k);
+          const auto chunk = v.decode(p);
 #pragma GCC unroll 16
-          for (int i = 0; i < M; ++i) sum[i] = V::shift_dot(sum[i], chunk, V::load(xs + i * x_stride + k), bytes);
+          for (int i = 0; i < M; ++i) to[i] = V::shift_dot(to[i], chunk, V::load(xs + i * x_stride + k), bytes);
           return;
         }
       }
-      const auto chunk = decode<V, kind>(v, row + start + k, bytes, n);
+      const auto chunk = decode<V, kind>(v, p, bytes, n);
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) sum[i] = V::dot(sum[i], chunk, V::load(xs + i * x_stride + k));
+      for (int i = 0; i < M; ++i) to[i] = V::dot(to[i], chunk, V::load(xs + i * x_stride + k));
     };
     int64_t k = 0;
     if constexpr (PlainVector<V>) {
       for (; k + kPlain <= length; k += kPlain) {
-        for (int j = 0; j < kPlain; j += 64) V::prefetch_once(row + ahead.of(start + k + j));
-        if (V::plain(row + start + k)) [[likely]] {
+        const int64_t next = ahead.of(start + k);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const uint8_t* p = row + r * w.row_stride;
+          for (int j = 0; j < kPlain; j += 64) V::prefetch_once(p + next + j);
+          if (V::plain(p + start + k)) [[likely]] {
 #pragma GCC unroll 16
-          for (int j = 0; j < kPlain; j += V::step)
-            V::template add_plain<M, kind == Scales::bytes>(sum[j / V::step % C], row + start + k + j, xs + k + j, x_stride,
-                                                            exponents + (k + j) / kMxCols);
-        } else {
-#pragma GCC unroll 16
-          for (int j = 0; j < kPlain; j += V::step) add(sum[j / V::step % C], k + j, V::step);
+            for (int j = 0; j < kPlain; j += V::step)
+              V::template add_plain<M, kind == Scales::bytes>(sum[r][j / V::step % C], p + start + k + j, xs + k + j, x_stride,
+                                                              exponents + r * w.exponent_stride + (k + j) / kMxCols);
+          } else {
+#pragma GCC unroll 1  // more would cost the other path registers
+            for (int j = 0; j < kPlain; j += V::step) add(r, 0, k + j, V::step);
+          }
         }
       }
     }
-    for (; k + 2 * V::step <= length; k += 2 * V::step) {
-      V::prefetch_once(row + ahead.of(start + k));
-      add(sum[0], k, V::step);
-      V::prefetch_once(row + ahead.of(start + k + V::step));
-      add(sum[1 % C], k + V::step, V::step);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int64_t j = k;
+      for (; j + 2 * V::step <= length; j += 2 * V::step) {
+        V::prefetch_once(row + r * w.row_stride + ahead.of(start + j));
+        add(r, 0, j, V::step);
+        V::prefetch_once(row + r * w.row_stride + ahead.of(start + j + V::step));
+        add(r, 1, j + V::step, V::step);
+      }
+      if (j + V::step <= length) add(r, 0, j, V::step), j += V::step;
+      if (j < length) add(r, 1, j, static_cast<int>(length - j));
     }
-    if (k + V::step <= length) add(sum[0], k, V::step), k += V::step;
-    if (k < length) add(sum[1 % C], k, static_cast<int>(length - k));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      auto all = sum[0][i];
-#pragma GCC unroll 16
-      for (int c = 1; c < C; ++c) all = V::scale_add(all, sum[c][i], 1.f);
-      sums[i * ld] = kind == Scales::blocked ? V::scale_add(sums[i * ld], all, scales[segment]) : all;
-    }
+      for (int i = 0; i < M; ++i) {
+        auto all = sum[r][0][i];
+        if constexpr (C == 2) all = V::scale_add(all, sum[r][1][i], 1.f);
+        typename V::Acc& to = sums[i * ld + r];
+        to = kind == Scales::blocked ? V::scale_add(to, all, w.scale_of(n + r)[segment]) : all;
+      }
   }
 }
 
@@ -180,15 +199,16 @@ template <Vector V, int M, Scales kind>
 void gemv_in_turn(const Weight& w, int64_t begin, int64_t end, const typename V::X* x, int64_t x_stride, bool add, float* y,
                   int64_t ldy) {
   constexpr int R = M <= 2 ? 8 : M <= 4 ? 4 : 2;  // work is cut into eight rows and more
+  constexpr int T = together<V>(M);
   const V v;
   typename V::Acc sums[M * R];
   int64_t n = begin;
   for (; n + R <= end; n += R) {
-    for (int r = 0; r < R; ++r) dot_row<V, M, kind>(v, w, n + r, x, x_stride, sums + r, R);
+    for (int r = 0; r < R; r += T) dot_in_turn<V, M, T, kind>(v, w, n + r, x, x_stride, sums + r, R);
     put<V, M, R, kind>(w, n, sums, add, y + n - begin, ldy);
   }
   for (; n < end; ++n) {
-    dot_row<V, M, kind>(v, w, n, x, x_stride, sums, 1);
+    dot_in_turn<V, M, 1, kind>(v, w, n, x, x_stride, sums, 1);
     put<V, M, 1, kind>(w, n, sums, add, y + n - begin, ldy);
   }
 }
