@@ -5,4 +5,6 @@ import sys
 from auto_round import AutoRound
 
 source, scheme, out = sys.argv[1:]
-AutoRound(source, scheme=scheme, iters=0, disable_opt_rtn=True, device_map="cpu").quantize_and_save(out, format="auto_round")
+AutoRound(source, scheme=scheme, iters=0, disable_opt_rtn=True, device_map="cpu").quantize_and_save(
+    out, format="auto_round"
+)
