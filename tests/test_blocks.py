@@ -25,6 +25,7 @@ NEEDS = {
     "several processes: torchrun --nproc-per-node 2": 3,
     "sentence-transformers, and the folder of an encoder": 1,
     "a network, then a GPU": 1,
+    "the server above": 1,
 }
 #: Commands that are quick, and run in this process.
 QUICK = ("ctfp8 inspect", "ctfp8 explain")

@@ -390,7 +390,7 @@ def test_machine_code_of_another_machine(made_for, here, problem, monkeypatch):
 
 
 def test_wrong_use_is_named(dense, tmp_path):
-    with pytest.raises(ctfp8.UsageError, match="artifacts are .pt2 files"):
+    with pytest.raises(ctfp8.UsageError, match="what is written is a .pt2, .onnx or .xml file"):
         ctfp8.export(dense, (IDS,), CALL, path=tmp_path / "model.bin")
     with pytest.raises(ctfp8.UsageError, match="package='onnx'"):
         ctfp8.export(dense, (IDS,), CALL, path=tmp_path / "m.pt2", package="onnx")

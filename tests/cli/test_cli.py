@@ -307,7 +307,7 @@ ERRORS = {
     "passes in no order": (["explain", "{data}/llama/FP8", "--passes", "rewrite,match"], "has to run behind match"),
     "graphs of nothing": (["explain", "{data}/llama/FP8", "--graphs"], "give --passes, too"),
     "no place": (["explain", "{data}/llama/FP8", "--html", "{tmp}/no/x.html"], "does not exist. Make it first."),
-    "no artifact": (["export", "{data}/llama/FP8", "{tmp}/x.bin"], "give the path that suffix"),
+    "no artifact": (["export", "{data}/llama/FP8", "{tmp}/x.bin"], "give the path one of these suffixes"),
     "no tokenizer": (
         ["generate", "{data}/llama/FP8", "--prompt", "x"],
         "no tokenizer that transformers can read is there",

@@ -212,7 +212,7 @@ def test_one_quantization_for_all_that_share_an_input():
         block = ctfp8.from_pretrained(DATA / name).model.layers[0]
         hidden, rotary = torch.zeros(1, 5, 128, dtype=torch.bfloat16), torch.zeros(1, 5, 32, dtype=torch.bfloat16)
         program = ctfp8.lower(block, (hidden,), {"position_embeddings": (rotary, rotary)}, target="cuda:sm90")
-        to_fp8 = [n for n in program.graph.nodes if "convert" in str(n.target) and n.args[1] == FP8]
+        to_fp8 = [n for n in program.graph.nodes if n.kwargs.get("dtype") == FP8]
         assert len(to_fp8) == quantizations  # q, k, v; o; gate, up; down
 
 

@@ -178,10 +178,10 @@ class GoldenEmbedding(TestCase):
 %1 = placeholder : f32[6, 1]
 %2 = placeholder : i64[1, 3]
 %3 = embedding(%0, %2) : f8e4m3[1, 3, 8]
-%4 = convert_element_type(%3, float32) : f32[1, 3, 8]
+%4 = _to_copy(%3, dtype=float32) : f32[1, 3, 8]
 %5 = embedding(%1, %2) : f32[1, 3, 1]
 %6 = mul(%4, %5) : f32[1, 3, 8]
-%7 = convert_element_type(%6, bfloat16) : bf16[1, 3, 8]
+%7 = _to_copy(%6, dtype=bfloat16) : bf16[1, 3, 8]
 return [%7]""",
         )
 
@@ -193,10 +193,10 @@ return [%7]""",
 %1 = placeholder : f32[1, 1]
 %2 = placeholder : i64[1, 3]
 %3 = embedding(%0, %2) : f8e4m3[1, 3, 8]
-%4 = convert_element_type(%3, float32) : f32[1, 3, 8]
+%4 = _to_copy(%3, dtype=float32) : f32[1, 3, 8]
 %5 = select(%1, 0, 0) : f32[1]
 %6 = mul(%4, %5) : f32[1, 3, 8]
-%7 = convert_element_type(%6, bfloat16) : bf16[1, 3, 8]
+%7 = _to_copy(%6, dtype=bfloat16) : bf16[1, 3, 8]
 return [%7]""",
         )
 
@@ -208,7 +208,7 @@ return [%7]""",
 %1 = placeholder : f32[2, 3]
 %2 = placeholder : i64[1, 3]
 %3 = embedding(%0, %2) : f8e4m3[1, 3, 8]
-%4 = convert_element_type(%3, float32) : f32[1, 3, 8]
+%4 = _to_copy(%3, dtype=float32) : f32[1, 3, 8]
 %5 = div(%2, 4, rounding_mode=floor) : i64[1, 3]
 %6 = embedding(%1, %5) : f32[1, 3, 3]
 %7 = slice(%4, -1, 0, 6) : f32[1, 3, 6]
@@ -224,6 +224,6 @@ return [%7]""",
 %17 = mul(%14, %16) : f32[1, 3, 1, 2]
 %18 = reshape(%17, [1, 3, 2]) : f32[1, 3, 2]
 %19 = cat([%12, %18], -1) : f32[1, 3, 8]
-%20 = convert_element_type(%19, bfloat16) : bf16[1, 3, 8]
+%20 = _to_copy(%19, dtype=bfloat16) : bf16[1, 3, 8]
 return [%20]""",
         )

@@ -280,9 +280,9 @@ return [%4]""",
 %16 = clone(%15) : f32[160, 1, 128]
 %17 = reshape(%16, [160, 128]) : f32[160, 128]
 %18 = cat([%17, %12], 1) : f32[160, 160]
-%19 = convert_element_type(%0, float32) : f32[160, 160]
+%19 = _to_copy(%0, dtype=float32) : f32[160, 160]
 %20 = mul(%19, %18) : f32[160, 160]
-%21 = convert_element_type(%20, bfloat16) : bf16[160, 160]
+%21 = _to_copy(%20, dtype=bfloat16) : bf16[160, 160]
 %22 = add(%2, %21) : bf16[160, 160]
 return [%22]""",
         )

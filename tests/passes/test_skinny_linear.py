@@ -156,9 +156,9 @@ def test_an_artifact_in_a_fresh_process(tmp_path: Path) -> None:
     assert (torch.ops.ctfp8.linear.default in targets) == torch.ops.ctfp8_cpu.has_streaming_gemv()
 
 
-def test_only_avx512_bf16_has_the_kernel() -> None:
+def test_x86_has_the_kernel() -> None:
     cpu.load()
     for isa in torch.ops.ctfp8_cpu.isas():
         torch.ops.ctfp8_cpu.set_isa(isa)
-        assert torch.ops.ctfp8_cpu.has_streaming_gemv() == (isa == "avx512-bf16")
+        assert torch.ops.ctfp8_cpu.has_streaming_gemv() == isa.startswith("avx")
     torch.ops.ctfp8_cpu.set_isa("")
