@@ -87,6 +87,7 @@ class Compiled:
         if _started not in callback_handler.start_callbacks:  # torch's reset drops them
             callback_handler.register_start_callback(_started)
             callback_handler.register_end_callback(_ended)
+        self._one_at_a_time = threading.RLock()  # dynamo's guards fail at times where threads evaluate them together
         self._graphs = 0
         self._at_limit: str | None = None
 
@@ -95,7 +96,8 @@ class Compiled:
             return self._torchdynamo_orig_callable(*args, **kwargs)
         outer, _running.now = getattr(_running, "now", None), self
         try:
-            return self._run(*args, **kwargs)
+            with self._one_at_a_time:
+                return self._run(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             raise UsageError(self._at_limit or str(error)) from None
         except Exception as error:

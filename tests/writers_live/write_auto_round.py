@@ -4,7 +4,7 @@ import sys
 
 from auto_round import AutoRound
 
-source, scheme, out = sys.argv[1:]
-AutoRound(source, scheme=scheme, iters=0, disable_opt_rtn=True, device_map="cpu").quantize_and_save(
-    out, format="auto_round"
-)
+if __name__ == "__main__":  # it starts processes, which import this file
+    source, scheme, out = sys.argv[1:]
+    model = AutoRound(source, scheme=scheme, iters=0, disable_opt_rtn=True, device_map="cpu")
+    model.quantize_and_save(out, format="auto_round")

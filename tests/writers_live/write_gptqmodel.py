@@ -9,7 +9,6 @@ from gptqmodel import GPTQModel
 from gptqmodel.quantization import FP8Config
 
 source, method, out = sys.argv[1:]
-block = {"weight_block_size": [128, 128]} if method == "block" else {}
-model = GPTQModel.load(source, FP8Config(weight_scale_method=method, **block), device="cpu")
+model = GPTQModel.load(source, FP8Config(weight_scale_method=method), device="cpu")
 model.quantize(calibration=None)
 model.save(out)
