@@ -86,8 +86,9 @@ struct Avx2Row : Avx2 {
     };
     return below(false) || below(true);
   }
-  // The upper half of float32 of s eeee mmm is s 0111eeee mmm0000 + 0x80, of 0 it is 0. Sixteen times an FP8 value, taken for an
-  // integer, is 0x3c00 less where it is positive, and 0x3c00 more where it is negative.
+  // The upper half of float32 of a normal number s eeee mmm is s with 0x3c00 + 16 * eeeemmm behind it; of 0 it is 0. Sixteen
+  // times an FP8 value, taken for an integer, is 0x3c00 less where it is positive, and 0x3c00 more, modulo 2^16, where it is
+  // negative.
   template <int M, bool shifted>
   static void add_plain(Acc* sum, const uint8_t* p, const X* x, int64_t stride, const uint8_t* e) {
     const __m256i fp8 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
