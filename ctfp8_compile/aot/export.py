@@ -51,35 +51,24 @@ def export(
     dynamic_shapes: Any = None,
     package: str | None = None,
 ) -> Report:
-    """Writes a model, rewritten for a target, to one `.pt2` file that `ctfp8.load` runs without transformers.
+    """The `.pt2` of `interchange.export.export`, which says what the arguments are.
 
-    The file is torch.export's own archive with a manifest (`ctfp8_compile.aot.manifest`) in it. FP8 weights stay FP8. For cpu
-    its graph is plain ATen, so `torch.export.load` runs it without this package too; `ctfp8.load` puts the CPU kernels of
-    its machine back (`ctfp8_compile.passes.annotate`). For cuda and xpu it may name operators of fbgemm, and of this package
-    (weight-only matmuls).
-
-    Of a model that is spread over several processes each writes a file of its own, which `load` takes on that rank only.
-
-    For a language model with a static cache see `StaticCacheDecoder`.
-
-    Args:
-        model: with FP8 weights, from `from_pretrained`, `prepare` or `load_state_dict`.
-        args, kwargs: example inputs, as the model is called. What is no tensor (`use_cache=False`) is fixed in the file.
-        path: a file name that ends in `.pt2`; what is there is replaced.
-        target: such as `"cpu"` or `"cuda:sm90"`, which need not be on this machine; default: the device the model is on.
-        dynamic_shapes: as for `torch.export.export`; a dimension that is not named there has its example's size for good.
-        package: None for a program, `"aoti"` for AOTInductor's machine code for this machine.
-
-    Returns:
-        What became of each FP8 weight, as from `explain`.
-
-    Raises:
-        TargetError: not a target, or `package="aoti"` for another machine.
-        UsageError: the call takes or returns objects that only transformers can rebuild.
+    The file is torch.export's own archive with a manifest (`ctfp8_compile.aot.manifest`) in it. Its graph for cpu is annotated
+    (`ctfp8_compile.passes.annotate`), so that `load` may choose kernels again.
     """
     spread = is_spread(model)
     with together(spread):
         return _export(model, args, kwargs, Path(path), target_of(model, target), dynamic_shapes, package, spread)
+
+
+def check_suffix(path: Path) -> None:
+    """Returns if a path ends in `.pt2`.
+
+    Raises:
+        UsageError: it does not; names the suffixes of all files that are written.
+    """
+    if path.suffix != ".pt2":
+        raise UsageError(f"{path}: what is written is a .pt2, .onnx or .xml file; give the path one of these suffixes.")
 
 
 def _export(
@@ -92,8 +81,7 @@ def _export(
     package: str | None,
     spread: bool,
 ) -> Report:
-    if path.suffix != ".pt2":
-        raise UsageError(f"{path}: what is written is a .pt2, .onnx or .xml file; give the path one of these suffixes.")
+    check_suffix(path)
     if package not in (None, "aoti"):
         raise UsageError(f"package={package!r}: it is None for a program or 'aoti' for AOTInductor's machine code.")
     if package == "aoti" and target != (here := target_of(model, None)):

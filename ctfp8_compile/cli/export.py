@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import StaticCacheDecoder, Target
+from ..aot.export import check_suffix
 from ..errors import UsageError
 from ..interchange.export import export
 from ..interchange.installed import needs
@@ -34,10 +35,7 @@ def write_program(
     """
     target = str(Target.detect(device_of(None)) if target is None else Target.parse(target))
     check_place(output)
-    if output.suffix != ".pt2":
-        raise UsageError(
-            f"{output}: what is written is a .pt2, .onnx or .xml file; give the path one of these suffixes."
-        )
+    check_suffix(output)
     # machine code is made where the model is, a graph anywhere
     model = load(checkpoint, debug, device=device_of(None)) if package else load(checkpoint, debug)
     args, kwargs = example(model, batch=2)

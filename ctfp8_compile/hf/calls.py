@@ -109,7 +109,6 @@ def _decoder(model: Any) -> Call:
         dims,
         lambda: ("logits", *(f"present.{name}" for name in names)),
         {f"past_key_values.{name}": f"present.{name}" for name in names},
-        "a decoder with its cache as inputs and outputs",
     )
 
 
@@ -160,4 +159,4 @@ def _reader(model: Any, parameters: Any) -> Call:
     for name, value in zip(names, found, strict=True):
         varies = {0: "batch_size"} if value.dim() and value.shape[0] == _BATCH else {}
         dims[name] = varies | ({1: "sequence_length"} if value.dim() > 1 and value.shape[1] == _TOKENS else {})
-    return Call(reader, inputs, dims, lambda: names, kind="a model that reads a text at once")
+    return Call(reader, inputs, dims, lambda: names)

@@ -43,8 +43,8 @@ def _dynamic_shapes(call: Call) -> dict[str, Any]:
     return dict(inspect.signature(call.module.forward).bind(*each).arguments)
 
 
-def write(call: Call, path: Path, notes: Sequence[str], whole_blocks: bool = False) -> Any:
-    """Writes `path` and, beside it, `path.data` with all weights; returns torch's program.
+def write(call: Call, path: Path, notes: Sequence[str], whole_blocks: bool = False) -> None:
+    """Writes `path` and, beside it, `path.data` with all weights.
 
     Args:
         notes: sentences that the file's metadata is to hold.
@@ -71,7 +71,6 @@ def write(call: Call, path: Path, notes: Sequence[str], whole_blocks: bool = Fal
         _simplify(made.model)
     _tidy(made.model, call, notes)
     made.save(str(path), external_data=True)
-    return made
 
 
 def _simplify(model: Any) -> None:

@@ -18,7 +18,6 @@ class Call:
         dims: by name of an input or an output, its dimensions that vary: `{0: "batch", 1: "sequence"}`.
         outputs: names of what it returns; known once it has run, or was traced.
         states: by name of an input, the output that is that input at the next call.
-        kind: what it is, for people: `a decoder with its cache`.
     """
 
     module: nn.Module
@@ -26,4 +25,3 @@ class Call:
     dims: Mapping[str, Mapping[int, str]]
     outputs: Callable[[], tuple[str, ...]]
     states: Mapping[str, str] = field(default_factory=dict)
-    kind: str = "a module"

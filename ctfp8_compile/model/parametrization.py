@@ -40,6 +40,8 @@ def leaving() -> bool:
     Raises:
         UsageError: OpenVINO's `convert_model(model)` is, which gets some of that arithmetic wrong.
     """
+    if not torch.jit.is_tracing() and not is_exporting():
+        return False  # torch.onnx imports at each question, and this is asked for each weight of each call
     if torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export():
         frame = inspect.currentframe()
         while frame is not None and not frame.f_globals.get("__name__", "").startswith("openvino."):

@@ -31,18 +31,20 @@ def say_dtypes(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(getattr(type(module), "dtype", None), property) and module.dtype == FP8:
             _, _, first = next(quantized_parameters(module))
-            module.said_dtype = first.info.dtype  # type: ignore[assignment]
-            module.__class__ = _saying(type(module))  # type: ignore[arg-type]  # a module's class hashes like any
+            _say(module, first.info.dtype)
 
 
 def say_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes every part of a model that has a `dtype` say this one."""
     for module in model.modules():
-        if isinstance(module, _SaysDtype):
-            module.said_dtype = dtype
-        elif isinstance(getattr(type(module), "dtype", None), property):
-            module.said_dtype = dtype  # type: ignore[assignment]
-            module.__class__ = _saying(type(module))  # type: ignore[arg-type]
+        if isinstance(getattr(type(module), "dtype", None), property):
+            _say(module, dtype)
+
+
+def _say(module: nn.Module, dtype: torch.dtype) -> None:
+    module.said_dtype = dtype  # type: ignore[assignment]
+    if not isinstance(module, _SaysDtype):
+        module.__class__ = _saying(type(module))  # type: ignore[arg-type]  # a module's class hashes like any
 
 
 def unsay_dtypes(model: nn.Module) -> None:

@@ -1,0 +1,56 @@
+"""`ctfp8 export CKPT m.onnx | m.xml`: what the command writes runs, and what it cannot be asked is said."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, IDS
+from support.runtimes import compiled, session
+from typer.testing import CliRunner
+
+import ctfp8_compile as ctfp8
+from ctfp8_compile.cli.app import app
+
+
+def command(*arguments, code=0):
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)], env={"COLUMNS": "100"})
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [["m.onnx"], ["m.xml", "--stateless"]], ids=["onnx", "xml"])
+def test_what_it_writes_runs(options, tmp_path):
+    checkpoint, file = DATA / "llama/FP8", tmp_path / options[0]
+    said = json.loads(command(checkpoint, file, *options[1:], "--json").stdout)
+    beside = tmp_path / ("m.onnx.data" if file.suffix == ".onnx" else "m.bin")
+    assert said["bytes"] == file.stat().st_size + beside.stat().st_size
+    assert (said["path"], said["weights"], said["dtype"]) == (str(file), 14, "float32")
+    model = ctfp8.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        want = model(IDS).logits.numpy()
+    config = model.config
+    nothing = np.zeros((2, config.num_key_value_heads, 0, config.head_dim), np.float32)
+    feed = {name: nothing for name in said["inputs"] if name.startswith("past_key_values.")}
+    mask = np.ones(IDS.shape, np.int64)
+    feed |= {"input_ids": IDS.numpy(), "attention_mask": mask, "position_ids": mask.cumsum(1) - 1}
+    got = session(file).run(["logits"], feed)[0] if file.suffix == ".onnx" else compiled(file)(feed)["logits"]
+    assert np.abs(got - want).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["m.onnx", "--target", "cuda:sm90"], "--target is for .pt2 files"),
+        (["m.xml", "--cache", "64"], "--cache is for .pt2 files"),
+        (["m.onnx", "--stateless"], "--stateless is for .xml files"),
+        (["m.pt2", "--dtype", "float16"], "--dtype is for .onnx files"),
+        (["no/m.onnx"], "does not exist. Make it first."),
+    ],
+)
+def test_what_it_cannot_be_asked(arguments, sentence, tmp_path):
+    error = command(DATA / "llama/FP8", tmp_path / arguments[0], *arguments[1:], code=1).stderr
+    assert sentence in " ".join(error.split())
