@@ -202,6 +202,12 @@ def export(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of an .onnx: float32, the default, or float16.")] = None,
     stateless: Annotated[bool, typer.Option("--stateless", help="Of an .xml: the cache goes in and out.")] = False,
+    quantize_activations: Annotated[
+        bool, typer.Option("--quantize-activations", help="Of an .onnx or .xml: static activations go through FP8.")
+    ] = False,
+    folder: Annotated[
+        bool, typer.Option("--folder", help="Of an .onnx or .xml: config and tokenizer beside it, for other programs.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a model to one file that runs without transformers: a .pt2 (ctfp8.load), .onnx or .xml (OpenVINO).
@@ -211,15 +217,16 @@ def export(
     [dim]ctfp8 export examples/models/llama llama.pt2 --target cuda:sm90
     ctfp8 export examples/models/llama llama.onnx[/]
     """
-    from .export import write_other, write_program
+    from .export import Wanted, write_other, write_program
 
     if output.suffix in (".onnx", ".xml"):
         given = {"target": target, "package": package, "cache": cache}
-        write_other(checkpoint, output, given, dtype, stateless, as_json, _debug)
+        wanted = Wanted(dtype, stateless, quantize_activations, folder)
+        write_other(checkpoint, output, given, wanted, as_json, _debug)
         return
-    if dtype is not None or stateless:
-        wrong = "--dtype is for .onnx" if dtype else "--stateless is for .xml"
-        raise UsageError(f"{output}: {wrong} files; leave it out.")
+    others = {"dtype": dtype, "stateless": stateless, "quantize-activations": quantize_activations, "folder": folder}
+    if wrong := [name for name, value in others.items() if value]:
+        raise UsageError(f"{output}: --{wrong[0]} is for .onnx and .xml files; leave it out.")
     write_program(checkpoint, output, target, package, cache, as_json, _debug)
 
 

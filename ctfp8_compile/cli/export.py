@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from .. import StaticCacheDecoder, Target
 from ..aot.export import check_suffix
 from ..errors import UsageError
-from ..interchange.export import export
+from ..hf.runtime_folder import check_folder, write_folder
+from ..interchange.export import Exported, export
 from ..interchange.installed import needs
 from .loading import device_of, example, load
 from .place import check_place
@@ -53,8 +55,18 @@ def write_program(
     _say(output, output.stat().st_size, report, as_json)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Options of an `.onnx` or `.xml`, as `ctfp8.export` has them; and whether config and tokenizer are to be beside it."""
+
+    dtype: str | None
+    stateless: bool
+    quantize_activations: bool
+    folder: bool
+
+
 def write_other(
-    checkpoint: str, output: Path, given: dict[str, Any], dtype: str | None, stateless: bool, as_json: bool, debug: bool
+    checkpoint: str, output: Path, given: dict[str, Any], wanted: Wanted, as_json: bool, debug: bool
 ) -> None:
     """Writes an `.onnx` or `.xml` and says what is in it.
 
@@ -67,12 +79,23 @@ def write_other(
     check_place(output)
     if wrong := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"{output}: --{wrong[0]} is for .pt2 files; leave it out.")
-    if stateless and output.suffix != ".xml":
+    if wanted.stateless and output.suffix != ".xml":
         raise UsageError(f"{output}: --stateless is for .xml files; in an .onnx the cache goes in and out anyway.")
+    if wanted.folder:
+        check_folder(checkpoint, output)
     needs(output.suffix)  # before a long load
     model = load(checkpoint, debug)
     with err().status("tracing, translating and writing …"):
-        found = export(model, path=output, dtype=dtype, stateful=False if stateless else None)
+        found = export(
+            model,
+            path=output,
+            dtype=wanted.dtype,
+            stateful=False if wanted.stateless else None,
+            quantize_activations=wanted.quantize_activations,
+        )
+    assert isinstance(found, Exported)
+    if wanted.folder:
+        found = replace(found, notes=(*found.notes, *write_folder(model, checkpoint, output, found.shapes)))
     _say(output, found.to_dict()["bytes"], found, as_json)
 
 

@@ -31,6 +31,16 @@ def translation(whole_blocks: bool) -> Callable[..., Any]:
     return functools.partial(_dequantize, onnxscript.opset21, whole_blocks)
 
 
+def quantize(x: Any, scale: Any) -> tuple[Any, Any]:
+    """`ctfp8::quantize_per_tensor` of float32 `[M, K]` with a scale `[1, 1]`: QuantizeLinear, which saturates, as ours does."""
+    import onnx
+    import onnxscript
+
+    op = onnxscript.opset21
+    zero = op.Constant(value=onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True))
+    return op.QuantizeLinear(x, op.Squeeze(scale), zero), scale
+
+
 def _dequantize(
     op: Any,
     whole_blocks: bool,

@@ -35,6 +35,7 @@ class Exported:
         weights: how many are FP8 in the file, and how many bytes these are.
         dtype: what the model computes in there.
         inputs, outputs: their names.
+        shapes: of inputs of the call, by name, as it was traced: batch and tokens are examples.
         notes: what is other than in the model, a sentence each.
     """
 
@@ -46,6 +47,7 @@ class Exported:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     notes: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
 
     def summary(self) -> str:
         """A line, and the notes."""
@@ -68,6 +70,7 @@ def export(
     package: str | None = None,
     dtype: str | torch.dtype | None = None,
     stateful: bool | None = None,
+    quantize_activations: bool = False,
 ) -> Report | Exported:
     """Writes a model to a file: `.pt2`, which `ctfp8.load` runs without transformers; `.onnx`; or `.xml`, OpenVINO's IR.
 
@@ -94,6 +97,8 @@ def export(
             chooses what it computes in when it runs (`INFERENCE_PRECISION_HINT`).
         stateful: of an `.xml` without `args`: whether the cache is state inside the model (the default), as OpenVINO GenAI wants
             it, or goes in and out.
+        quantize_activations: of an `.onnx` or `.xml`: whether activations with a static scale in the checkpoint go through
+            FP8, as pairs of QuantizeLinear and DequantizeLinear. By default they stay as they are, as on CPUs.
 
     Returns:
         Of a `.pt2`, what became of each FP8 weight, as from `explain`; of the others, what was written.
@@ -101,14 +106,18 @@ def export(
     Raises:
         TargetError: not a target, or `package="aoti"` for another machine.
         UsageError: the call takes or returns objects that only transformers can rebuild; a package that writes the file is not
-            installed; torch.onnx cannot express an operator of the model.
+            installed; torch.onnx cannot express an operator of the model; activations that are to be quantized are not static.
     """
     path = Path(path)
     given = {"target": target, "package": package, "dtype": dtype, "stateful": stateful}
+    given["quantize_activations"] = quantize_activations or None
     _check(path, {name: value for name, value in given.items() if value is not None}, bool(args or kwargs))
     if path.suffix not in _OTHERS:
         return aot.export(model, args, kwargs, path, target, dynamic_shapes, package)
-    return _export(model, args, dict(kwargs or {}), path, dynamic_shapes, _dtype(dtype), stateful is not False)
+    kwargs = dict(kwargs or {})
+    return _export(
+        model, args, kwargs, path, dynamic_shapes, _dtype(dtype), stateful is not False, quantize_activations
+    )
 
 
 _OTHERS = (".onnx", ".xml")
@@ -122,8 +131,8 @@ def _check(path: Path, given: Mapping[str, Any], called: bool) -> None:
         called: whether the arguments of a call were.
     """
     if path.suffix not in _OTHERS:
-        if wrong := [name for name in ("dtype", "stateful") if name in given]:
-            raise UsageError(f"{path}: {wrong[0]}= is for .onnx and .xml files; a .pt2 keeps the dtype the model has.")
+        if wrong := [name for name in ("dtype", "stateful", "quantize_activations") if name in given]:
+            raise UsageError(f"{path}: {wrong[0]}= is for .onnx and .xml files; a .pt2 has what the model has.")
         return
     if wrong := [name for name in ("target", "package") if name in given]:
         raise UsageError(
@@ -154,18 +163,19 @@ def _export(
     dynamic_shapes: Any,
     dtype: torch.dtype,
     stateful: bool,
+    quantize_activations: bool,
 ) -> Exported:
     needs(path.suffix)  # before anything is traced
     if is_spread(model):
         raise UsageError(f"{path}: this process has a part of the model. Load it in one process to write it.")
-    notes = _notes(model, dtype)
+    notes = _notes(model, dtype, quantize_activations)
     made = in_dtype(model, dtype)
     call = _call(made, args, kwargs, dynamic_shapes, dtype)
     if path.suffix == ".onnx":
-        onnx.write(call, path, notes)
+        onnx.write(call, path, notes, quantize_activations=quantize_activations)
         files = [path, path.with_name(f"{path.name}.data")]
     else:
-        openvino.write(call, path, notes, stateful)
+        openvino.write(call, path, notes, stateful, quantize_activations)
         files = [path, path.with_suffix(".bin")]
     stored = [stored_weight(owner, name.rpartition(".")[2]) for name, owner, _ in quantized_parameters(model)]
     return Exported(
@@ -177,6 +187,7 @@ def _export(
         tuple(call.inputs),
         call.outputs(),
         notes,
+        {name: tuple(tensor.shape) for name, tensor in call.inputs.items()},
     )
 
 
@@ -198,7 +209,7 @@ def _call(
     return call_of(model)
 
 
-def _notes(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
+def _notes(model: nn.Module, dtype: torch.dtype, quantize_activations: bool) -> tuple[str, ...]:
     """What is other there than in the model."""
     found = {quantized.info.dtype for _, _, quantized in quantized_parameters(model)}
     said = []
@@ -208,6 +219,11 @@ def _notes(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
         said.append(
             f"It computes in {name}, where the model computes in {was}; the weights are the checkpoint's, bit for bit."
         )
-    if any(quantized.info.scheme.activation != "none" for _, _, quantized in quantized_parameters(model)):
-        said.append("Activations are not quantized: they stay as they are, as on CPUs.")
+    activations = {quantized.info.scheme.activation for _, _, quantized in quantized_parameters(model)} - {"none"}
+    if quantize_activations:
+        said.append("Activations with a static scale go through FP8.")
+        activations -= {"tensor"}
+    if activations:
+        those = "Those with a dynamic scale" if quantize_activations else "Activations"
+        said.append(f"{those} are not quantized: they stay as they are, as on CPUs.")
     return tuple(said)

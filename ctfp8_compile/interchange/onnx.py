@@ -23,11 +23,18 @@ from ..passes import decompose
 from ..passes.plain import plain
 from . import dequantize_linear
 from .installed import needs
+from .static_activations import QUANTIZE, quantize_static
 
 
-def program_of(call: Call) -> ExportedProgram:
-    """A call traced: plain ATen but for the markers of weights; inputs are tensors, in the order of the call's."""
+def program_of(call: Call, quantize_activations: bool = False) -> ExportedProgram:
+    """A call traced: plain ATen but for the markers of weights; inputs are tensors, in the order of the call's.
+
+    Args:
+        quantize_activations: see `static_activations.quantize_static`.
+    """
     program = trace(call.module, tuple(call.inputs.values()), None, _dynamic_shapes(call))
+    if quantize_activations:
+        quantize_static(program.graph)
     decompose(program.graph, weights=False)
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         program.graph.erase_node(node)
@@ -43,26 +50,32 @@ def _dynamic_shapes(call: Call) -> dict[str, Any]:
     return dict(inspect.signature(call.module.forward).bind(*each).arguments)
 
 
-def write(call: Call, path: Path, notes: Sequence[str], whole_blocks: bool = False) -> None:
+def write(
+    call: Call, path: Path, notes: Sequence[str], whole_blocks: bool = False, quantize_activations: bool = False
+) -> None:
     """Writes `path` and, beside it, `path.data` with all weights.
 
     Args:
         notes: sentences that the file's metadata is to hold.
         whole_blocks: see `dequantize_linear.translation`.
+        quantize_activations: see `static_activations.quantize_static`.
 
     Raises:
         UsageError: onnx or onnxscript is not installed; torch.onnx has no translation for an operator of the model.
     """
     needs(".onnx")
     with torch.no_grad(), _quiet():
-        program = program_of(call)
+        program = program_of(call, quantize_activations)
         try:
             made: Any = torch.onnx.export(
                 program,
                 input_names=list(call.inputs),
                 output_names=list(call.outputs()),
                 opset_version=dequantize_linear.OPSET,
-                custom_translation_table={MARKER: dequantize_linear.translation(whole_blocks)},
+                custom_translation_table={
+                    MARKER: dequantize_linear.translation(whole_blocks),
+                    QUANTIZE: dequantize_linear.quantize,
+                },
                 optimize=False,  # it would fold small FP8 weights to float32
                 verbose=False,
             )

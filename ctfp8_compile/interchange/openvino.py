@@ -12,11 +12,12 @@ from . import onnx
 from .installed import needs
 
 
-def write(call: Call, path: Path, notes: Sequence[str], stateful: bool) -> None:
+def write(call: Call, path: Path, notes: Sequence[str], stateful: bool, quantize_activations: bool = False) -> None:
     """Writes `path` (`.xml`) and, beside it, `.bin` with all weights.
 
     Args:
         stateful: whether the cache of a decoder is kept in the model between calls, as OpenVINO GenAI expects, not passed.
+        quantize_activations: see `static_activations.quantize_static`.
 
     Raises:
         UsageError: OpenVINO is not installed; torch.onnx has no translation for an operator of the model.
@@ -26,7 +27,7 @@ def write(call: Call, path: Path, notes: Sequence[str], stateful: bool) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         between = Path(folder) / "model.onnx"
-        onnx.write(call, between, notes, whole_blocks=True)
+        onnx.write(call, between, notes, True, quantize_activations)
         # the converter alone; `convert_model` also folds casts, and bfloat16 would be float32 in the file
         model = openvino.Core().read_model(between)
         _name(model, call)
