@@ -1,11 +1,13 @@
-"""ONNX Runtime and OpenVINO beside ctfp8: one FP8 Llama, prefill and decode, memory while running, what stays FP8.
+"""ONNX Runtime and OpenVINO beside ctfp8: one FP8 model, prefill and decode, memory while running, what stays FP8.
 
     python benchmarks/runtimes.py [--layers 4] [--threads 2] [--tokens 16]
+    python benchmarks/runtimes.py --experts 0.2                  # a mixture of 0.2 GB instead of a Llama
 
-Writes a random Llama FP8_DYNAMIC checkpoint (TinyLlama's shapes) to a temporary folder and exports it twice. Each way then runs
-in a fresh process: a prompt of 64 tokens and greedy tokens after it, three times; the best is shown. Memory is the peak of
-`RssAnon` above the process's imports, while loading and running; mapped files do not count. All compute in float32 but
-`ctfp8, bf16`, which computes as the checkpoint says.
+Writes a random FP8_DYNAMIC checkpoint (a Llama of TinyLlama's shapes, or a Qwen3-MoE) to a temporary folder and exports it twice.
+Each way then runs in a fresh process: a prompt of 64 tokens and greedy tokens after it, three times; the best is shown. Memory is
+what the process took above its imports while loading and running: the peak of `RssAnon`, in which mapped files do not count, and
+of all that was resident (`VmHWM`), in which they do. All compute in float32 but `ctfp8, bf16`, which computes as the checkpoint
+says.
 """
 
 from __future__ import annotations
@@ -96,16 +98,23 @@ def _inputs(ids: np.ndarray, length: int) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64), "position_ids": positions}
 
 
+def resident(what: str) -> int:
+    """Bytes of this process that are, or at most were, in memory: `VmRSS`, `VmHWM`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(what)).split()[1]) * 1024
+
+
 def measure(way: str, folder: str, tokens: str) -> None:
     """Runs in a fresh process: prints seconds, bytes and the tokens."""
     count = int(tokens)
     if way.startswith("ctfp8"):
-        import transformers.models.llama.modeling_llama  # noqa: F401  # its imports belong to the baseline
+        import transformers.models.llama.modeling_llama  # its imports belong to the baseline
+        import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
         import ctfp8_compile.inductor.backend  # noqa: F401
     else:
         __import__(way)
-    memory = Peak()
+    memory, before = Peak(), resident("VmRSS")
     ways: dict[str, Callable[[], Any]] = {
         "ctfp8": lambda: ctfp8_step(folder, "float32", count),
         "ctfp8, bf16": lambda: ctfp8_step(folder, "bfloat16", count),
@@ -125,7 +134,7 @@ def measure(way: str, folder: str, tokens: str) -> None:
                 start = time.perf_counter()
         decodes.append((time.perf_counter() - start) / (count - 1))
     result = {"prefill": min(prefills[1:]), "decode": min(decodes[1:]), "peak": memory.stop(), "text": text}
-    print(json.dumps(result))
+    print(json.dumps(result | {"resident": resident("VmHWM") - before}))
 
 
 def export(folder: Path) -> dict[str, int]:
@@ -140,20 +149,23 @@ def export(folder: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=float, help="gigabytes of a mixture of experts, instead of a Llama")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
-    from checkpoints import write_llama
+    from checkpoints import write_llama, write_moe
     from rich.console import Console
     from rich.table import Table
 
-    console, table = Console(), Table(title=f"a Llama of {args.layers} layers, {args.threads} threads")
+    what = f"a mixture of {args.experts} GB" if args.experts else f"a Llama of {args.layers} layers"
+    console, table = Console(), Table(title=f"{what}, {args.threads} threads")
     for column in (
         "",
         "file",
         "prefill of 64",
         "decode",
         "peak memory",
+        "with mapped files",
         "of ours: prefill",
         "decode",
         "memory",
@@ -163,7 +175,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with console.status("writing the checkpoint and the files …"):
-            write_llama(folder, args.layers)
+            if args.experts:
+                write_moe(folder, args.experts)
+            else:
+                write_llama(folder, args.layers)
             sizes = {"ctfp8": (folder / "model.safetensors").stat().st_size} | export(folder)
         ours: Any = None
         for way in ("ctfp8", "ctfp8, bf16", "onnxruntime", "openvino"):
@@ -173,9 +188,8 @@ def main() -> None:
             alike = sum(a == b for a, b in zip(found["text"], ours["text"], strict=True))
             times = [f"{1000 * found[key]:.1f} ms" for key in ("prefill", "decode")]
             size = sizes.get(way, sizes["ctfp8"])
-            table.add_row(
-                way, f"{size / 1e6:.0f} MB", *times, f"{found['peak'] / 1e6:.0f} MB", *ratios, f"{alike}/{args.tokens}"
-            )
+            memory = [f"{found[key] / 1e6:.0f} MB" for key in ("peak", "resident")]
+            table.add_row(way, f"{size / 1e6:.0f} MB", *times, *memory, *ratios, f"{alike}/{args.tokens}")
     console.print(table)
 
 
