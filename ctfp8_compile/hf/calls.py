@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..errors import UsageError
-from ..model.call import Call
+from ..model.call import Call, Called
 from .compat import cache_argument
 
 #: Sizes of the example that a model is traced with: no two are alike, and none is 1, which tracers take for a constant.
@@ -129,34 +129,17 @@ def _past(model: Any, ids: Tensor) -> list[Tensor]:
     return [states.new_zeros(_BATCH, states.shape[1], _PAST, states.shape[3]) for states in kept]  # type: ignore[union-attr]
 
 
-class Reader(nn.Module):
-    """`outputs = reader(*inputs)`: what a model returns that reads a text at once, without a cache."""
-
-    def __init__(self, model: Any, names: tuple[str, ...], fixed: dict[str, Any]):
-        super().__init__()
-        self.model, self.names, self.fixed = model, names, fixed
-        #: Names of what it returned last.
-        self.outputs: tuple[str, ...] = ()
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        out = self.model(**dict(zip(self.names, inputs, strict=True)), **self.fixed, return_dict=True)
-        found = {name: value for name, value in out.items() if isinstance(value, Tensor)}
-        self.outputs = tuple(found)
-        return tuple(found.values())
-
-
 def _reader(model: Any, parameters: Any) -> Call:
     ids = torch.arange(1, 1 + _BATCH * _TOKENS, device=model.device).reshape(_BATCH, _TOKENS)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "token_type_ids" in parameters and getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = torch.zeros_like(ids)
-    fixed = {"use_cache": False} if "use_cache" in parameters else {}
-    reader = Reader(model, tuple(inputs), fixed)
+    fixed = {"return_dict": True} | ({"use_cache": False} if "use_cache" in parameters else {})
+    called = Called(model, tuple(inputs), fixed)
     with torch.no_grad():
-        found = reader(*inputs.values())
+        found = called(*inputs.values())
     dims: dict[str, dict[int, str]] = dict.fromkeys(inputs, _TEXT)
-    names = reader.outputs
-    for name, value in zip(names, found, strict=True):
+    for name, value in zip(called.outputs(), found, strict=True):
         varies = {0: "batch_size"} if value.dim() and value.shape[0] == _BATCH else {}
         dims[name] = varies | ({1: "sequence_length"} if value.dim() > 1 and value.shape[1] == _TOKENS else {})
-    return Call(reader, inputs, dims, lambda: names)
+    return Call(called, inputs, dims, called.outputs)

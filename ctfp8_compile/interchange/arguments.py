@@ -10,42 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.call import Call
-
-
-class Returned:
-    """What a module returned last, by name. A tracer puts a module's own attributes back."""
-
-    names: tuple[str, ...] = ()
-
-
-class Called(nn.Module):
-    """A module called with tensors by position, its other arguments fixed; returns a tuple of tensors."""
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...], fixed: Mapping[str, Any]):
-        super().__init__()
-        self.model, self.names, self.fixed = model, names, dict(fixed)
-        self.returned = Returned()
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        out = self.model(**dict(zip(self.names, inputs, strict=True)), **self.fixed)
-        found = _named(out)
-        if odd := [name for name, value in found.items() if not isinstance(value, Tensor)]:
-            raise UsageError(
-                f"{type(self.model).__name__} returns {odd[0]}, a {type(found[odd[0]]).__name__}, and these files return "
-                "tensors alone. Pass kwargs={'use_cache': False}; of a language model leave args out, and its cache goes in "
-                "and out."
-            )
-        self.returned.names = tuple(found)
-        return tuple(found.values())
-
-
-def _named(out: Any) -> dict[str, Any]:
-    if isinstance(out, Mapping):  # transformers' ModelOutput
-        return {str(name): value for name, value in out.items() if value is not None}
-    if isinstance(out, (tuple, list)):
-        return {f"output_{i}": value for i, value in enumerate(out) if value is not None}
-    return {"output": out}
+from ..model.call import Call, Called
 
 
 def call_of(
@@ -79,7 +44,7 @@ def call_of(
     if not inputs:
         raise UsageError("no argument is a tensor; pass the tensors of one call as args or kwargs.")
     called = Called(model, tuple(inputs), fixed)
-    return Call(called, inputs, _dims(dynamic_shapes, [*given], inputs), lambda: called.returned.names)
+    return Call(called, inputs, _dims(dynamic_shapes, [*given], inputs), called.outputs)
 
 
 _NUMBERS = (torch.bfloat16, torch.float16, torch.float32)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
+
+from ..errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -25,3 +28,42 @@ class Call:
     dims: Mapping[str, Mapping[int, str]]
     outputs: Callable[[], tuple[str, ...]]
     states: Mapping[str, str] = field(default_factory=dict)
+
+
+class Returned:
+    """What a module returned last, by name. A tracer puts a module's own attributes back."""
+
+    names: tuple[str, ...] = ()
+
+
+class Called(nn.Module):
+    """A module called with tensors by position, its other arguments fixed; returns a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], fixed: Mapping[str, Any]):
+        super().__init__()
+        self.model, self.names, self.fixed = model, names, dict(fixed)
+        self.returned = Returned()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(**dict(zip(self.names, inputs, strict=True)), **self.fixed)
+        found = _named(out)
+        if odd := [name for name, value in found.items() if not isinstance(value, Tensor)]:
+            raise UsageError(
+                f"{type(self.model).__name__} returns {odd[0]}, a {type(found[odd[0]]).__name__}, and these files return "
+                "tensors alone. Pass kwargs={'use_cache': False}; of a language model leave args out, and its cache goes in "
+                "and out."
+            )
+        self.returned.names = tuple(found)
+        return tuple(found.values())
+
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what it returned last."""
+        return self.returned.names
+
+
+def _named(out: Any) -> dict[str, Any]:
+    if isinstance(out, Mapping):  # transformers' ModelOutput
+        return {str(name): value for name, value in out.items() if value is not None}
+    if isinstance(out, (tuple, list)):
+        return {f"output_{i}": value for i, value in enumerate(out) if value is not None}
+    return {"output": out}
