@@ -12,58 +12,13 @@ import torch
 import transformers
 from conftest import DATA, fp8_config, quantize
 from safetensors.torch import save_file
-from support.runtimes import compiled, fp8_in_openvino, onnx_types, session
+from support.runtimes import compiled, decoder, fp8_in_openvino, in_steps, onnx_types, session
 
 import ctfp8_compile as ctfp8
 
 MODELS = DATA.parent.parent / "examples" / "models"
 EXAMPLE = DATA.parent.parent / "examples" / "onnx_openvino.py"
 PROMPT, NEW = "Return a list of ", 24
-
-
-class OnnxDecoder:
-    def __init__(self, path):
-        self.session = session(path)
-        self.inputs = self.session.get_inputs()
-        self.outputs = [output.name for output in self.session.get_outputs()]
-
-    def begin(self, batch):
-        past = [i for i in self.inputs if i.name.startswith("past_key_values.")]
-        self.past = {i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32) for i in past}
-
-    def __call__(self, ids, mask, positions):
-        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **self.past}
-        out = dict(zip(self.outputs, self.session.run(None, feed), strict=True))
-        self.past = {name: out[name.replace("past_key_values", "present")] for name in self.past}
-        return out["logits"]
-
-
-class OpenVinoDecoder:
-    def __init__(self, path):
-        self.request = compiled(path).create_infer_request()
-
-    def begin(self, batch):
-        self.request.reset_state()
-        self.rows = np.arange(batch, dtype=np.int32)
-
-    def __call__(self, ids, mask, positions):
-        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "beam_idx": self.rows}
-        self.request.infer(feed)
-        return self.request.get_tensor("logits").data.copy()
-
-
-def decoder(path):
-    return (OpenVinoDecoder if path.suffix == ".xml" else OnnxDecoder)(path)
-
-
-def _in_steps(run, ids, mask, steps):
-    """Logits of a padded batch that comes in several calls."""
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
-    run.begin(len(ids))
-    ends = np.cumsum(steps)
-    return np.concatenate(
-        [run(ids[:, a:b], mask[:, :b], positions[:, a:b]) for a, b in zip([0, *ends], ends, strict=False)], 1
-    )
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +59,7 @@ def test_a_shipped_model(name, suffix, files):
         call = {"attention_mask": torch.from_numpy(mask), "position_ids": positions, "use_cache": False}
         want = model(torch.from_numpy(ids), **call).logits.numpy()
     for steps in ([15], [9, 1, 5]):
-        assert np.abs(_in_steps(run, ids, mask, steps) - want)[mask.astype(bool)].max() < 1e-4
+        assert np.abs(in_steps(run, ids, mask, steps) - want)[mask.astype(bool)].max() < 1e-4
     tokens = transformers.AutoTokenizer.from_pretrained(MODELS / name)
     inputs = tokens(PROMPT, return_tensors="pt")
     text = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0].numpy()
@@ -157,7 +112,7 @@ def test_schemes_of_checkpoints(name, suffix, tmp_path):
     ids = np.arange(3, 25).reshape(2, 11)
     with torch.no_grad():
         want = ctfp8.from_pretrained(DATA / name, dtype=torch.float32)(torch.from_numpy(ids), use_cache=False).logits
-    got = _in_steps(decoder(path), ids, np.ones_like(ids), [6, 1, 4])
+    got = in_steps(decoder(path), ids, np.ones_like(ids), [6, 1, 4])
     assert np.abs(got - want.numpy()).max() < 1e-4
 
 

@@ -162,12 +162,16 @@ def test_what_is_not_installed_is_named(path, missing, tmp_path, monkeypatch):
         ctfp8.export(model, (torch.ones(5, 64).bfloat16(), IDS), path=tmp_path / path)
 
 
-@pytest.mark.quick("mx")
+@pytest.mark.quick("mx-True", "block-False")
+@pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("strategy", ["channel", "block", "mx"])
-def test_torch_onnx_export_takes_a_model_as_it_is(strategy, tmp_path):
+def test_torch_onnx_export_takes_a_model_as_it_is(strategy, dynamo, tmp_path):
+    """By either of its exporters."""
     model, exact = _layers(strategy, torch.float32, 96)
     x = torch.randn(5, 96)
-    torch.onnx.export(model, (x, IDS), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    torch.onnx.export(
+        model, (x, IDS), tmp_path / "m.onnx", dynamo=dynamo, verbose=False, input_names=["x", "ids"], opset_version=20
+    )
     got, want = session(tmp_path / "m.onnx").run(None, {"x": x.numpy(), "ids": IDS.numpy()})[0], _truth(exact, x)
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
 
