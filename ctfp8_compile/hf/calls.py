@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..errors import UsageError
-from ..model.call import Call, Called
+from ..model.call import Call, Called, name_of
 from .compat import cache_argument
 
 #: Sizes of the example that a model is traced with: no two are alike, and none is 1, which tracers take for a constant.
@@ -21,6 +21,9 @@ _TEXT = {0: "batch_size", 1: "sequence_length"}
 
 #: Layers whose state is keys and values of every token.
 _ATTENTIONS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "sparse", "dense", "moe"}
+
+#: Arguments of models that also see or hear.
+_SENSES = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 
 
 def call_of(model: Any) -> Call:
@@ -34,10 +37,15 @@ def call_of(model: Any) -> Call:
     """
     gather_experts(model)
     parameters = inspect.signature(model.forward).parameters
+    name = name_of(model)
     if "input_ids" not in parameters or getattr(model.config, "is_encoder_decoder", False):
         raise UsageError(
-            f"{type(model).__name__} is called in a way of its own. Pass the arguments of one call: ctfp8.export(model, args, "
-            "kwargs, path)."
+            f"{name} is called in a way of its own. Pass the arguments of one call: ctfp8.export(model, args, kwargs, path)."
+        )
+    if senses := [one for one in parameters if one in _SENSES]:
+        raise UsageError(
+            f"{name} takes {senses[0]} beside a text, and there is no call of it that runtimes know. Pass the arguments of one: "
+            "ctfp8.export(model, args, kwargs, path); or load the part that makes text alone: ctfp8.from_pretrained(path)."
         )
     generates = hasattr(model, "can_generate") and model.can_generate()
     return _decoder(model) if generates else _reader(model, parameters)
@@ -84,7 +92,7 @@ def _decoder(model: Any) -> Call:
         config.output_router_logits = False  # what is for training fails where a mask is longer than its text
     kinds = {kind for kind in getattr(config, "layer_types", None) or () if kind not in _ATTENTIONS}
     if kinds:
-        raise UsageError(_STATES.format(model=type(model).__name__, kinds=", ".join(sorted(kinds))))
+        raise UsageError(_STATES.format(model=name_of(model), kinds=", ".join(sorted(kinds))))
     ids = torch.arange(_BATCH * _TOKENS, device=model.device).reshape(_BATCH, _TOKENS)
     past = _past(model, ids)
     names = [f"{i}.{what}" for i in range(len(past) // 2) for what in ("key", "value")]
@@ -125,7 +133,7 @@ def _past(model: Any, ids: Tensor) -> list[Tensor]:
         model(input_ids=ids[:1], use_cache=True, **{cache_argument(model): cache})
     kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     if not kept or not all(isinstance(states, Tensor) and states.dim() == 4 for states in kept):
-        raise UsageError(_STATES.format(model=type(model).__name__, kinds=type(model.config).__name__))
+        raise UsageError(_STATES.format(model=name_of(model), kinds=type(model.config).__name__))
     return [states.new_zeros(_BATCH, states.shape[1], _PAST, states.shape[3]) for states in kept]  # type: ignore[union-attr]
 
 

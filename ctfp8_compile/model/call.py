@@ -30,6 +30,11 @@ class Call:
     states: Mapping[str, str] = field(default_factory=dict)
 
 
+def name_of(model: nn.Module) -> str:
+    """What its class is called, by who wrote it."""
+    return type(model).__name__.removeprefix("Parametrized")
+
+
 class Returned:
     """What a module returned last, by name. A tracer puts a module's own attributes back."""
 
@@ -49,7 +54,7 @@ class Called(nn.Module):
         found = _named(out)
         if odd := [name for name, value in found.items() if not isinstance(value, Tensor)]:
             raise UsageError(
-                f"{type(self.model).__name__} returns {odd[0]}, a {type(found[odd[0]]).__name__}, and these files return "
+                f"{name_of(self.model)} returns {odd[0]}, a {type(found[odd[0]]).__name__}, and these files return "
                 "tensors alone. Pass kwargs={'use_cache': False}; of a language model leave args out, and its cache goes in "
                 "and out."
             )
@@ -62,8 +67,20 @@ class Called(nn.Module):
 
 
 def _named(out: Any) -> dict[str, Any]:
-    if isinstance(out, Mapping):  # transformers' ModelOutput
-        return {str(name): value for name, value in out.items() if value is not None}
+    if isinstance(out, Mapping):  # transformers' ModelOutput, which may hold others
+        return _flat({str(name): value for name, value in out.items()})
     if isinstance(out, (tuple, list)):
-        return {f"output_{i}": value for i, value in enumerate(out) if value is not None}
+        return _flat({f"output_{i}": value for i, value in enumerate(out)})
     return {"output": out}
+
+
+def _flat(found: dict[str, Any]) -> dict[str, Any]:
+    """What is within others by `outer.inner`, without what is not there."""
+    flat: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, (Mapping, tuple, list)):
+            inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+            flat |= _flat({f"{name}.{key}": one for key, one in inner})
+        elif value is not None:
+            flat[name] = value
+    return flat

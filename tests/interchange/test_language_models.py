@@ -175,3 +175,43 @@ def test_models_that_read_a_text_at_once(name, config, outputs, suffix, tmp_path
     for key, value in zip(outputs, got, strict=True):
         difference = np.abs(value - want[key].numpy())
         assert (difference[kept] if key == "last_hidden_state" else difference).max() < 1e-4, key
+
+
+CLIP = transformers.CLIPConfig(
+    text_config={k: v for k, v in SMALL.items() if k != "vocab_size"} | {"vocab_size": 128, "eos_token_id": 34},
+    vision_config={k: v for k, v in SMALL.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 8},
+    projection_dim=32,
+)
+
+
+@pytest.mark.quick("CLIPModel")
+@pytest.mark.parametrize(("name", "config"), [("CLIPModel", CLIP), ("CLIPVisionModel", CLIP.vision_config)])
+def test_a_model_that_sees_says_how(name, config, tmp_path):
+    folder = _checkpoint(tmp_path / "ckpt", getattr(transformers, name)(config).bfloat16().eval())
+    model = ctfp8.from_pretrained(folder, getattr(transformers, name))
+    with pytest.raises(ctfp8.UsageError, match=rf"^{name} .*Pass the arguments of one"):
+        ctfp8.export(model, path=tmp_path / "m.onnx")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_one_call_of_a_model_that_sees(suffix, tmp_path):
+    """What it returns within others is an output by the names of both."""
+    folder, path = (
+        _checkpoint(tmp_path / "ckpt", transformers.CLIPModel(CLIP).bfloat16().eval()),
+        tmp_path / f"m{suffix}",
+    )
+    call = {"input_ids": torch.arange(5, 35).reshape(3, 10), "pixel_values": torch.randn(3, 3, 16, 16)}
+    rows = torch.export.Dim("rows")
+    model = ctfp8.from_pretrained(folder, transformers.CLIPModel)
+    done = ctfp8.export(model, kwargs=call, path=path, dynamic_shapes={name: {0: rows} for name in call})
+    assert "vision_model_output.last_hidden_state" in done.outputs
+    feed = {name: value.numpy()[:2] for name, value in call.items()}
+    got = session(path).run(None, feed) if suffix == ".onnx" else list(compiled(path)(feed).values())
+    with torch.no_grad():
+        model = ctfp8.from_pretrained(folder, transformers.CLIPModel, dtype=torch.float32)
+        want = model(**{name: value[:2] for name, value in call.items()})
+    for name, value in zip(done.outputs, got, strict=True):
+        outer, _, inner = name.partition(".")
+        exact = want[outer][inner] if inner else want[outer]
+        assert np.abs(value - exact.numpy()).max() < 1e-4, name
