@@ -29,6 +29,8 @@ from .compat import (
     StreamError,
     build_server,
 )
+from .fp8_cache import CacheDtype
+from .paged_cache import paged_cache
 from .serving_batch import SEED, Batched
 from .serving_checks import Refused, answer, check_chat, check_fields
 from .serving_gate import Gate
@@ -39,14 +41,15 @@ log = logging.getLogger("ctfp8_compile")
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 
 
-def engine_of(model: Any, room: Room) -> tuple[Batched | OneByOne, str | None]:
+def engine_of(model: Any, room: Room, cache: CacheDtype = "auto") -> tuple[Batched | OneByOne, str | None]:
     """What makes the tokens: requests batched, or, where transformers' paged cache does not fit the model, one by one and why.
 
     Raises:
-        UsageError: the model generates no text; its cache does not fit in memory.
+        UsageError: the model generates no text; its cache does not fit in memory; it cannot be FP8, and is to be.
     """
     if not (hasattr(model, "generate") and model.can_generate()):
         raise UsageError(f"{type(model).__name__} does not generate text, so there is nothing to serve.")
+    paged_cache(model, cache)
     batched = Batched(model, room)
     try:
         batched.start()
@@ -56,7 +59,13 @@ def engine_of(model: Any, room: Room) -> tuple[Batched | OneByOne, str | None]:
     except Exception as error:  # each layer of its own kind has its own way of not fitting
         batched.stop()
         log.debug("no continuous batching", exc_info=error)
-        return OneByOne(model, room), f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if cache == "fp8":
+            raise UsageError(
+                f"requests to {type(model).__name__} run one by one ({why}), with a cache in its dtype, not in FP8. Serve it "
+                "with --cache bf16."
+            ) from None
+        return OneByOne(model, room), why
     return batched, None
 
 

@@ -153,7 +153,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         importlib.util, "find_spec", lambda name, *more: None if name == "uvicorn" else found(name, *more)
     )
     with pytest.raises(UsageError, match=r"serving needs uvicorn\. Run: pip install 'ctfp8-compile\[serve\]'"):
-        serve("nowhere", "127.0.0.1", 0, None, (1, None), 1, None, None, True, False)
+        serve("nowhere", "127.0.0.1", 0, None, (1, None), "auto", False, 1, None, None, True, False)
 
 
 # The gate, without a server

@@ -29,7 +29,13 @@ def chatting(folder: Path, source: Path = SHIPPED / "llama", dtype: str = "float
 
 @contextlib.contextmanager
 def serving(
-    model: Any, tokenizer: Any, batch: int = 4, context: int = 256, one_by_one: bool = False, **options: Any
+    model: Any,
+    tokenizer: Any,
+    batch: int = 4,
+    context: int = 256,
+    one_by_one: bool = False,
+    cache: Any = "auto",
+    **options: Any,
 ) -> Iterator[tuple[str, Any]]:
     """Its address, and its engine."""
     import uvicorn
@@ -38,7 +44,7 @@ def serving(
     from ctfp8_compile.hf.serving_room import Room
 
     room = Room(batch, context, step=32)  # prompts are read in parts
-    engine = OneByOne(model, room) if one_by_one else engine_of(model, room)[0]
+    engine = OneByOne(model, room) if one_by_one else engine_of(model, room, cache)[0]
     address = socket.create_server(("127.0.0.1", 0))
     app = application(model, tokenizer, "served", engine, **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
