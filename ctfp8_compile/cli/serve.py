@@ -101,7 +101,11 @@ def bound(host: str, port: int) -> socket.socket:
 def _run(app: Any, address: socket.socket, name: str, host: str, key: str | None) -> None:
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+    from .patience import Patient
+
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=Patient, log_level="warning", access_log=False, lifespan="off", ws="none")
+    )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended
         signal.signal(number, lambda *_: None)
     port = address.getsockname()[1]

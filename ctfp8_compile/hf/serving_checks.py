@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 #: Fields that would change an answer, and that transformers' server leaves out of account; by their value that asks for nothing.
@@ -25,7 +25,30 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
     "generation_config": (),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    "reasoning_effort": (),
+    "reasoning": ({},),
+    "web_search_options": (),
+    "moderation": (),
+    "image": (),
+    "include": ([],),
+    "text": ({}, {"format": {"type": "text"}}),
+    "conversation": (),
+    "context_management": (),
+    "max_tool_calls": (),
+    "parallel_tool_calls": (True,),
 }
+#: Fields that are served.
+_SERVED = {
+    "chat_template_kwargs", "frequency_penalty", "input", "instructions", "logit_bias", "max_completion_tokens",
+    "max_output_tokens", "max_tokens", "messages", "model", "prompt", "seed", "stop", "stream", "temperature", "tools", "top_p",
+}  # fmt: skip
+#: Fields without which an answer is the same.
+_IDLE = {
+    "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "stream_options", "user",
+}  # fmt: skip
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 #: The sharpest sampling that differs from taking the likeliest token, in float32.
@@ -46,8 +69,16 @@ def answer(message: str, status: int, code: str, param: str | None = None) -> di
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def check_fields(body: dict[str, Any], name: str) -> None:
-    """Raises `Refused` if a field asks for another model, for what is not done here, or for no sensible number."""
+def check_fields(body: dict[str, Any], name: str, known: Collection[str]) -> None:
+    """Raises `Refused` if a field asks for another model, for what is not done here, or for no sensible number.
+
+    Args:
+        name: of the model.
+        known: fields that requests of this kind may have.
+    """
+    for field in body:
+        if field not in known or not (field in _SERVED or field in _IDLE or field in _NEUTRAL):
+            raise Refused(f"{field[:100]} is not served by this route. Leave it out.", param=field[:100])
     asked = body.get("model")
     if asked is not None and asked != name:
         raise Refused(f"This server has one model, {name!r}. Ask for it, or for none.", 404, "model_not_found", "model")
@@ -70,19 +101,28 @@ def check_fields(body: dict[str, Any], name: str) -> None:
         raise Refused("stream must be true or false.", param="stream")
     _check_stop(body.get("stop"))
     _check_bias(body.get("logit_bias"))
-    for field in ("prompt", "suffix", "instructions"):
+    for field in ("prompt", "instructions"):
         if not isinstance(body.get(field, ""), str | None):
             raise Refused(f"{field} must be a text.", param=field)
+    tools = body.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise Refused("tools must be a list of objects.", param="tools")
     if not _is_text(body):
         raise Refused("The request holds text that is not Unicode (half of a surrogate pair).")
 
 
-def check_chat(messages: Callable[[], list[dict[str, Any]]], body: dict[str, Any], tokenizer: Any) -> None:
-    """Raises `Refused` if the messages are none, hold more than text, or the checkpoint's chat template does not take them."""
+def check_chat(messages: Callable[[], list[dict[str, Any]]], body: dict[str, Any], tokenizer: Any) -> str:
+    """The text that the checkpoint's chat template makes of messages.
+
+    Raises:
+        Refused: they are none, hold more than text, or the template does not take them, or the tools beside them.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise Refused(
             "This model has no chat template. Ask /v1/completions, with the whole prompt.", code="no_template"
         )
+    if body.get("tools") and "tools" not in str(tokenizer.chat_template):
+        raise Refused("This model's chat template has no place for tools. Leave them out.", param="tools")
     more = body.get("chat_template_kwargs") or {}
     taken = set(inspect.signature(type(tokenizer).apply_chat_template).parameters)
     if not isinstance(more, dict) or taken & set(more):
@@ -97,8 +137,11 @@ def check_chat(messages: Callable[[], list[dict[str, Any]]], body: dict[str, Any
     if isinstance(given, list) and (odd := _not_text(given)):
         raise Refused(f"This model takes text, and a message holds {odd!r}.", param="messages")
     try:
-        made = messages()
-        tokenizer.apply_chat_template(made, add_generation_prompt=True, tools=body.get("tools"), tokenize=False, **more)
+        return str(
+            tokenizer.apply_chat_template(
+                messages(), add_generation_prompt=True, tools=body.get("tools"), tokenize=False, **more
+            )
+        )
     except Refused:
         raise
     except Exception as error:
