@@ -1,13 +1,14 @@
 """Servers with OpenAI's API, asked by several clients at a time: ctfp8, transformers' in bf16, llama.cpp's Python one in Q8_0.
 
-    python benchmarks/serving.py [--layers 22] [--clients 1 4 16 64] [--requests 2] [--most 64] [--new-tokens 32] [--cache bf16]
+    python benchmarks/serving.py [--layers 22] [--clients 1 4 16 64] [--requests 2] [--most 64] [--new-tokens 24] [--wait 0]
 
 Writes a random 1.1B Llama as FP8_DYNAMIC, as bf16 and, where `pip install 'llama-cpp-python[server]' gguf` was run, as
 Q8_0. All servers run at the same time, and are asked in turn, while the others are stopped: each client sends `--requests`
-requests, one after another (fewer where that were more than `--most` in all), with prompts of 8 to 128 tokens, and reads their
+requests, one after another (fewer where that were more than `--most` in all), with prompts of 8 to 64 tokens, and reads their
 streams. Shown are tokens a second of all clients, ctfp8's as a multiple of each other's, the time to the first token and between
-tokens (median, 95th percentile), and the CPU seconds of each server; then how ctfp8 at many clients compares with ctfp8 at one,
-and what it compiled while it served. llama.cpp's Python server runs one request after another.
+tokens (median, 95th percentile), the CPU seconds of each server, and how many cores other programs took meanwhile; then how
+ctfp8 at many clients compares with ctfp8 at one, and what it compiled while it served. `--wait`: so many seconds at most, before
+each server is asked, for a machine on which nothing else runs. llama.cpp's Python server runs one request after another.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 VOCABULARY = 32000
-LENGTHS = (8, 16, 32, 64, 128)
+LENGTHS = (8, 16, 32, 64)
 OURS, BF16, LLAMA_CPP = "ctfp8", "transformers, bf16", "llama.cpp, Q8_0"
 
 
@@ -48,6 +49,7 @@ class Seen:
     tokens: int = 0
     took: float = 0.0
     cpu: float = 0.0
+    others: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -67,6 +69,22 @@ class Server:
         """Seconds so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def busy() -> float:
+    """CPU seconds of all programs since the machine started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # but idle, and waiting for a disk
+
+
+def wait_for_quiet(seconds: float) -> None:
+    """Until programs take less than a tenth of a core for two seconds, or for so long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        begin, before = time.monotonic(), busy()
+        time.sleep(2)
+        if busy() - before < 0.1 * (time.monotonic() - begin):
+            return
 
 
 def words() -> list[str]:
@@ -173,19 +191,28 @@ async def ask(server: Server, prompts: Sequence[Sequence[str]], new_tokens: int,
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=server.address, api_key="none", max_retries=0, timeout=3600) as client:
-        begin, cpu = time.perf_counter(), server.cpu()
+        begin, cpu, every, own = time.perf_counter(), server.cpu(), busy(), time.process_time()
         await asyncio.gather(*(one_client(client, server.name, mine, new_tokens, seen) for mine in prompts))
         seen.took += time.perf_counter() - begin
-        seen.cpu += server.cpu() - cpu
+        took = server.cpu() - cpu
+        seen.cpu += took
+        seen.others += busy() - every - took - (time.process_time() - own)
 
 
 def table(clients: int, results: dict[str, Seen]) -> Table:
-    columns = ("tokens/s", "ctfp8 is", "first token", "p95", "between", "p95", "CPU")
+    columns = ("tokens/s", "ctfp8 is", "first token", "p95", "between", "p95", "CPU", "others")
     shown = Table(f"{clients} at a time", *columns, box=None)
     for name, seen in results.items():
         times = [t for values in (seen.first, seen.between) for t in middle_and_most(values)]
         rate = f"{results[OURS].rate / seen.rate:.2f}×"
-        shown.add_row(name, f"{seen.rate:.1f}", rate, *(f"{t * 1e3:.0f} ms" for t in times), f"{seen.cpu:.0f} s")
+        shown.add_row(
+            name,
+            f"{seen.rate:.1f}",
+            rate,
+            *(f"{t * 1e3:.0f} ms" for t in times),
+            f"{seen.cpu:.0f} s",
+            f"{seen.others / seen.took:.1f}",
+        )
     return shown
 
 
@@ -200,9 +227,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=2, help="of each client")
     parser.add_argument("--most", type=int, default=64, help="requests of all clients")
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cache", choices=["bf16", "fp8"], default="bf16", help="of ctfp8")
+    parser.add_argument("--wait", type=float, default=0)
     parser.add_argument("--port", type=int, default=8310)
     options = parser.parse_args()
     console, batch, chosen = Console(), max(options.clients), random.Random(0)
@@ -231,6 +259,7 @@ def main() -> None:
                 ]
                 for name, server in servers.items():
                     with alone(server, list(servers.values())):
+                        wait_for_quiet(options.wait)
                         asyncio.run(ask(server, prompts, options.new_tokens, results[clients][name]))
             console.print(table(clients, results[clients]))
         few, *more = ((n, results[n][OURS]) for n in sorted(results))

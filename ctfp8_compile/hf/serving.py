@@ -221,8 +221,9 @@ class _Checked:
     last = ""  # what a stream ends with
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        check_fields(body, self.model_manager.force_model, self._valid_params_class.__mutable_keys__)
-        _, tokenizer = self.model_manager.load_model_and_processor()
+        model, tokenizer = self.model_manager.load_model_and_processor()
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        check_fields(body, self.model_manager.force_model, self._valid_params_class.__mutable_keys__, vocabulary)
         await self.generation_state.room.check(self._text(body), tokenizer)
         answered = await super().handle_request(body, request_id)  # type: ignore[misc]
         if isinstance(answered, StreamingResponse):
@@ -292,7 +293,9 @@ class _Completions(_Checked, CompletionHandler):
     last = _DONE
 
     def _text(self, body: dict[str, Any]) -> str:
-        return body.get("prompt") or ""
+        if body.get("prompt") is None:
+            raise Refused("Give a prompt: a text.", param="prompt")
+        return str(body["prompt"])
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -305,7 +308,10 @@ def _answer_errors(app: FastAPI) -> None:
         return said(error.status, error.message, error.code, error.param)
 
     async def raised(request: Request, error: Any) -> JSONResponse:
-        return said(error.status_code, str(error.detail), "invalid_request" if error.status_code < 500 else "failed")
+        if error.status_code == 400:  # FastAPI's, of JSON that cannot be read
+            return await unreadable(request, error)
+        status = 400 if error.status_code == 422 else error.status_code
+        return said(status, str(error.detail), "invalid_request" if status < 500 else "failed")
 
     async def unreadable(request: Request, error: Any) -> JSONResponse:
         return said(400, "The body is not a JSON object with content-type application/json.", "invalid_json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -53,6 +52,7 @@ _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 #: The sharpest sampling that differs from taking the likeliest token, in float32.
 _COLDEST = 1e-3
+_MOST_BIAS = 100
 
 
 class Refused(Exception):
@@ -69,12 +69,13 @@ def answer(message: str, status: int, code: str, param: str | None = None) -> di
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def check_fields(body: dict[str, Any], name: str, known: Collection[str]) -> None:
+def check_fields(body: dict[str, Any], name: str, known: Collection[str], vocabulary: int) -> None:
     """Raises `Refused` if a field asks for another model, for what is not done here, or for no sensible number.
 
     Args:
         name: of the model.
         known: fields that requests of this kind may have.
+        vocabulary: tokens of the model.
     """
     for field in body:
         if field not in known or not (field in _SERVED or field in _IDLE or field in _NEUTRAL):
@@ -100,7 +101,7 @@ def check_fields(body: dict[str, Any], name: str, known: Collection[str]) -> Non
     if not isinstance(body.get("stream", False), bool | None):
         raise Refused("stream must be true or false.", param="stream")
     _check_stop(body.get("stop"))
-    _check_bias(body.get("logit_bias"))
+    _check_bias(body.get("logit_bias"), vocabulary)
     for field in ("prompt", "instructions"):
         if not isinstance(body.get(field, ""), str | None):
             raise Refused(f"{field} must be a text.", param=field)
@@ -154,7 +155,7 @@ def _number(body: dict[str, Any], field: str, kind: type, least: float, most: fl
     if value is None:
         return
     fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not least <= value <= most:
+    if not fits or not least <= value <= most:  # nor is NaN between them
         what = "a whole number" if kind is int else "a number"
         raise Refused(f"{field} must be {what} from {least} to {most}.", param=field)
 
@@ -167,16 +168,19 @@ def _check_stop(stop: Any) -> None:
         raise Refused("stop must be a text, or a list of up to 16; none of them empty.", param="stop")
 
 
-def _check_bias(bias: Any) -> None:
+def _check_bias(bias: Any, vocabulary: int) -> None:
     if bias is None:
         return
     fits = isinstance(bias, dict) and all(
-        key.isascii() and key.isdigit() and isinstance(value, int | float) and math.isfinite(value)
+        key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary
+        and isinstance(value, int | float) and not isinstance(value, bool) and -_MOST_BIAS <= value <= _MOST_BIAS
         for key, value in bias.items()
-    )
+    )  # fmt: skip
     if not fits:
         raise Refused(
-            "logit_bias must be an object of token numbers and what to add to their logits.", param="logit_bias"
+            f"logit_bias must be an object of token numbers below {vocabulary} and what to add to their logits, from "
+            f"-{_MOST_BIAS} to {_MOST_BIAS}.",
+            param="logit_bias",
         )
 
 
@@ -195,7 +199,11 @@ def _not_text(messages: list[dict[str, Any]]) -> str | None:
 
 def _is_text(value: Any) -> bool:
     if isinstance(value, str):
-        return not any("\ud800" <= c <= "\udfff" for c in value)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
     if isinstance(value, dict):
         return all(_is_text(key) and _is_text(one) for key, one in value.items())
     return all(map(_is_text, value)) if isinstance(value, list) else True

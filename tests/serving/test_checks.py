@@ -53,6 +53,15 @@ KNOWN = {*_SERVED, *_IDLE, *_NEUTRAL}
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "not Unicode"),
         ({"logit_bias": {"a": 1}}, "logit_bias must be"),
         ({"logit_bias": {"1": "x"}}, "logit_bias must be"),
+        ({"logit_bias": {"1000": 1}}, "token numbers below 1000"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias must be"),
+        ({"logit_bias": {"²": 1}}, "logit_bias must be"),
+        ({"logit_bias": {"1": 1e300}}, "from -100 to 100"),
+        ({"logit_bias": {"1": float("nan")}}, "logit_bias must be"),
+        ({"logit_bias": {"1": True}}, "logit_bias must be"),
+        ({"seed": 10**4000}, "seed must be"),
+        ({"temperature": 10**4000}, "temperature must be"),
+        ({"top_p": float("inf")}, "top_p must be"),
         ({"tools": "search"}, "tools must be a list of objects"),
         ({"tools": ["search"]}, "tools must be a list of objects"),
         ({"suffix": "the end"}, "suffix is not served"),
@@ -66,7 +75,7 @@ KNOWN = {*_SERVED, *_IDLE, *_NEUTRAL}
 )
 def test_a_field_is_refused(fields, said):
     with pytest.raises(Refused, match=said) as found:
-        check_fields(fields, "m", KNOWN)
+        check_fields(fields, "m", KNOWN, 1000)
     assert found.value.status == (404 if "model" in fields else 400)
     assert len(found.value.message) < 200
     field = next(iter(fields))
@@ -75,7 +84,7 @@ def test_a_field_is_refused(fields, said):
 
 def test_a_field_of_another_route_is_refused():
     with pytest.raises(Refused, match="messages is not served by this route"):
-        check_fields({"messages": []}, "m", {"prompt"})
+        check_fields({"messages": []}, "m", {"prompt"}, 1000)
 
 
 @pytest.mark.parametrize("route", ["chat_completion.ChatCompletion", "completion.Completion", "response.Response"])
@@ -88,16 +97,16 @@ def test_each_field_that_openai_knows_is_served_refused_or_changes_nothing(route
     assert handler._valid_params_class.__mutable_keys__ - unknown <= KNOWN
     for field in unknown:
         with pytest.raises(Refused, match=f"{field} is not served"):
-            check_fields({field: True}, "m", handler._valid_params_class.__mutable_keys__)
+            check_fields({field: True}, "m", handler._valid_params_class.__mutable_keys__, 9)
 
 
 def test_fields_that_ask_for_nothing_are_taken():
     fields = {"n": 1, "logprobs": False, "echo": False, "response_format": {"type": "text"}, "tool_choice": "auto"}
     check_fields(
-        {**fields, "model": "m", "temperature": 0, "top_p": 1, "stop": None, "stream": None, "seed": -5}, "m", KNOWN
+        {**fields, "model": "m", "temperature": 0, "top_p": 1, "stop": None, "stream": None, "seed": -5}, "m", KNOWN, 1000
     )
     cold = {"temperature": 1e-30}
-    check_fields(cold, "m", KNOWN)
+    check_fields(cold, "m", KNOWN, 1000)
     assert cold["temperature"] == 0  # and no logit becomes infinite
 
 

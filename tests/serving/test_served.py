@@ -239,7 +239,7 @@ def test_sampling_is_each_requests_own(client, want):
     assert len({*each, want[0]}) >= 4
     assert sampled(3, top_p=1e-6) == want[0] == sampled(3, temperature=1e-9)
     banned = client.completions.create(
-        model="served", prompt="a", max_tokens=4, temperature=0, logit_bias={"98": 1000.0}
+        model="served", prompt="a", max_tokens=4, temperature=0, logit_bias={"98": 100.0}
     )
     assert len(set(banned.choices[0].text)) == 1
 
@@ -249,8 +249,13 @@ def test_sampling_is_each_requests_own(client, want):
     [
         (b"{", 400, "invalid_json"),
         (b"[]", 400, "invalid_json"),
-        (b"\xff\xfe", 400, None),
-        (b"[" * 100_000, 400, None),
+        (b"\xff\xfe", 400, "invalid_json"),
+        (b"[" * 100_000, 400, "invalid_json"),
+        (b'{"prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}", 400, "invalid_json"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 4000 + b"}", 400, "invalid_request"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "invalid_request"),
+        (b'{"max_tokens": 3}', 400, "invalid_request"),
+        ({"prompt": "a", "logit_bias": {"99999": 1}}, 400, "invalid_request"),
         (b'{"prompt": "a", "nonsense": 1}', 400, "invalid_request"),
         (b'{"prompt": "a", "n": 3}', 400, "invalid_request"),
         (b'{"prompt": "a", "logprobs": 2}', 400, "invalid_request"),
