@@ -72,14 +72,18 @@ def answer(message: str, status: int, code: str, param: str | None = None) -> di
 def check_fields(body: dict[str, Any], name: str, known: Collection[str], vocabulary: int) -> None:
     """Raises `Refused` if a field asks for another model, for what is not done here, or for no sensible number.
 
+    Fields that are null, which are as if they were not there, are taken out.
+
     Args:
         name: of the model.
         known: fields that requests of this kind may have.
         vocabulary: tokens of the model.
     """
-    for field in body:
+    for field in [*body]:
         if field not in known or not (field in _SERVED or field in _IDLE or field in _NEUTRAL):
             raise Refused(f"{field[:100]} is not served by this route. Leave it out.", param=field[:100])
+        if body[field] is None or (field == "logit_bias" and body[field] == {}):
+            del body[field]
     asked = body.get("model")
     if asked is not None and asked != name:
         raise Refused(f"This server has one model, {name!r}. Ask for it, or for none.", 404, "model_not_found", "model")
@@ -124,7 +128,7 @@ def check_chat(messages: Callable[[], list[dict[str, Any]]], body: dict[str, Any
         )
     if body.get("tools") and "tools" not in str(tokenizer.chat_template):
         raise Refused("This model's chat template has no place for tools. Leave them out.", param="tools")
-    more = body.get("chat_template_kwargs") or {}
+    more = body.get("chat_template_kwargs", {})
     taken = set(inspect.signature(type(tokenizer).apply_chat_template).parameters)
     if not isinstance(more, dict) or taken & set(more):
         raise Refused(

@@ -103,8 +103,14 @@ def test_each_field_that_openai_knows_is_served_refused_or_changes_nothing(route
 def test_fields_that_ask_for_nothing_are_taken():
     fields = {"n": 1, "logprobs": False, "echo": False, "response_format": {"type": "text"}, "tool_choice": "auto"}
     check_fields(
-        {**fields, "model": "m", "temperature": 0, "top_p": 1, "stop": None, "stream": None, "seed": -5}, "m", KNOWN, 1000
+        {**fields, "model": "m", "temperature": 0, "top_p": 1, "stop": None, "stream": None, "seed": -5},
+        "m",
+        KNOWN,
+        1000,
     )
+    nothing = dict.fromkeys(KNOWN) | {"logit_bias": {}}
+    check_fields(nothing, "m", KNOWN, 1000)
+    assert not nothing
     cold = {"temperature": 1e-30}
     check_fields(cold, "m", KNOWN, 1000)
     assert cold["temperature"] == 0  # and no logit becomes infinite
@@ -142,6 +148,8 @@ def _check(body):
             "chat_template_kwargs",
         ),
         ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": 0}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": ""}, "chat_template_kwargs"),
     ],
 )
 def test_messages_are_refused(body, said):

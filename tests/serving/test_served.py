@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -277,6 +278,49 @@ def test_what_is_refused_is_one_sentence(server, body, status, code):
     assert error["code"] == code or code is None
     assert error["message"]
     assert str(Path.cwd()) not in json.dumps(found[1])
+
+
+VALUES = [
+    None, True, False, 0, 1, -1, 5, 1.5, "", "a", "x" * 300, [], ["a"], [1], [[]], {}, {"a": 1}, {"1": 2}, 1e308, -1e308, 2**70,
+    [{"role": "user", "content": "a"}], [{"role": "user", "content": None}], [{"role": None}], [{"type": "function"}], "\0", "😀",
+]  # fmt: skip
+SAMPLING = [
+    "temperature",
+    "top_p",
+    "seed",
+    "stop",
+    "logit_bias",
+    "frequency_penalty",
+    "stream_options",
+    "user",
+    "model",
+]
+ROUTES = {
+    "/v1/completions": ("prompt", "max_tokens", SAMPLING),
+    "/v1/chat/completions": (
+        "messages",
+        "max_tokens",
+        [*SAMPLING, "tools", "chat_template_kwargs", "max_completion_tokens"],
+    ),
+    "/v1/responses": (
+        "input",
+        "max_output_tokens",
+        ["temperature", "top_p", "instructions", "tools", "metadata", "store"],
+    ),
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_no_body_makes_the_server_fail(server, path):
+    """Fields with values of other kinds: 200, or a refusal that names one."""
+    chosen, (text, limit, fields) = random.Random(0), ROUTES[path]
+    fine = [{"role": "user", "content": "a"}] if text == "messages" else "a"
+    for _ in range(200):
+        body = {field: chosen.choice(VALUES) for field in chosen.sample(fields, chosen.randint(0, 3))}
+        body |= {text: fine if chosen.random() < 0.8 else chosen.choice(VALUES), limit: 1}
+        status, found = post(server[0], body, path)
+        assert status in (200, 400, 404), (body, found)
+        assert status == 200 or found["error"]["message"]
 
 
 @pytest.mark.parametrize(
