@@ -8,7 +8,8 @@ requests, one after another (fewer where that were more than `--most` in all), w
 streams. Shown are tokens a second of all clients, ctfp8's as a multiple of each other's, the time to the first token and between
 tokens (median, 95th percentile), the CPU seconds of each server, and how many cores other programs took meanwhile; then how
 ctfp8 at many clients compares with ctfp8 at one, and what it compiled while it served. `--wait`: so many seconds at most, before
-each server is asked, for a machine on which nothing else runs. llama.cpp's Python server runs one request after another.
+each server is asked, for a machine on which nothing else runs. llama.cpp's Python server runs one request
+after another, so that four clients at most ask it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from rich.table import Table
 
 VOCABULARY = 32000
 LENGTHS = (8, 16, 32, 64)
+#: Clients at most of a server that runs one request after another: more would wait longer, and change nothing else.
+SERIAL = 4
 OURS, BF16, LLAMA_CPP = "ctfp8", "transformers, bf16", "llama.cpp, Q8_0"
 
 
@@ -258,9 +261,10 @@ def main() -> None:
                     for _ in range(clients)
                 ]
                 for name, server in servers.items():
+                    mine = prompts[:SERIAL] if name == LLAMA_CPP else prompts
                     with alone(server, list(servers.values())):
                         wait_for_quiet(options.wait)
-                        asyncio.run(ask(server, prompts, options.new_tokens, results[clients][name]))
+                        asyncio.run(ask(server, mine, options.new_tokens, results[clients][name]))
             console.print(table(clients, results[clients]))
         few, *more = ((n, results[n][OURS]) for n in sorted(results))
         for clients, seen in more:
