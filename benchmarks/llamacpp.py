@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
-def write_gguf(folder: Path, path: Path) -> None:
-    """A Llama FP8 checkpoint as a GGUF file without a vocabulary: matrices as Q8_0 (8.5 bits a weight), norms as float32."""
+def write_gguf(folder: Path, path: Path, words: Sequence[str] = ()) -> None:
+    """A Llama FP8 checkpoint as a GGUF file: matrices as Q8_0 (8.5 bits a weight), norms as float32.
+
+    Args:
+        words: its vocabulary, of single characters, which no merges are for; none: a file without one.
+    """
     import gguf
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -33,7 +37,13 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.add_rope_dimension_count(config.hidden_size // heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_tokenizer_model("llama" if words else "no_vocab")
+    if words:
+        writer.add_token_list(list(words))
+        writer.add_token_scores([0.0] * len(words))
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
+        writer.add_add_bos_token(False)
+        writer.add_add_space_prefix(False)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():

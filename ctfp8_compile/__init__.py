@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .aot.module import Artifact
     from .hf.fp8_cache import dynamic_cache
     from .hf.hub import from_pretrained, prepare, save_pretrained
+    from .hf.paged_cache import paged_cache
     from .hf.static_cache import StaticCacheDecoder, static_cache
     from .inductor.backend import backend, compiled_reports
     from .inductor.recipe import compile
@@ -67,6 +68,7 @@ __all__ = [
     "load_state_dict",
     "lower",
     "ops",
+    "paged_cache",
     "prepare",
     "save_pretrained",
     "save_state_dict",
@@ -81,6 +83,7 @@ _HOMES = {
     ".aot.module": ("Artifact",),
     ".hf.hub": ("from_pretrained", "prepare", "save_pretrained"),
     ".hf.fp8_cache": ("dynamic_cache",),
+    ".hf.paged_cache": ("paged_cache",),
     ".hf.static_cache": ("StaticCacheDecoder", "static_cache"),
     ".inductor.backend": ("backend", "compiled_reports"),
     ".inductor.recipe": ("compile",),

@@ -292,6 +292,10 @@ def serve(
         ),
     ] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait; those beyond are refused (429).", min=0)] = 64,
+    cache: Annotated[
+        str, typer.Option(help="Keys and values: fp8, bf16 (the model's dtype), auto (fp8 if calibrated for it).")
+    ] = "auto",
+    mtp: Annotated[bool, typer.Option("--mtp", help="Refused: no drafts are made for requests in a batch.")] = False,
     api_key: Annotated[
         str | None, typer.Option(help="What clients must send as their key (401 otherwise).", envvar="CTFP8_API_KEY")
     ] = None,
@@ -306,7 +310,7 @@ def serve(
     """
     from .serve import serve
 
-    serve(checkpoint, host, port, device, (max_batch, context), queue, api_key, name, eager, _debug)
+    serve(checkpoint, host, port, device, (max_batch, context), cache, mtp, queue, api_key, name, eager, _debug)
 
 
 @_command

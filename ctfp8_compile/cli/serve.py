@@ -6,11 +6,12 @@ import importlib.util
 import signal
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..checkpoint.place import is_folder
 from ..counted import counted
 from ..errors import UsageError
+from ..hf.fp8_cache import CacheDtype
 from ..hf.serving_room import Room
 from ..inductor.progress import Progress
 from ..inductor.recipe import compile
@@ -22,17 +23,27 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
-    checkpoint: str, host: str, port: int, device: str | None, room: tuple[int, int | None], queue: int, key: str | None,
-    name: str | None, eager: bool, debug: bool,
+    checkpoint: str, host: str, port: int, device: str | None, room: tuple[int, int | None], cache: str, mtp: bool, queue: int,
+    key: str | None, name: str | None, eager: bool, debug: bool,
 ) -> None:  # fmt: skip
     """Loads a checkpoint, warms it up, and serves it until Ctrl-C; requests under way are finished first.
 
     Args:
         room: requests at a time, and tokens of each (None: 4096, or what the model was made for).
+        cache: `auto`, `fp8`, `bf16`.
+        mtp: whether drafts are asked for, which there are none of.
 
     Raises:
-        UsageError: a package is missing; the address is taken; the model generates no text, or its cache does not fit.
+        UsageError: a package is missing; the address is taken; the model generates no text, or its cache does not fit, or
+            cannot be FP8; drafts are asked for.
     """
+    if mtp:
+        raise UsageError(
+            "--mtp: transformers batches requests token by token, and makes no drafts for them. Serve without --mtp; for one "
+            "text at a time, ctfp8 generate --mtp drafts."
+        )
+    if cache not in get_args(CacheDtype):
+        raise UsageError(f"--cache {cache}: a cache is fp8, bf16 (the model's own dtype) or auto.")
     if missing := [package for package in _NEEDED if importlib.util.find_spec(package) is None]:
         raise UsageError(f"serving needs {', '.join(missing)}. Run: pip install 'ctfp8-compile[serve]'")
     if key is not None and not (key and key.isprintable()):
@@ -49,20 +60,22 @@ def serve(
         name = name or (Path(checkpoint).resolve().name if is_folder(checkpoint) else checkpoint)
         if not eager:
             compile(model)
-        app, engine = warmed_up(model, tokenizer, name, Room(batch, context), key, queue)
+        app, engine = warmed_up(model, tokenizer, name, Room(batch, context), cache, key, queue)
         try:
             _run(app, address, name, host, key)
         finally:
             engine.stop()
 
 
-def warmed_up(model: Any, tokenizer: Any, name: str, room: Room, key: str | None, queue: int) -> tuple[Any, Any]:
+def warmed_up(
+    model: Any, tokenizer: Any, name: str, room: Room, cache: Any, key: str | None, queue: int
+) -> tuple[Any, Any]:
     """The server's application, and its engine, which runs; what it compiles is compiled."""
     from ..hf.serving import application, engine_of
 
     progress = Progress("warming up")
     try:
-        engine, why = engine_of(model, room)
+        engine, why = engine_of(model, room, cache)
         engine.warm_up([[1] * length for length in (3, 7, 12) if length + 4 < room.context])
         if why is not None:
             err().print(
@@ -88,7 +101,11 @@ def bound(host: str, port: int) -> socket.socket:
 def _run(app: Any, address: socket.socket, name: str, host: str, key: str | None) -> None:
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+    from .patience import Patient
+
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=Patient, log_level="warning", access_log=False, lifespan="off", ws="none")
+    )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended
         signal.signal(number, lambda *_: None)
     port = address.getsockname()[1]

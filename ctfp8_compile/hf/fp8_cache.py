@@ -53,7 +53,6 @@ def keep_fp8(model: Any, layers: list[Any], dtype: CacheDtype) -> None:
     Raises:
         UsageError: FP8 was asked for, and no layer can keep it.
     """
-    scales = CacheScales() if _is_latent(model) else _scales(model)
     others = Counter(type(layer).__name__ for layer in layers if _holds(layer) and _fp8_kind(type(layer)) is None)
     which = f"{sum(others.values())} of {len(layers)} layers of the cache of {type(model).__name__} ({', '.join(sorted(others))})"
     if others and sum(others.values()) == sum(map(_holds, layers)) and dtype == "fp8":
@@ -65,7 +64,7 @@ def keep_fp8(model: Any, layers: list[Any], dtype: CacheDtype) -> None:
             continue
         layers[i] = kind.__new__(kind)
         layers[i].__dict__.update(layer.__dict__)
-        own = [_own(model, affine) for affine in scales.of(i)]
+        own = scales_of(model, i)
         layers[i].scales = tuple(affine.scale for affine in own)
         layers[i].biases = tuple(affine.bias for affine in own)
     if others and model not in _told:
@@ -73,6 +72,18 @@ def keep_fp8(model: Any, layers: list[Any], dtype: CacheDtype) -> None:
         warnings.warn(
             f"{which} keep states, not keys and values: they stay in {model.dtype}; the others are FP8.", stacklevel=3
         )
+
+
+def scales_of(model: Any, layer: int) -> tuple[Affine, Affine]:
+    """How a layer's keys, and its values, are kept as FP8."""
+    keys, values = (CacheScales() if _is_latent(model) else _scales(model)).of(layer)
+    return _own(model, keys), _own(model, values)
+
+
+def packed(states: Tensor, affine: Affine) -> Tensor:
+    """`[batch, heads, tokens, columns]` as FP8 values in uint8, with each token's scale behind them where it has its own."""
+    shifted = states if affine.bias is None else states.float() - affine.bias
+    return quantize_cached_steps(apply, shifted, affine.scale)
 
 
 #: Models whose cache was said to be FP8 in part.
@@ -128,10 +139,8 @@ class _Fp8:
         return keys, values
 
     def _packed(self, *states: Tensor) -> list[Tensor]:
-        return [
-            quantize_cached_steps(apply, t if bias is None else t.float() - bias, scale)
-            for t, scale, bias in zip(states, self.scales, self.biases, strict=True)
-        ]
+        affines = map(Affine, self.scales, self.biases)
+        return [packed(t, affine) for t, affine in zip(states, affines, strict=True)]
 
 
 def _read(stored: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

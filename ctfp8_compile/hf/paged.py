@@ -23,6 +23,7 @@ from ..compat import symbols_config
 from ..errors import UsageError
 from ..inductor.recipe import Compiled
 from ..ops import paged as paged  # the operator
+from . import paged_cache
 from .compat import ALL_ATTENTION_FUNCTIONS
 
 #: transformers' name for attention to pages as it is done here, while a model is batched.
@@ -64,14 +65,27 @@ def _preparing(init: Any) -> Any:
             self.set_attn_implementation("sdpa")
         manager = init(self, *args, **kwargs)
         why = why_not(self, manager)
+        fp8 = paged_cache.is_fp8(self, why)
         if why is None and self.config._attn_implementation != NAME:
             manager._original_attn_impl = manager._original_attn_impl or self.config._attn_implementation
             self.set_attn_implementation(NAME)  # until the manager stops
-        manager.model = _steps_of(self, why)
+        manager.model = _steps_of(self, why, fp8)
+        if fp8:
+            manager._create_batch_processor = functools.partial(_made_for_bytes, manager)
         self.__dict__[_MANAGER] = weakref.ref(manager)
         return manager
 
     return init_continuous_batching
+
+
+def _made_for_bytes(manager: Any) -> Any:
+    """A batch processor whose pages hold FP8 values."""
+    steps = manager.model
+    manager.model = paged_cache.Bytes(steps.model, steps.layers)
+    try:
+        return type(manager)._create_batch_processor(manager)
+    finally:
+        manager.model = steps
 
 
 def why_not(model: Any, manager: Any) -> str | None:
@@ -95,11 +109,11 @@ def why_not(model: Any, manager: Any) -> str | None:
     return None
 
 
-def _steps_of(model: Any, why: str | None) -> _Steps:
+def _steps_of(model: Any, why: str | None, fp8: bool) -> _Steps:
     """Kept with the model, so that what was compiled for one batch serves the next."""
     kept = model.__dict__.get(_KEPT)
-    if kept is None or kept.forward is not model.forward or kept.why != why:
-        kept = model.__dict__[_KEPT] = _Steps(model, why)
+    if kept is None or kept.forward is not model.forward or (kept.why, kept.layers is not None) != (why, fp8):
+        kept = model.__dict__[_KEPT] = _Steps(model, why, fp8)
     return kept
 
 
@@ -115,7 +129,7 @@ class _Step(Compiled):
 class _Steps:
     """What transformers' engine takes for the model: called, it does a step with tensors only; all else is the model's."""
 
-    def __init__(self, model: Any, why: str | None):
+    def __init__(self, model: Any, why: str | None, fp8: bool):
         forward = plain = model.forward
         while hasattr(plain, "_torchdynamo_orig_callable"):
             plain = plain._torchdynamo_orig_callable
@@ -124,7 +138,8 @@ class _Steps:
             step = _Step(plain, {**forward.arguments, "dynamic": True})
         elif isinstance(forward, Compiled):
             warnings.warn(f"{type(model).__name__} is batched, but not compiled: {why}.", stacklevel=4)
-        self.__dict__.update(model=model, why=why, forward=forward, step=step)
+        layers = paged_cache.layers_of(model) if fp8 else None
+        self.__dict__.update(model=model, why=why, forward=forward, step=step, layers=layers)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["model"], name)
@@ -141,7 +156,7 @@ class _Steps:
             read = write.clone()  # a tensor of its own, as ever: dynamo looks for those that are one
         kept = allocator.cache_tensor  # [tokens, 2, heads, columns], of which a page is `tokens_per_page`
         kept = kept.view(-1, 2, allocator.tokens_per_page, *kept.shape[2:])
-        pages = (kept, write, read, kwargs["cu_seq_lens_q"], key_starts)
+        pages = (kept, write, read, kwargs["cu_seq_lens_q"], key_starts, self.layers)
         kept_logits = {name: kwargs[name] for name in ("logits_to_keep",) if name in kwargs}
         step = {"input_ids": kwargs["input_ids"], "position_ids": kwargs["position_ids"], "use_cache": False}
         return self.step(**step, **kept_logits, **{_PAGES: pages})
@@ -152,7 +167,15 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return torch.ops.ctfp8.paged_attention(query, key, value, *kwargs[_PAGES], module.layer_idx, scale), None
+    *places, layers = kwargs[_PAGES]
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, key_scale: Tensor | None, value_scale: Tensor | None
+    ) -> Tensor:
+        paged = torch.ops.ctfp8.paged_attention
+        return paged(query, key, value, *places, module.layer_idx, scale, key_scale, value_scale)
+
+    return paged_cache.attend(attend, (query, key, value), layers, module.layer_idx), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)

@@ -7,13 +7,16 @@ words are each request's own, and only the routes that make text are there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from transformers import GenerationConfig
 
@@ -29,7 +32,9 @@ from .compat import (
     StreamError,
     build_server,
 )
-from .serving_batch import SEED, Batched
+from .fp8_cache import CacheDtype
+from .paged_cache import paged_cache
+from .serving_batch import FAILED, LOST, SEED, Batched
 from .serving_checks import Refused, answer, check_chat, check_fields
 from .serving_gate import Gate
 from .serving_room import Room
@@ -39,14 +44,15 @@ log = logging.getLogger("ctfp8_compile")
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 
 
-def engine_of(model: Any, room: Room) -> tuple[Batched | OneByOne, str | None]:
+def engine_of(model: Any, room: Room, cache: CacheDtype = "auto") -> tuple[Batched | OneByOne, str | None]:
     """What makes the tokens: requests batched, or, where transformers' paged cache does not fit the model, one by one and why.
 
     Raises:
-        UsageError: the model generates no text; its cache does not fit in memory.
+        UsageError: the model generates no text; its cache does not fit in memory; it cannot be FP8, and is to be.
     """
     if not (hasattr(model, "generate") and model.can_generate()):
         raise UsageError(f"{type(model).__name__} does not generate text, so there is nothing to serve.")
+    paged_cache(model, cache)
     batched = Batched(model, room)
     try:
         batched.start()
@@ -56,7 +62,13 @@ def engine_of(model: Any, room: Room) -> tuple[Batched | OneByOne, str | None]:
     except Exception as error:  # each layer of its own kind has its own way of not fitting
         batched.stop()
         log.debug("no continuous batching", exc_info=error)
-        return OneByOne(model, room), f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if cache == "fp8":
+            raise UsageError(
+                f"requests to {type(model).__name__} run one by one ({why}), with a cache in its dtype, not in FP8. Serve it "
+                "with --cache bf16."
+            ) from None
+        return OneByOne(model, room), why
     return batched, None
 
 
@@ -118,6 +130,9 @@ class OneByOne(GenerateManager):
         stops, enqueue = Stops(gen_config.stop_strings), streamer._enqueue
 
         def up_to_a_stop_word(item: Any) -> None:
+            if isinstance(item, StreamError):
+                log.error("a request failed: %s", item.msg)
+                item = StreamError(FAILED)
             last = item is None or isinstance(item, StreamError)
             if last and (rest := stops.rest()):
                 enqueue(rest)
@@ -181,7 +196,7 @@ class _State(GenerationState):
 
     def __init__(self, engine: Batched | OneByOne):
         super().__init__(continuous_batching=isinstance(engine, Batched))
-        self._engine = engine
+        self._engine, self.room = engine, engine.room
 
     def use_continuous_batching(self, model: Any, modality: Any) -> bool:
         return isinstance(self._engine, Batched)
@@ -201,13 +216,23 @@ class _Checked:
 
     model_manager: Any
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        check_fields(body, self.model_manager.force_model)
-        self._check(body)
-        return await super().handle_request(body, request_id)  # type: ignore[misc]
+    generation_state: Any
+    _valid_params_class: Any
+    last = ""  # what a stream ends with
 
-    def _check(self, body: dict[str, Any]) -> None:
-        """Of one kind of request."""
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        model, tokenizer = self.model_manager.load_model_and_processor()
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        check_fields(body, self.model_manager.force_model, self._valid_params_class.__mutable_keys__, vocabulary)
+        await self.generation_state.room.check(self._text(body), tokenizer)
+        answered = await super().handle_request(body, request_id)  # type: ignore[misc]
+        if isinstance(answered, StreamingResponse):
+            answered.body_iterator = _ended(answered.body_iterator, self.last)
+        return answered
+
+    def _text(self, body: dict[str, Any]) -> str:
+        """The whole prompt; raises `Refused` if there is none in a request of this kind."""
+        raise NotImplementedError
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> GenerationConfig:
         settings = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
@@ -221,15 +246,39 @@ class _Checked:
         return settings
 
 
+_DONE = "data: [DONE]\n\n"
+#: How transformers' server streams that a request failed, and how OpenAI's API has it.
+_FAILURES = {
+    f'{{"error": "{said}"}}': json.dumps(answer(said, status, code))
+    for said, status, code in ((FAILED, 500, "failed"), (LOST, 503, "unavailable"))
+}
+
+
+async def _ended(parts: Any, last: str) -> AsyncIterator[str]:
+    """A stream with what it ends with, and failures as OpenAI's API has them."""
+    async with contextlib.aclosing(parts):  # so that a client that leaves ends the request
+        async for part in parts:
+            failed = next((said for said in _FAILURES if said in part), None)
+            yield part if failed is None else part.replace(failed, _FAILURES[failed])
+            if failed is not None:
+                return
+    if last:
+        yield last
+
+
 class _Chat(_Checked, ChatCompletionHandler):
-    def _check(self, body: dict[str, Any]) -> None:
+    last = _DONE
+
+    def _text(self, body: dict[str, Any]) -> str:
         model, tokenizer = self.model_manager.load_model_and_processor()
         modality = self.model_manager.get_model_modality(model, processor=tokenizer)
-        check_chat(lambda: self.get_processor_inputs_from_messages(body["messages"], modality), body, tokenizer)
+        return check_chat(lambda: self.get_processor_inputs_from_messages(body["messages"], modality), body, tokenizer)
 
 
 class _Responses(_Checked, ResponseHandler):
-    def _check(self, body: dict[str, Any]) -> None:
+    def _text(self, body: dict[str, Any]) -> str:
+        if body.get("prompt") is not None:
+            raise Refused("prompt is not served here: give the text as input.", param="prompt")
         body.setdefault("stream", False)  # as OpenAI's API has it
         model, tokenizer = self.model_manager.load_model_and_processor()
         modality = self.model_manager.get_model_modality(model, processor=tokenizer)
@@ -237,11 +286,16 @@ class _Responses(_Checked, ResponseHandler):
         def messages() -> list[dict[str, Any]]:
             return self.get_processor_inputs_from_messages(self._normalize_input(body), modality)
 
-        check_chat(messages, {**body, "tools": self._normalize_tools(body.get("tools"))}, tokenizer)
+        return check_chat(messages, {**body, "tools": self._normalize_tools(body.get("tools"))}, tokenizer)
 
 
 class _Completions(_Checked, CompletionHandler):
-    pass
+    last = _DONE
+
+    def _text(self, body: dict[str, Any]) -> str:
+        if body.get("prompt") is None:
+            raise Refused("Give a prompt: a text.", param="prompt")
+        return str(body["prompt"])
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -254,7 +308,10 @@ def _answer_errors(app: FastAPI) -> None:
         return said(error.status, error.message, error.code, error.param)
 
     async def raised(request: Request, error: Any) -> JSONResponse:
-        return said(error.status_code, str(error.detail), "invalid_request" if error.status_code < 500 else "failed")
+        if error.status_code == 400:  # FastAPI's, of JSON that cannot be read
+            return await unreadable(request, error)
+        status = 400 if error.status_code == 422 else error.status_code
+        return said(status, str(error.detail), "invalid_request" if status < 500 else "failed")
 
     async def unreadable(request: Request, error: Any) -> JSONResponse:
         return said(400, "The body is not a JSON object with content-type application/json.", "invalid_json")

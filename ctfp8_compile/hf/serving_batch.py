@@ -32,6 +32,7 @@ from .serving_stops import Stops
 #: Where the server's settings of a request carry its seed.
 SEED = "_ctfp8_seed"
 FAILED = "The model failed at this request; the server's log says why."
+LOST = "The server's engine failed and cannot be started again."
 
 
 class Choice:
@@ -340,7 +341,7 @@ class Batched(CBGenerateManager):
                     self._end(request, FAILED)
                     await self._start_again()
         except Exception as error:
-            self._lost = "The server's engine failed and cannot be started again."
+            self._lost = LOST
             for request in list(self._live.values()):
                 self._end(request, self._lost)
             raise error

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 #: Fields that would change an answer, and that transformers' server leaves out of account; by their value that asks for nothing.
@@ -25,11 +24,35 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
     "generation_config": (),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    "reasoning_effort": (),
+    "reasoning": ({},),
+    "web_search_options": (),
+    "moderation": (),
+    "image": (),
+    "include": ([],),
+    "text": ({}, {"format": {"type": "text"}}),
+    "conversation": (),
+    "context_management": (),
+    "max_tool_calls": (),
+    "parallel_tool_calls": (True,),
 }
+#: Fields that are served.
+_SERVED = {
+    "chat_template_kwargs", "frequency_penalty", "input", "instructions", "logit_bias", "max_completion_tokens",
+    "max_output_tokens", "max_tokens", "messages", "model", "prompt", "seed", "stop", "stream", "temperature", "tools", "top_p",
+}  # fmt: skip
+#: Fields without which an answer is the same.
+_IDLE = {
+    "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "stream_options", "user",
+}  # fmt: skip
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 #: The sharpest sampling that differs from taking the likeliest token, in float32.
 _COLDEST = 1e-3
+_MOST_BIAS = 100
 
 
 class Refused(Exception):
@@ -46,8 +69,21 @@ def answer(message: str, status: int, code: str, param: str | None = None) -> di
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def check_fields(body: dict[str, Any], name: str) -> None:
-    """Raises `Refused` if a field asks for another model, for what is not done here, or for no sensible number."""
+def check_fields(body: dict[str, Any], name: str, known: Collection[str], vocabulary: int) -> None:
+    """Raises `Refused` if a field asks for another model, for what is not done here, or for no sensible number.
+
+    Fields that are null, which are as if they were not there, are taken out.
+
+    Args:
+        name: of the model.
+        known: fields that requests of this kind may have.
+        vocabulary: tokens of the model.
+    """
+    for field in [*body]:
+        if field not in known or not (field in _SERVED or field in _IDLE or field in _NEUTRAL):
+            raise Refused(f"{field[:100]} is not served by this route. Leave it out.", param=field[:100])
+        if body[field] is None or (field == "logit_bias" and body[field] == {}):
+            del body[field]
     asked = body.get("model")
     if asked is not None and asked != name:
         raise Refused(f"This server has one model, {name!r}. Ask for it, or for none.", 404, "model_not_found", "model")
@@ -69,21 +105,30 @@ def check_fields(body: dict[str, Any], name: str) -> None:
     if not isinstance(body.get("stream", False), bool | None):
         raise Refused("stream must be true or false.", param="stream")
     _check_stop(body.get("stop"))
-    _check_bias(body.get("logit_bias"))
-    for field in ("prompt", "suffix", "instructions"):
+    _check_bias(body.get("logit_bias"), vocabulary)
+    for field in ("prompt", "instructions"):
         if not isinstance(body.get(field, ""), str | None):
             raise Refused(f"{field} must be a text.", param=field)
+    tools = body.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise Refused("tools must be a list of objects.", param="tools")
     if not _is_text(body):
         raise Refused("The request holds text that is not Unicode (half of a surrogate pair).")
 
 
-def check_chat(messages: Callable[[], list[dict[str, Any]]], body: dict[str, Any], tokenizer: Any) -> None:
-    """Raises `Refused` if the messages are none, hold more than text, or the checkpoint's chat template does not take them."""
+def check_chat(messages: Callable[[], list[dict[str, Any]]], body: dict[str, Any], tokenizer: Any) -> str:
+    """The text that the checkpoint's chat template makes of messages.
+
+    Raises:
+        Refused: they are none, hold more than text, or the template does not take them, or the tools beside them.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise Refused(
             "This model has no chat template. Ask /v1/completions, with the whole prompt.", code="no_template"
         )
-    more = body.get("chat_template_kwargs") or {}
+    if body.get("tools") and "tools" not in str(tokenizer.chat_template):
+        raise Refused("This model's chat template has no place for tools. Leave them out.", param="tools")
+    more = body.get("chat_template_kwargs", {})
     taken = set(inspect.signature(type(tokenizer).apply_chat_template).parameters)
     if not isinstance(more, dict) or taken & set(more):
         raise Refused(
@@ -97,8 +142,11 @@ def check_chat(messages: Callable[[], list[dict[str, Any]]], body: dict[str, Any
     if isinstance(given, list) and (odd := _not_text(given)):
         raise Refused(f"This model takes text, and a message holds {odd!r}.", param="messages")
     try:
-        made = messages()
-        tokenizer.apply_chat_template(made, add_generation_prompt=True, tools=body.get("tools"), tokenize=False, **more)
+        return str(
+            tokenizer.apply_chat_template(
+                messages(), add_generation_prompt=True, tools=body.get("tools"), tokenize=False, **more
+            )
+        )
     except Refused:
         raise
     except Exception as error:
@@ -111,7 +159,7 @@ def _number(body: dict[str, Any], field: str, kind: type, least: float, most: fl
     if value is None:
         return
     fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not least <= value <= most:
+    if not fits or not least <= value <= most:  # nor is NaN between them
         what = "a whole number" if kind is int else "a number"
         raise Refused(f"{field} must be {what} from {least} to {most}.", param=field)
 
@@ -124,16 +172,19 @@ def _check_stop(stop: Any) -> None:
         raise Refused("stop must be a text, or a list of up to 16; none of them empty.", param="stop")
 
 
-def _check_bias(bias: Any) -> None:
+def _check_bias(bias: Any, vocabulary: int) -> None:
     if bias is None:
         return
     fits = isinstance(bias, dict) and all(
-        key.isascii() and key.isdigit() and isinstance(value, int | float) and math.isfinite(value)
+        key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocabulary
+        and isinstance(value, int | float) and not isinstance(value, bool) and -_MOST_BIAS <= value <= _MOST_BIAS
         for key, value in bias.items()
-    )
+    )  # fmt: skip
     if not fits:
         raise Refused(
-            "logit_bias must be an object of token numbers and what to add to their logits.", param="logit_bias"
+            f"logit_bias must be an object of token numbers below {vocabulary} and what to add to their logits, from "
+            f"-{_MOST_BIAS} to {_MOST_BIAS}.",
+            param="logit_bias",
         )
 
 
@@ -152,7 +203,11 @@ def _not_text(messages: list[dict[str, Any]]) -> str | None:
 
 def _is_text(value: Any) -> bool:
     if isinstance(value, str):
-        return not any("\ud800" <= c <= "\udfff" for c in value)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+        return True
     if isinstance(value, dict):
         return all(_is_text(key) and _is_text(one) for key, one in value.items())
     return all(map(_is_text, value)) if isinstance(value, list) else True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -10,6 +12,8 @@ from .serving_checks import Refused
 
 #: Tokens that a request without a limit is given at most, as in transformers' server.
 DEFAULT_NEW_TOKENS = 1024
+#: Characters of a text that are tokenized while other requests wait: a millisecond or two.
+_SHORT = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +52,23 @@ class Room:
         left = self.context - prompt
         if left < 1 or (settings.max_new_tokens or 1) > left:
             asked = "" if left < 1 else f", and {settings.max_new_tokens} new ones are asked for"
-            raise Refused(
-                f"The prompt has {prompt} tokens{asked}: more than this server's {self.context} a request.",
-                code="context_length_exceeded",
-            )
+            raise self._too_long(prompt, asked)
         settings.max_new_tokens = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, left)
         return int(settings.max_new_tokens)
+
+    async def check(self, text: str, tokenizer: Any) -> None:
+        """Tokenizes a long text beside what is served, which would else wait for it.
+
+        Raises:
+            Refused: it is longer than the context.
+        """
+        if len(text) > _SHORT:
+            ids = (await asyncio.to_thread(tokenizer._tokenizer.encode, text)).ids
+            if len(ids) >= self.context:
+                raise self._too_long(len(ids))
+
+    def _too_long(self, prompt: int, more: str = "") -> Refused:
+        return Refused(
+            f"The prompt has {prompt} tokens{more}: more than this server's {self.context} a request.",
+            code="context_length_exceeded",
+        )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import DATA  # noqa: F401
 
-from ctfp8_compile.ops import cpu, paged
+from ctfp8_compile.ops import apply, cpu, paged
+from ctfp8_compile.ops.fp8 import quantize_cached_steps
 
 LAYERS = 3
 
@@ -93,6 +94,95 @@ def test_it_is_attention_of_each_text_alone(texts, heads, shared, width, page, d
         assert torch.equal(rows[at], states[0].transpose(0, 1))
         old[at] = rows[at]
     assert torch.equal(rows, old)  # and nothing else was written
+
+
+# Pages of FP8 values: [keys' scale, values' scale], None where each token has its own
+
+SCALES = {
+    "tokens": (None, None),
+    "one": (torch.tensor([0.013]), torch.tensor([0.02])),
+    "heads": (torch.tensor([0.01, 0.02]), torch.tensor([0.03, 0.015])),
+    "keys only": (torch.tensor([0.01, 0.02]), None),
+    "values only": (None, torch.tensor([0.02])),
+}
+
+
+def stored(states, scale):
+    """`[1, heads, tokens, columns]` as a cache keeps them, and what they are as numbers."""
+    packed = quantize_cached_steps(apply, states, scale)
+    return packed, torch.ops.ctfp8.cached(packed, scale, torch.float32)
+
+
+def fp8_step(texts, heads, shared, width, page, dtype, scales):
+    """`step` with its pages, keys and values kept as FP8."""
+    arguments, seen = step(texts, heads, shared, width, page, dtype)
+    query, key, value, pages, write, *rest = arguments
+    packed = []
+    for which, scale in enumerate(scales):
+        # so that tokens of a page have scales of their own: the reference rounds by rows
+        lines, _ = stored(pages[:, which].reshape(1, -1, shared, width).transpose(1, 2).float(), scale)
+        packed.append(lines.transpose(1, 2).view(pages.shape[0], page, shared, -1))
+    most = max(t.shape[-1] for t in packed)
+    kept = torch.full((pages.shape[0], 2, page, shared, most), 99, dtype=torch.uint8)
+    for which, lines in enumerate(packed):
+        kept[:, which, ..., : lines.shape[-1]] = lines
+    (key, _), (value, _) = (stored(t, scale) for t, scale in zip((key, value), scales, strict=True))
+    read = [
+        tuple(stored(t.transpose(0, 1)[None], s)[1][0].transpose(0, 1) for t, s in zip(kv, scales, strict=True))
+        for kv in seen
+    ]
+    return (query, key, value, kept, write, *rest), read
+
+
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "width", "page"), [(4, 16, 64), (8, 64, 16), (6, 40, 100), (2, 128, 256)])
+@pytest.mark.parametrize("texts", CASES.values(), ids=CASES)
+def test_pages_of_fp8_are_read_where_they_lie(texts, heads, width, page, dtype, scales):
+    cpu.load()
+    arguments, seen = fp8_step(texts, heads, 2, width, page, dtype, scales)
+    before = arguments[3].clone()
+    out = torch.ops.ctfp8.paged_attention(*arguments, 1, width**-0.5, *scales)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}[dtype]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out[0].double(), exact(arguments, seen, width**-0.5), atol=tolerance, rtol=tolerance)
+    for which, states in enumerate(arguments[1:3]):
+        at = arguments[4] + (2 + which) * page
+        rows, old = (t.view(-1, *t.shape[3:])[..., : states.shape[3]] for t in (arguments[3], before))
+        assert torch.equal(rows[at], states[0].transpose(0, 1))
+        old[at] = rows[at]
+    assert torch.equal(arguments[3], before)  # and nothing else was written
+
+
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
+def test_the_reference_reads_fp8_in_the_same_way(scales):
+    arguments, seen = fp8_step(CASES["one beside many"], 4, 2, 16, 64, torch.float32, scales)
+    out = paged._paged_attention(*arguments, 1, 0.25, *scales)
+    torch.testing.assert_close(out[0].double(), exact(arguments, seen, 0.25), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (1, lambda key: key[..., :-1]),  # no byte for the scale
+        (2, lambda value: torch.cat([value, value], -1)),
+        (1, lambda key: key.float()),
+        (3, lambda pages: pages[..., :-1].contiguous()),
+        (8, lambda scale: torch.ones(3)),
+        (8, lambda scale: torch.ones(2, dtype=torch.float64)),
+        (9, lambda scale: torch.ones(2)),
+    ],
+)
+def test_fp8_that_does_not_fit_is_refused(place, change):
+    cpu.load()
+    arguments, _ = fp8_step(CASES["one beside many"], 4, 2, 16, 64, torch.float32, (None, None))
+    arguments, scales = [*arguments], [None, None]
+    if place < 8:
+        arguments[place] = change(arguments[place])
+    else:
+        scales[place - 8] = change(None)
+    with pytest.raises(RuntimeError, match="ctfp8::paged_attention"):
+        torch.ops.ctfp8.paged_attention(*arguments, 1, 0.25, *scales)
 
 
 def test_the_reference_is_the_same():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import DATA
+from safetensors.torch import load_file, save_file
 from support.served import SHIPPED
 from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
@@ -130,6 +132,72 @@ def test_a_model_that_is_batched_is_not_called_beside():
     manager.stop()
     assert batch(model, prompts[:1], 4) == [alone(model, prompts[0], 4)]
     assert model(torch.tensor([prompts[0]])).logits.shape[1] == len(prompts[0])
+
+
+# FP8 pages
+
+
+def biased(folder):
+    """A calibrated checkpoint whose caches have a bias of each head and column, too, as ModelOpt's affine ones."""
+    torch.manual_seed(0)
+    shutil.copytree(DATA / "llama/FP8_DYNAMIC_KV", folder)
+    state = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        for which in "kv":
+            state[f"model.layers.{layer}.self_attn.{which}_proj.{which}_bias"] = torch.randn(1, 2, 1, 32)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.quick("llama")
+@pytest.mark.parametrize("source", ["llama", "moe", "llama/FP8_DYNAMIC_KV", "writers/quark-fp8-llama", "biased"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.long, pytest.mark.ci("llama")])])
+def test_fp8_pages_hold_what_an_fp8_cache_of_ours_holds(source, compiled, tmp_path):
+    """Scales of each token and head, of a calibration, of each head, with biases: the tokens are those of `dynamic_cache`."""
+    folder = (
+        biased(tmp_path / "biased")
+        if source == "biased"
+        else next(f for f in (SHIPPED / source, DATA / source) if (f / "config.json").exists())
+    )
+    model = ctfp8.from_pretrained(folder, dtype=torch.float32)
+    prompts = [[5, 6, 7], [8, 9, 10, 11] * 20, [3] * 70, [3] * 64 + [9]]
+    want = []
+    with torch.no_grad():
+        for ids in prompts:
+            out = model.generate(
+                torch.tensor([ids]), max_new_tokens=12, cache=ctfp8.dynamic_cache(model, "fp8"), **GREEDY
+            )
+            want.append(out[0, len(ids) :].tolist())
+    plain = batch(model, prompts, 12)
+    assert plain != want or source == "moe"  # whose first tokens are the same
+    if compiled:
+        ctfp8.compile(model, fullgraph=True)
+    ctfp8.paged_cache(model, "fp8")
+    assert batch(model, prompts, 12) == want
+    manager = model.init_continuous_batching(GenerationConfig(**GREEDY), ContinuousBatchingConfig(**ENGINE))
+    (pages,) = manager._create_batch_processor().cache.cache_allocators.values()
+    own = 0 if source.endswith(("KV", "biased")) else 1
+    config = model.config.get_text_config()
+    assert pages.cache_tensor.dtype == torch.uint8
+    assert pages.cache_tensor.shape[2:] == (config.num_key_value_heads, config.head_dim + own)
+    assert pages.cache_tensor.shape[0] >= ENGINE["num_blocks"] * ENGINE["page_size"] * config.num_hidden_layers
+    assert batch(model, prompts, 12, page_size=16, max_batch_tokens=33) == want
+    assert graphs() == (3 if compiled else 0)
+    ctfp8.paged_cache(model, "bf16")
+    assert batch(model, prompts, 12) == plain
+
+
+def test_fp8_pages_are_refused_where_steps_are_not_ours():
+    model = ctfp8.from_pretrained(DATA / "llama/FP8_DYNAMIC_KV", attn_implementation="eager", dtype=torch.float32)
+    with pytest.raises(ctfp8.UsageError, match="a cache is 'fp8', 'bf16'"):
+        ctfp8.paged_cache(model, "int8")
+    ctfp8.paged_cache(model, "fp8")
+    with pytest.raises(
+        ctfp8.UsageError, match=r"cannot be FP8: its attention is .*eager, not sdpa\. Keep them in its dtype"
+    ):
+        batch(model, [[5, 6, 7]], 4)
+    ctfp8.paged_cache(model, "auto")  # where it can
+    assert batch(model, [[5, 6, 7]], 4) == [alone(model, [5, 6, 7], 4)]
 
 
 # Several callers of one model

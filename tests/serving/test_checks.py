@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctfp8_compile.hf.serving_checks import Refused, check_chat, check_fields
+from ctfp8_compile.hf.serving_checks import _IDLE, _NEUTRAL, _SERVED, Refused, check_chat, check_fields
 from ctfp8_compile.hf.serving_gate import Gate
+from ctfp8_compile.hf.serving_room import Room
 from ctfp8_compile.hf.serving_stops import Stops
+
+KNOWN = {*_SERVED, *_IDLE, *_NEUTRAL}
 
 
 @pytest.mark.parametrize(
@@ -48,19 +53,66 @@ from ctfp8_compile.hf.serving_stops import Stops
         ({"messages": [{"role": "user", "content": "\udfff"}]}, "not Unicode"),
         ({"logit_bias": {"a": 1}}, "logit_bias must be"),
         ({"logit_bias": {"1": "x"}}, "logit_bias must be"),
+        ({"logit_bias": {"1000": 1}}, "token numbers below 1000"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias must be"),
+        ({"logit_bias": {"²": 1}}, "logit_bias must be"),
+        ({"logit_bias": {"1": 1e300}}, "from -100 to 100"),
+        ({"logit_bias": {"1": float("nan")}}, "logit_bias must be"),
+        ({"logit_bias": {"1": True}}, "logit_bias must be"),
+        ({"seed": 10**4000}, "seed must be"),
+        ({"temperature": 10**4000}, "temperature must be"),
+        ({"top_p": float("inf")}, "top_p must be"),
+        ({"tools": "search"}, "tools must be a list of objects"),
+        ({"tools": ["search"]}, "tools must be a list of objects"),
+        ({"suffix": "the end"}, "suffix is not served"),
+        ({"reasoning_effort": "low"}, "reasoning_effort is not served"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text is not served"),
+        ({"include": ["message.output_text.logprobs"]}, "include is not served"),
+        ({"top_k": 5}, "top_k is not served"),
+        ({"nonsense": None}, "nonsense is not served"),
+        ({"x" * 10**6: 1}, "xxx is not served"),
     ],
 )
 def test_a_field_is_refused(fields, said):
     with pytest.raises(Refused, match=said) as found:
-        check_fields(fields, "m")
+        check_fields(fields, "m", KNOWN, 1000)
     assert found.value.status == (404 if "model" in fields else 400)
+    assert len(found.value.message) < 200
+    field = next(iter(fields))
+    assert found.value.param == field[:100] or "Unicode" in said
+
+
+def test_a_field_of_another_route_is_refused():
+    with pytest.raises(Refused, match="messages is not served by this route"):
+        check_fields({"messages": []}, "m", {"prompt"}, 1000)
+
+
+@pytest.mark.parametrize("route", ["chat_completion.ChatCompletion", "completion.Completion", "response.Response"])
+def test_each_field_that_openai_knows_is_served_refused_or_changes_nothing(route):
+    """Of one that a new release of its package adds, nobody knows: it is refused, and this says so."""
+    pytest.importorskip("fastapi")
+    module, _, name = route.partition(".")
+    handler = getattr(importlib.import_module(f"transformers.cli.serving.{module}"), f"{name}Handler")
+    unknown = {"access_programs", "background_options"}
+    assert handler._valid_params_class.__mutable_keys__ - unknown <= KNOWN
+    for field in unknown:
+        with pytest.raises(Refused, match=f"{field} is not served"):
+            check_fields({field: True}, "m", handler._valid_params_class.__mutable_keys__, 9)
 
 
 def test_fields_that_ask_for_nothing_are_taken():
     fields = {"n": 1, "logprobs": False, "echo": False, "response_format": {"type": "text"}, "tool_choice": "auto"}
-    check_fields({**fields, "model": "m", "temperature": 0, "top_p": 1, "stop": None, "stream": None, "seed": -5}, "m")
+    check_fields(
+        {**fields, "model": "m", "temperature": 0, "top_p": 1, "stop": None, "stream": None, "seed": -5},
+        "m",
+        KNOWN,
+        1000,
+    )
+    nothing = dict.fromkeys(KNOWN) | {"logit_bias": {}}
+    check_fields(nothing, "m", KNOWN, 1000)
+    assert not nothing
     cold = {"temperature": 1e-30}
-    check_fields(cold, "m")
+    check_fields(cold, "m", KNOWN, 1000)
     assert cold["temperature"] == 0  # and no logit becomes infinite
 
 
@@ -96,6 +148,8 @@ def _check(body):
             "chat_template_kwargs",
         ),
         ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": 0}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": ""}, "chat_template_kwargs"),
     ],
 )
 def test_messages_are_refused(body, said):
@@ -103,6 +157,37 @@ def test_messages_are_refused(body, said):
         return
     with pytest.raises(Refused, match=said):
         _check(body)
+
+
+def test_tools_that_a_template_has_no_place_for_are_refused():
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}
+    with pytest.raises(Refused, match="no place for tools"):
+        _check(body)
+    tokenizer = _Tokenizer()
+    tokenizer.chat_template = "{% if tools %}…"
+    assert check_chat(lambda: body["messages"], body, tokenizer) == "user" + "a"
+
+
+def test_a_long_prompt_is_refused_beside_others():
+    class Tokenizer:
+        class _tokenizer:
+            @staticmethod
+            def encode(text):
+                time.sleep(0.3)
+                return type("Encoding", (), {"ids": [1] * len(text)})
+
+    async def run():
+        room, longest, last = Room(1, 1 << 15), 0.0, time.monotonic()
+        asked = asyncio.ensure_future(room.check("x" * (1 << 20), Tokenizer))
+        while not asked.done():
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        with pytest.raises(Refused, match="The prompt has 1048576 tokens: more than this server's 32768 a request"):
+            await asked
+        await room.check("x" * 20_000, Tokenizer)
+        return longest
+
+    assert asyncio.run(run()) < 0.25
 
 
 def test_without_a_template_the_other_route_is_named():
@@ -153,18 +238,21 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         importlib.util, "find_spec", lambda name, *more: None if name == "uvicorn" else found(name, *more)
     )
     with pytest.raises(UsageError, match=r"serving needs uvicorn\. Run: pip install 'ctfp8-compile\[serve\]'"):
-        serve("nowhere", "127.0.0.1", 0, None, (1, None), 1, None, None, True, False)
+        serve("nowhere", "127.0.0.1", 0, None, (1, None), "auto", False, 1, None, None, True, False)
 
 
 # The gate, without a server
 
 
-async def _ask(gate, headers=(), path="/v1/completions", body=b"{}", method="POST"):
-    sent, messages = [], [{"type": "http.request", "body": body, "more_body": False}]
+async def _ask(gate, headers=(), path="/v1/completions", body=b"{}", method="POST", step=None, pause=0.0):
+    """`step`: bytes of a part of the body; `pause`: seconds between them."""
+    step = step or len(body) or 1
+    parts = [body[i : i + step] for i in range(0, len(body), step)] or [b""]
+    sent = []
+    messages = [{"type": "http.request", "body": part, "more_body": i + 1 < len(parts)} for i, part in enumerate(parts)]
 
     async def receive():
-        if not messages:
-            await asyncio.sleep(60)
+        await asyncio.sleep(pause if messages else 60)
         return messages.pop(0)
 
     async def send(message):
@@ -214,6 +302,54 @@ def test_a_body_that_is_too_long_and_names_of_requests_that_clients_make():
     assert (status, body, headers[b"seen"]) == (200, b"x" * 10, b"accept")
 
 
+def test_bodies_that_do_not_come_take_no_place_and_no_more_than_their_time():
+    """Half a request on each of many connections: others are served, and those are told, once."""
+
+    async def run():
+        gate = Gate(_echo, None, 1, seconds=0.2)
+        slow = [asyncio.ensure_future(_ask(gate, body=b"x" * 100, step=1, pause=0.05)) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        assert gate.running == 0
+        assert gate.held >= 20
+        assert (await _ask(gate, body=b"y"))[0] == 200
+        found = await asyncio.gather(*slow)
+        assert {status for status, _, _ in found} == {408}
+        assert b"did not come in 0.2 seconds" in found[0][1]
+        assert found[0][2][b"connection"] == b"close"
+        assert gate.held == 0
+
+    asyncio.run(run())
+
+
+def test_bodies_together_are_bounded():
+    async def run():
+        gate = Gate(_echo, None, 4, most_held=50)
+        found = await asyncio.gather(*(_ask(gate, body=b"x" * 30, step=10, pause=0.01) for _ in range(3)))
+        assert 503 in {status for status, _, _ in found}
+        assert gate.held == 0
+        assert (await _ask(gate, body=b"x" * 30))[0] == 200
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_before_its_body_is_there():
+    async def run():
+        gate, asked = Gate(_echo, None, 1), []
+        messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message):
+            asked.append(message)
+
+        await gate({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+        assert not asked
+        assert (gate.held, gate.running) == (0, 0)
+
+    asyncio.run(run())
+
+
 def test_more_than_fits_is_told_to_come_again_and_room_is_given_back():
     async def run():
         go = asyncio.Event()
@@ -224,7 +360,7 @@ def test_more_than_fits_is_told_to_come_again_and_room_is_given_back():
 
         gate = Gate(slow, None, 2)
         two = [asyncio.ensure_future(_ask(gate)) for _ in range(2)]
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
         status, body, headers = await _ask(gate)
         assert (status, headers[b"retry-after"]) == (429, b"1")
         assert json.loads(body)["error"]["code"] == "queue_full"

@@ -29,19 +29,26 @@ def chatting(folder: Path, source: Path = SHIPPED / "llama", dtype: str = "float
 
 @contextlib.contextmanager
 def serving(
-    model: Any, tokenizer: Any, batch: int = 4, context: int = 256, one_by_one: bool = False, **options: Any
+    model: Any,
+    tokenizer: Any,
+    batch: int = 4,
+    context: int = 256,
+    one_by_one: bool = False,
+    cache: Any = "auto",
+    **options: Any,
 ) -> Iterator[tuple[str, Any]]:
     """Its address, and its engine."""
     import uvicorn
 
+    from ctfp8_compile.cli.patience import Patient
     from ctfp8_compile.hf.serving import OneByOne, application, engine_of
     from ctfp8_compile.hf.serving_room import Room
 
     room = Room(batch, context, step=32)  # prompts are read in parts
-    engine = OneByOne(model, room) if one_by_one else engine_of(model, room)[0]
+    engine = OneByOne(model, room) if one_by_one else engine_of(model, room, cache)[0]
     address = socket.create_server(("127.0.0.1", 0))
     app = application(model, tokenizer, "served", engine, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, http=Patient, log_level="critical", lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [address]}, daemon=True)
     thread.start()
     try:
@@ -54,9 +61,9 @@ def serving(
         engine.stop()
 
 
-def alone(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+def alone(model: Any, tokenizer: Any, prompt: str, new_tokens: int, **more: Any) -> str:
     """What `generate` says to this prompt."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
-        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **more)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

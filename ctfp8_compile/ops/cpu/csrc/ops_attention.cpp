@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "cached.h"
 #include "dispatch.h"
 
 namespace ctfp8 {
@@ -19,15 +20,14 @@ using at::Tensor;
 struct Cached {
   Tensor stored;
   Stored kind;
-  const float* scale = nullptr;
-  int64_t scale_step = 0;
+  Scales scales;
 
-  int64_t width() const { return stored.size(3) - (kind == Stored::fp8 && !scale); }
+  int64_t width() const { return stored.size(3) - (kind == Stored::fp8 && !scales.first); }
   Tokens of(int64_t batch, int64_t head) const {
     const int64_t item = stored.element_size();
     const char* first = static_cast<const char*>(stored.const_data_ptr());
     return {first + (batch * stored.stride(0) + head * stored.stride(1)) * item, stored.stride(2) * item, width(),
-            scale ? scale + head * scale_step : nullptr};
+            scales.of(head)};
   }
 };
 
@@ -41,12 +41,7 @@ Cached cached(const Tensor& t, const std::optional<Tensor>& scale, const Tensor&
   Cached out{t.stride(3) == 1 || t.size(3) <= 1 ? t : t.contiguous(), fp8                             ? Stored::fp8
                                                                       : t.scalar_type() == at::kFloat ? Stored::f32
                                                                                                       : Stored::bf16};
-  if (!scale) return out;
-  TORCH_CHECK(
-      fp8 && scale->scalar_type() == at::kFloat && scale->is_contiguous() && (scale->numel() == 1 || scale->numel() == t.size(1)),
-      op, ": ", name, " may have one float32 scale, or one a head, if they are FP8 values");
-  out.scale = scale->const_data_ptr<float>();
-  out.scale_step = scale->numel() == 1 ? 0 : 1;
+  out.scales = scales_of(scale, t.size(1), fp8, op, name);
   return out;
 }
 
@@ -62,14 +57,8 @@ Tensor dequantized(const Cached& c, int64_t begin, int64_t end, at::ScalarType t
   share(out.size(0) * heads * parts, kSome * width, [&](int64_t item) {
     const int64_t head = item / parts, from = item % parts * kSome;
     const Tokens tokens = c.of(head / heads, head % heads);
-    static thread_local Buffer buffer;
-    float* line = static_cast<float*>(buffer.get(width * 4));
-    for (int64_t i = from; i < std::min(n, from + kSome); ++i) {
-      const auto* fp8 = reinterpret_cast<const uint8_t*>(tokens.first + (begin + i) * tokens.stride);
-      const float power = tokens.scale ? *tokens.scale : std::ldexp(1.f, fp8[width] - 127);
-      selection().others->dequantize({fp8, 0, &power, 0, 1, width, 1, width, 1}, 0, line);
-      selection().others->finish(line, nullptr, width, to + (head * n + i) * width * out.element_size(), dtype);
-    }
+    for (int64_t i = from; i < std::min(n, from + kSome); ++i)
+      dequantize_token(tokens, begin + i, to + (head * n + i) * width * out.element_size(), dtype);
   });
   return out;
 }

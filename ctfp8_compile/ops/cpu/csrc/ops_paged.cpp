@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "cached.h"
 #include "dispatch.h"
 
 namespace ctfp8 {
@@ -17,18 +18,24 @@ namespace {
 
 using at::Tensor;
 
-// Keys and values of one layer, `page` tokens of the one behind as many of the other, seen as rows of `[heads, width]`.
+// Keys and values of one layer, `page` tokens of the one behind as many of the other, seen as rows of `[heads, bytes]`.
 struct Pages {
-  Tensor rows;  // [rows, heads, width]
-  int64_t page, first;
+  Tensor rows;  // [rows, heads, numbers, or FP8 values and what is behind them]
+  int64_t page, first, width;
+  Stored kind;
+  Scales scales[2];  // of keys, and of values
 
   int64_t heads() const { return rows.size(1); }
-  int64_t width() const { return rows.size(2); }
-  // Where a token's keys are, of all heads; its values, for `more` = page.
-  char* of(int64_t index, int64_t more) const {
-    const int64_t row = index + first + more;
+  int64_t bytes() const { return rows.size(2) * rows.element_size(); }  // of a head's token
+  // Where a token's keys are, of all heads; its values, for `which` 1.
+  char* of(int64_t index, int64_t which) const {
+    const int64_t row = index + first + which * page;
     TORCH_CHECK(row >= 0 && row < rows.size(0), "ctfp8::paged_attention: row ", row, " of ", rows.size(0));
-    return static_cast<char*>(rows.mutable_data_ptr()) + row * heads() * width() * rows.element_size();
+    return static_cast<char*>(rows.mutable_data_ptr()) + row * heads() * bytes();
+  }
+  // Those of one head from a token on, to the end of its page.
+  Tokens tokens(int64_t index, int64_t which, int64_t head) const {
+    return {of(index, which) + head * bytes(), heads() * bytes(), width, scales[which].of(head)};
   }
 };
 
@@ -52,29 +59,37 @@ std::vector<Text> texts_of(const Tensor& query_starts, const Tensor& key_starts,
   return texts;
 }
 
-// [1, heads, tokens, width] into the pages.
-void write_to(const Pages& pages, const Tensor& states, const Tensor& write, int64_t more) {
+// [1, heads, tokens, columns], as they are kept, into the pages.
+void write_to(const Pages& pages, const Tensor& states, const Tensor& write, int64_t which) {
   const Tensor lines = states.stride(3) == 1 || states.size(3) <= 1 ? states : states.contiguous();
-  const int64_t item = lines.element_size(), bytes = pages.width() * item;
+  const int64_t item = lines.element_size(), bytes = lines.size(3) * item;
   const char* from = static_cast<const char*>(lines.const_data_ptr());
   const int64_t* index = write.const_data_ptr<int64_t>();
   for (int64_t token = 0; token < write.numel(); ++token) {
-    char* to = pages.of(index[token], more);
+    char* to = pages.of(index[token], which);
     for (int64_t h = 0; h < pages.heads(); ++h)
-      std::memcpy(to + h * bytes, from + (h * lines.stride(1) + token * lines.stride(2)) * item, bytes);
+      std::memcpy(to + h * pages.bytes(), from + (h * lines.stride(1) + token * lines.stride(2)) * item, bytes);
   }
 }
 
-// A text's keys or values, in order: [1, heads, length, width].
-Tensor gathered(const Pages& pages, const Text& text, const int64_t* read, int64_t more) {
-  Tensor out = at::empty({text.length, pages.heads(), pages.width()}, pages.rows.options());
-  const int64_t bytes = pages.heads() * pages.width() * pages.rows.element_size();
+// A text's keys or values, in order, as numbers: [1, heads, length, width].
+Tensor gathered(const Pages& pages, const Text& text, const int64_t* read, int64_t which, at::ScalarType type) {
+  const int64_t heads = pages.heads(), bytes = heads * pages.bytes();
+  Tensor out = at::empty({text.length, heads, pages.width}, pages.rows.options().dtype(type));
+  const Dtype dtype = dtype_of(out, "ctfp8::paged_attention");
+  const int64_t line = pages.width * out.element_size();
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  for (int64_t from = 0; from < text.length; from += pages.page) {
-    const int64_t n = std::min(pages.page, text.length - from);
-    pages.of(read[text.at + from] + n - 1, more);
-    std::memcpy(to + from * bytes, pages.of(read[text.at + from], more), n * bytes);
-  }
+  share((text.length + pages.page - 1) / pages.page, pages.page * heads * pages.width, [&](int64_t part) {
+    const int64_t from = part * pages.page, n = std::min(pages.page, text.length - from), index = read[text.at + from];
+    if (pages.kind != Stored::fp8) {
+      std::memcpy(to + from * bytes, pages.of(index, which), n * bytes);
+      return;
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      const Tokens tokens = pages.tokens(index, which, h);
+      for (int64_t i = 0; i < n; ++i) dequantize_token(tokens, i, to + ((from + i) * heads + h) * line, dtype);
+    }
+  });
   return out.transpose(0, 1).unsqueeze(0);
 }
 
@@ -84,8 +99,9 @@ void attend_many(const Tensor& query, const Pages& pages, const Text& text, cons
   const bool fresh = text.tokens == text.length;
   if (!fresh && text.tokens > 1)
     mask = at::ones({text.tokens, text.length}, query.options().dtype(at::kBool)).tril(text.length - text.tokens);
-  const Tensor result = at::scaled_dot_product_attention(query.narrow(2, text.begin, text.tokens), gathered(pages, text, read, 0),
-                                                         gathered(pages, text, read, pages.page), mask, 0.0,
+  const Tensor keys = gathered(pages, text, read, 0, query.scalar_type());
+  const Tensor values = gathered(pages, text, read, 1, query.scalar_type());
+  const Tensor result = at::scaled_dot_product_attention(query.narrow(2, text.begin, text.tokens), keys, values, mask, 0.0,
                                                          fresh && text.tokens > 1, scale, query.size(1) != pages.heads());
   out.narrow(1, text.begin, text.tokens).copy_(result.transpose(1, 2));
 }
@@ -93,9 +109,8 @@ void attend_many(const Tensor& query, const Pages& pages, const Text& text, cons
 // One token of each text, page by page; then what the pages gave is put together.
 void attend_one(const Tensor& query, const Pages& pages, const std::vector<Text>& texts, const int64_t* read, double scale,
                 Dtype dtype, Tensor& out) {
-  const int64_t heads = pages.heads(), rows = query.size(1) / heads, width = pages.width(), ld = query_stride(width);
-  const int64_t item = pages.rows.element_size(), size = rows * (ld + 2);
-  const Stored kind = dtype == Dtype::bf16 ? Stored::bf16 : Stored::f32;
+  const int64_t heads = pages.heads(), rows = query.size(1) / heads, width = pages.width, ld = query_stride(width);
+  const int64_t size = rows * (ld + 2);
   const Kernels& kernels = *(dtype == Dtype::bf16 && selection().bf16->attention ? selection().bf16 : selection().others);
   static thread_local Buffer queries_buffer, partial_buffer;
   const Buffer::Release release_queries{queries_buffer}, release_partial{partial_buffer};
@@ -116,13 +131,15 @@ void attend_one(const Tensor& query, const Pages& pages, const std::vector<Text>
   share(first_page.back() * heads, 2 * rows * pages.page * width, [&](int64_t part) {
     const int64_t page = part / heads, h = part % heads, i = text_of[page], from = (page - first_page[i]) * pages.page;
     const int64_t n = std::min(pages.page, texts[i].length - from), index = read[texts[i].at + from];
-    pages.of(index + n - 1, pages.page);
-    const auto tokens = [&](int64_t more) {
-      return Tokens{pages.of(index, more) + h * width * item, heads * width * item, width, nullptr};
-    };
     float* at = partial + part * size;
-    const Attention problem{
-        kind, tokens(0), tokens(pages.page), n, rows, queries + (i * heads + h) * rows * ld, static_cast<float>(scale), nullptr};
+    const Attention problem{pages.kind,
+                            pages.tokens(index, 0, h),
+                            pages.tokens(index, 1, h),
+                            n,
+                            rows,
+                            queries + (i * heads + h) * rows * ld,
+                            static_cast<float>(scale),
+                            nullptr};
     kernels.attention(problem, blocks.data(), (n + kTokens - 1) / kTokens, at, at + rows * ld, at + rows * (ld + 1));
   });
   char* to = static_cast<char*>(out.mutable_data_ptr());
@@ -142,36 +159,55 @@ void attend_one(const Tensor& query, const Pages& pages, const std::vector<Text>
     }
     for (int64_t c = 0; c < width; ++c) total[c] /= sum;
     const int64_t place = texts[i].begin * query.size(1) + h * rows + r;
-    kernels.finish(total, nullptr, width, to + place * width * item, dtype);
+    kernels.finish(total, nullptr, width, to + place * width * out.element_size(), dtype);
   });
 }
 
 Tensor paged_attention(const Tensor& query, const Tensor& key, const Tensor& value, Tensor& pages, const Tensor& write,
-                       const Tensor& read, const Tensor& query_starts, const Tensor& key_starts, int64_t layer, double scale) {
+                       const Tensor& read, const Tensor& query_starts, const Tensor& key_starts, int64_t layer, double scale,
+                       const std::optional<Tensor>& key_scale, const std::optional<Tensor>& value_scale) {
   const char* op = "ctfp8::paged_attention";
   const Dtype dtype = dtype_of(query, op);
-  TORCH_CHECK(query.dim() == 4 && query.size(0) == 1 && key.sizes() == value.sizes() && key.dim() == 4 && key.size(0) == 1 &&
-                  key.size(2) == query.size(2) && key.size(3) == query.size(3) && key.size(1) > 0 &&
-                  query.size(1) % key.size(1) == 0,
+  TORCH_CHECK(query.dim() == 4 && query.size(0) == 1 && key.dim() == 4 && value.dim() == 4 && key.size(0) == 1 &&
+                  value.size(0) == 1 && key.size(1) == value.size(1) && key.size(2) == query.size(2) &&
+                  value.size(2) == query.size(2) && key.size(1) > 0 && query.size(1) % key.size(1) == 0,
               op, ": query must be [1, heads, tokens, columns], keys and values the same with a divisor of the heads, not ",
               query.sizes(), ", ", key.sizes(), " and ", value.sizes());
+  const bool fp8 = pages.scalar_type() == at::kByte;
+  const Scales scales[] = {scales_of(key_scale, key.size(1), fp8, op, "keys"),
+                           scales_of(value_scale, key.size(1), fp8, op, "values")};
+  const int64_t width = query.size(3);
   TORCH_CHECK(pages.dim() == 5 && pages.size(1) == 2 && pages.size(2) > 0 && pages.size(3) == key.size(1) &&
-                  pages.size(4) == key.size(3) && pages.is_contiguous() && pages.scalar_type() == query.scalar_type() &&
-                  key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
-              op, ": pages must be [pages, 2, page, heads, columns] of the keys' heads, columns and dtype, not ", pages.sizes());
+                  pages.is_contiguous() && key.scalar_type() == pages.scalar_type() &&
+                  value.scalar_type() == pages.scalar_type() && (fp8 || pages.scalar_type() == query.scalar_type()),
+              op,
+              ": pages must be [pages, 2, page, heads, columns] of the keys' heads and dtype, that of the query or uint8, not ",
+              pages.sizes(), " of ", pages.scalar_type());
+  for (int64_t which : {0, 1}) {
+    const int64_t kept = (which ? value : key).size(3), wanted = width + (fp8 && !scales[which].first);
+    TORCH_CHECK(kept == wanted && pages.size(4) >= kept, op, ": ", which ? "values" : "keys", " have ", kept,
+                " columns, not the query's ", width, wanted == width ? "" : " and a byte for each token's scale",
+                ", or pages have not room for them");
+  }
   TORCH_CHECK(
       write.scalar_type() == at::kLong && read.scalar_type() == at::kLong && write.is_contiguous() && read.is_contiguous() &&
           write.numel() == query.size(2) && query_starts.scalar_type() == at::kInt && key_starts.scalar_type() == at::kInt &&
           query_starts.is_contiguous() && key_starts.is_contiguous() && query_starts.numel() == key_starts.numel(),
       op, ": write and read must be int64, a place for each new token, and starts int32, as many of the one as of the other");
   const int64_t page = pages.size(2);
-  const Pages kept{pages.view({-1, pages.size(3), pages.size(4)}), page, 2 * layer * page};
+  const Stored kind = fp8 ? Stored::fp8 : dtype == Dtype::bf16 ? Stored::bf16 : Stored::f32;
+  const Pages kept{pages.view({-1, pages.size(3), pages.size(4)}), page, 2 * layer * page, width, kind, {scales[0], scales[1]}};
   const std::vector<Text> texts = texts_of(query_starts, key_starts, query.size(2), read.numel());
   write_to(kept, key, write, 0);
-  write_to(kept, value, write, page);
-  Tensor out = at::empty({1, query.size(2), query.size(1), value.size(3)}, query.options());
+  write_to(kept, value, write, 1);
+  Tensor out = at::empty({1, query.size(2), query.size(1), width}, query.options());
   std::vector<Text> single;
   for (const Text& text : texts) {
+    for (int64_t from = 0; from < text.length; from += page) {  // before threads read them
+      const int64_t index = read.const_data_ptr<int64_t>()[text.at + from];
+      kept.of(index, 0);
+      kept.of(index + std::min(page, text.length - from) - 1, 1);
+    }
     if (text.tokens == 1 && dtype != Dtype::f16 && query.size(1) / key.size(1) <= kQueries)
       single.push_back(text);
     else
