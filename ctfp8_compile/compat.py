@@ -69,6 +69,27 @@ PRIVATE = {
     "invoke_subgraph": ("torch._higher_order_ops.invoke_subgraph.invoke_subgraph", "2.11 2.13 2.14"),
     "OpOverloadPacket": ("torch._ops.OpOverloadPacket", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
+    # of graphs kept between processes; a release without one of them keeps none
+    "CheckFunctionManager": ("torch._dynamo.guards.CheckFunctionManager", "2.13 2.14"),
+    "GuardBuilder": ("torch._dynamo.guards.GuardBuilder", "2.13 2.14"),
+    "guard_closure_vars": ("torch._dynamo.guards._get_closure_vars", "2.13 2.14"),
+    "DynamoGuard": ("torch._guards.Guard", "2.13 2.14"),
+    "GuardsSet": ("torch._guards.GuardsSet", "2.13 2.14"),
+    "OrderedSet": ("torch.utils._ordered_set.OrderedSet", "2.13 2.14"),
+    "CompileContext": ("torch._guards.CompileContext", "2.13 2.14"),
+    "compile_context": ("torch._guards.compile_context", "2.13 2.14"),
+    "TracingContext": ("torch._guards.TracingContext", "2.13 2.14"),
+    "tracing": ("torch._guards.tracing", "2.13 2.14"),
+    "metrics_context": ("torch._dynamo.utils.get_metrics_context", "2.13 2.14"),
+    "OutputGraphCommon": ("torch._dynamo.output_graph.OutputGraphCommon", "2.13 2.14"),
+    "OutputGraphGuardsState": ("torch._dynamo.output_graph.OutputGraphGuardsState", "2.13 2.14"),
+    "builtins_dict": ("torch._dynamo.output_graph.get_builtins_dict", "2.13 2.14"),
+    "convert_frame": ("torch._dynamo.convert_frame", "2.13 2.14"),  # CheckFunctionManager, register_bytecode_hook
+    "functorch_config": ("torch._functorch.config", "2.13 2.14"),
+    "BoxedBool": ("torch._inductor.utils.BoxedBool", "2.13 2.14"),
+    "BoxedDeviceIndex": ("torch._inductor.cudagraph_utils.BoxedDeviceIndex", "2.13 2.14"),
+    "FakeTensorMode": ("torch._subclasses.FakeTensorMode", "2.13 2.14"),
+    "ShapeEnv": ("torch.fx.experimental.symbolic_shapes.ShapeEnv", "2.13 2.14"),
 }
 RECOMPILE_LOGGER = (
     "torch._dynamo.convert_frame"  # 2.11 2.13 2.14; warns as follows, with limit's name, limit, function, reason

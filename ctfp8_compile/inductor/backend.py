@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +16,18 @@ from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, RestartAnalysis, compile_fx, inductor_config, small_loops_alone
 from ..errors import TargetError, UsageError
 from ..graph import fake_value, is_traced_marker, name_markers
-from ..model.storage import detach_from_mmap, some_loaded
+from ..model.storage import some_loaded
 from ..passes import regions
 from ..passes.collectives import WAYS
 from ..passes.regions import Regions
 from ..report import Ran, Report
 from ..target import Target
-from .packed import WithPacked
-from .prepacked import WithPrepacked
+from . import pack_lowering as pack_lowering  # Inductor knows it from here on
+from .finished import Finished
+from .packed import places_of
+from .prepacked import made_of
+from .record import finished
+from .sources import source_hash
 from .toolchain import missing
 
 log = logging.getLogger("ctfp8_compile")
@@ -135,12 +137,13 @@ def _finished(
         ran = Ran.summed([context.ran, *(part.passes for part in parts)])
         _reports[before:] = [replace(repeated.report(parts), passes=ran)]
         log.info("%s", _reports[-1].summary())
-    if context.prepacked:
-        compiled = WithPrepacked(compiled, gm.graph, context.prepacked)
-    if context.packed:
-        compiled = WithPacked(compiled, gm.graph, context.packed)
-    # outermost: what is packed in a file must not be taken for moved, and then leave it one by one
-    return _detaching_first(compiled) if marked and context.target.device == "cpu" else compiled
+    around = Finished(
+        made_of(gm.graph, context.prepacked),
+        places_of(gm.graph, context.packed),
+        leaves_files=bool(marked) and context.target.device == "cpu",
+    )
+    finished(compiled, config, around, context.target)
+    return around.around(compiled)
 
 
 def _compile(
@@ -163,20 +166,6 @@ def _compile(
         del _reports[before:]
         regions.inline(gm, repeated.stacks)
         return _compile(gm, inputs, config, Regions(f"layers compiled one by one: {type(error).__name__} as regions"))
-
-
-def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The weights are among the graph's arguments: at its first call they, and no input, leave the checkpoint's files."""
-    called = False
-
-    def call(*args: Any) -> Any:
-        nonlocal called
-        if not called:
-            detach_from_mmap(args)
-            called = True
-        return compiled(*args)
-
-    return call
 
 
 class Fp8Pass(CustomGraphPass):
@@ -205,7 +194,7 @@ class Fp8Pass(CustomGraphPass):
                 if theirs[-1] is None:
                     return None  # a pass Inductor cannot identify: no caching, as it would do itself
         return (
-            _source_hash(),
+            source_hash(),
             passes.fingerprint(),
             str(self.pipeline),
             str(self.target),
@@ -221,16 +210,6 @@ _reports: list[Report] = []
 def compiled_reports() -> tuple[Report, ...]:
     """The reports of all graphs this process compiled (Inductor cache hits excepted: they skip the passes)."""
     return tuple(_reports)
-
-
-@functools.cache
-def _source_hash() -> str:
-    """Over every file that decides what a pass does."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.parent.rglob("*")):
-        if file.suffix in (".py", ".cpp", ".h"):
-            digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _split_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:

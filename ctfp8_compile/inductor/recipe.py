@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import logging
 import re
@@ -30,6 +31,7 @@ from ..compat import (
 )
 from ..counted import counted
 from ..errors import Ctfp8Error, UsageError
+from ..kept import folder
 from ..ops import FP8
 from ..paused_gc import paused_gc
 from ..registry import backend
@@ -88,6 +90,8 @@ class Compiled:
             callback_handler.register_start_callback(_started)
             callback_handler.register_end_callback(_ended)
         self._one_at_a_time = threading.RLock()  # dynamo's guards fail at times where threads evaluate them together
+        self._keeper: Any = None  # asked for at the first call: it takes Inductor along
+        self._asked_to_keep = arguments["backend"] == "ctfp8" and folder.place() is not None
         self._graphs = 0
         self._at_limit: str | None = None
 
@@ -97,7 +101,7 @@ class Compiled:
         outer, _running.now = getattr(_running, "now", None), self
         try:
             with self._one_at_a_time:
-                return self._run(*args, **kwargs)
+                return self._call(args, kwargs)
         except FailOnRecompileLimitHit as error:
             raise UsageError(self._at_limit or str(error)) from None
         except Exception as error:
@@ -106,6 +110,19 @@ class Compiled:
             raise
         finally:
             _running.now = outer
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """By what an earlier process compiled, if it fits; else as `torch.compile` does, and what that compiles is kept."""
+        if self._asked_to_keep:
+            self._asked_to_keep = False
+            self._keeper = importlib.import_module(".kept", __package__).keeper(self._torchdynamo_orig_callable, self.arguments)
+        if self._keeper is None:
+            return self._run(*args, **kwargs)
+        if (kept := self._keeper.fitting(args, kwargs)) is not None:
+            return kept(*self._keeper.given(args), **kwargs)
+        result = self._run(*args, **kwargs)
+        self._keeper.save()
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         return Compiled(copy.deepcopy(self._torchdynamo_orig_callable, memo), self.arguments)
@@ -118,6 +135,8 @@ class Compiled:
         during = contextlib.ExitStack()
         during.callback(progress.stop)
         during.enter_context(paused_gc())
+        if self._keeper is not None:
+            during.enter_context(self._keeper.recording())
         if self.arguments["backend"] == "ctfp8" and not _asked.is_set():
             _asked.set()  # it tries each in a process of its own; a second, for which it would wait when tracing is done
             threading.Thread(target=valid_vec_isa_list, daemon=True).start()

@@ -1,0 +1,201 @@
+"""One compilation, recorded to be kept: dynamo's guards and bytecode, and what Inductor made of the graph.
+
+`recording` is around dynamo's compilation; dynamo calls our backend inside, which says what came of it (`finished`).
+"""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import io
+import logging
+import marshal
+import pickle
+import re
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..compat import (
+    BoxedBool,
+    BoxedDeviceIndex,
+    FakeTensorMode,
+    ShapeEnv,
+    TracingContext,
+    convert_frame,
+    inductor_config,
+    tracing,
+)
+from ..kept.guards import Guards, Unfit, install, recorded, take
+from ..kept.portable import NotPortable
+from ..target import Target
+from .finished import Finished
+
+log = logging.getLogger("ctfp8_compile")
+
+
+@dataclass(frozen=True)
+class KeptGraph:
+    """A compiled graph, to be pickled.
+
+    Attributes:
+        guards: when it is right.
+        bytecode: dynamo's, marshalled: takes the graph's inputs from the function's arguments, calls it.
+        called: what the bytecode calls the graph.
+        compiled: pickled, what AOTAutograd keeps of it; Inductor's part lies in Inductor's own cache.
+        options: of Inductor, that it was compiled with.
+    """
+
+    guards: Guards
+    bytecode: bytes
+    called: str
+    compiled: bytes
+    options: dict[str, Any]
+    around: Finished
+
+    def revived(self, function: types.FunctionType) -> Callable[..., Any]:
+        """The function, compiled; its guards must have been built, which puts what it names into the globals.
+
+        Raises:
+            Unfit: Inductor has its part no more.
+        """
+        code = marshal.loads(self.bytecode)
+        scope = function.__globals__
+        if self.called not in scope:
+            scope[self.called] = self.around.around(_revived(pickle.loads(self.compiled), self.options))
+        made = types.FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
+        made.__kwdefaults__ = function.__kwdefaults__
+        return made
+
+
+class Record:
+    """What is known so far of a function's compilation."""
+
+    def __init__(self, function: types.FunctionType):
+        self.function = function
+        self.guards: Guards | None = None
+        self.bytecode: types.CodeType | None = None
+        self.compiled: tuple[bytes, dict[str, Any], Finished] | None = None
+        self.graphs = 0
+        self.why = ""
+
+    def kept(self) -> KeptGraph:
+        """What is to be kept.
+
+        Raises:
+            NotPortable: it cannot be.
+        """
+        if self.why:
+            raise NotPortable(self.why)
+        if self.guards is None or self.bytecode is None or self.compiled is None or self.graphs != 1:
+            raise NotPortable(f"dynamo made {self.graphs} graphs of it")
+        called, imported = _named_by(self.bytecode, self.function, self.guards)
+        guards = Guards(**{**vars(self.guards), "imported": imported})
+        try:
+            return KeptGraph(guards, marshal.dumps(self.bytecode), called, *self.compiled)
+        except ValueError as error:
+            raise NotPortable("its bytecode holds an object") from error
+
+
+_now = threading.local()
+
+
+@contextmanager
+def recording(record: Record) -> Iterator[None]:
+    """While dynamo compiles, perhaps the record's function."""
+
+    def bytecode(code: types.CodeType, made: types.CodeType) -> None:
+        record.graphs += code is not record.function.__code__  # of a graph break, or of a function dynamo does not inline
+        if code is record.function.__code__:
+            record.bytecode = made
+
+    def guards(found: list[Any], graph: Any, shapes: Any) -> None:
+        try:
+            record.guards = take(found, graph, shapes)
+        except NotPortable as why:
+            record.why = str(why)
+        except Exception as why:
+            record.why = f"{type(why).__name__} {why}"
+
+    outer, _now.record = getattr(_now, "record", None), record
+    hook = convert_frame.register_bytecode_hook(bytecode)
+    try:
+        with recorded(guards):
+            yield
+    finally:
+        hook.remove()
+        _now.record = outer
+
+
+def finished(compiled: Any, config: dict[str, Any], around: Finished, target: Target) -> None:
+    """Our backend's word of a graph, to whom records this compilation."""
+    record: Record | None = getattr(_now, "record", None)
+    if record is None:
+        return
+    record.graphs += 1
+    serialize = getattr(compiled, "serialize", None)
+    if target.device != "cpu":
+        record.why = f"graphs for {target.device} are not kept"
+    elif serialize is None:
+        record.why = "AOTAutograd did not cache it"
+    else:
+        try:
+            plain = {name: value for name, value in config.items() if name not in _OURS}
+            record.compiled = _pickled(serialize()), plain, around
+            _pickled(plain)
+        except Exception as why:
+            record.why = f"{type(why).__name__} {why}"
+
+
+#: Options of Inductor that hold functions; the code they made is part of what is kept.
+_OURS = ("post_grad_custom_pre_pass",)
+
+
+def _pickled(value: Any) -> bytes:
+    file = io.BytesIO()
+    pickle.Pickler(file, protocol=5).dump(value)
+    return file.getvalue()
+
+
+def _revived(entry: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """As AOTAutograd does at a hit in its cache, without the graph that a hit begins with."""
+    entry.guards_expr = None  # those are among dynamo's
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    with inductor_config.patch(options), tracing(context):
+        settings = {"cudagraphs": BoxedBool(False), "boxed_forward_device_index": BoxedDeviceIndex(None)}
+        try:
+            compiled = entry.wrap_post_compile([], entry.sanitized_aot_config, settings)
+        except Exception as why:
+            raise Unfit(f"Inductor has its part no more ({type(why).__name__} {why})") from why
+    return lambda *args: compiled(list(args))
+
+
+def _named_by(code: types.CodeType, function: types.FunctionType, guards: Guards) -> tuple[str, dict[str, str]]:
+    """What bytecode calls the graph; and modules, by what bytecode and guards call them.
+
+    Raises:
+        NotPortable: it names something else that dynamo put into the globals.
+    """
+    scope, imported, graphs = function.__globals__, dict(guards.imported), []
+    for name in {one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")}:
+        value = scope.get(name)
+        if name.startswith("__compiled_fn"):
+            graphs.append(name)
+        elif isinstance(value, types.ModuleType):
+            imported[name] = value.__name__
+        elif name in imported or name == guards.builtins:
+            continue
+        elif re.search(r"^__|_c\d+$", name) and name in scope and name not in ("__name__", "__file__"):
+            raise NotPortable(f"its bytecode needs {name}")
+    if len(graphs) != 1:
+        raise NotPortable(f"its bytecode calls {len(graphs)} graphs")
+    for name, module in imported.items():
+        if importlib.import_module(module) is not scope.get(name, importlib.import_module(module)):
+            raise NotPortable(f"{name} is not the module {module}")
+    return graphs[0], imported
+
+
+__all__ = ["KeptGraph", "Record", "Unfit", "finished", "install", "recording"]
