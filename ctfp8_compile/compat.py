@@ -85,6 +85,7 @@ PRIVATE = {
     "OutputGraphGuardsState": ("torch._dynamo.output_graph.OutputGraphGuardsState", "2.13 2.14"),
     "builtins_dict": ("torch._dynamo.output_graph.get_builtins_dict", "2.13 2.14"),
     "convert_frame": ("torch._dynamo.convert_frame", "2.13 2.14"),  # CheckFunctionManager, register_bytecode_hook
+    "codecache": ("torch._inductor.codecache", "2.13 2.14"),  # _precompile_header
     "functorch_config": ("torch._functorch.config", "2.13 2.14"),
     "BoxedBool": ("torch._inductor.utils.BoxedBool", "2.13 2.14"),
     "BoxedDeviceIndex": ("torch._inductor.cudagraph_utils.BoxedDeviceIndex", "2.13 2.14"),
@@ -141,6 +142,36 @@ def small_loops_alone(threads: int) -> dict[str, Any]:
     """
     least = __getattr__("inductor_config").cpp.min_chunk_size
     return {"cpp.min_chunk_size": max(least, 16384 // threads)}
+
+
+def vector_isas() -> tuple[str, ...]:
+    """The sets of vector instructions that Inductor found to work, best first."""
+    return tuple(map(str, __getattr__("valid_vec_isa_list")()))
+
+
+def take_vector_isas(known: tuple[str, ...]) -> None:
+    """Tells Inductor what it found on this very processor before; it tries each in a process of its own, for half a second.
+
+    Where the processor's flags promise others than it found then, it is left to find out.
+    """
+    found = __getattr__("valid_vec_isa_list")
+    if not found.cache_info().currsize:
+        with __getattr__("inductor_config").patch({"cpp.vec_isa_ok": True}):
+            promised = vector_isas()
+        if promised != known:
+            found.cache_clear()
+
+
+@contextmanager
+def without_precompiled_headers() -> Iterator[None]:
+    """While code is loaded that was compiled: Inductor runs the preprocessor over torch's headers first, used or not."""
+    codecache = __getattr__("codecache")
+    plain = codecache._precompile_header
+    codecache._precompile_header = lambda *args, **kwargs: ""
+    try:
+        yield
+    finally:
+        codecache._precompile_header = plain
 
 
 def following(program: ExportedProgram) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ down where to look, no more: whether a graph is right for a call, its guards say
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 
 from .. import lowering
-from ..compat import dynamo_config, functorch_config, inductor_config, version
+from ..compat import dynamo_config, functorch_config, inductor_config
 from ..kept import folder
 from ..kept.guards import Unfit, build
 from ..kept.portable import Describer, NotPortable
@@ -48,7 +49,7 @@ class Keeper:
     def __init__(self, function: Callable[..., Any], arguments: dict[str, Any]):
         self.arguments = arguments
         self.owner = getattr(function, "__self__", None)
-        self.function: types.FunctionType = getattr(function, "__func__", function)  # type: ignore[assignment]
+        self.function: Any = getattr(function, "__func__", function)
         self.signature = Signature.from_callable(self.function, follow_wrapped=False)
         self._graphs: list[tuple[Any, Callable[..., Any]]] = []  # guards, the function compiled
         self._waiting: list[tuple[str, KeptGraph]] | None = None  # read, and not right for any call so far
@@ -143,13 +144,17 @@ class Keeper:
 
     def _key(self) -> str:
         describer = Describer()
+        if any(getattr(nn.modules.module, name) for name in _HOOKS_OF_ALL):
+            raise NotPortable("hooks of all modules are registered, which dynamo does not guard")
         about = {
-            "versions": (_PYTHON, torch.__version__, torch.version.git_version, _transformers(), source_hash()),
+            "versions": (_PYTHON, torch.__version__, torch.version.git_version, _installed(), source_hash()),
             "machine": (_processor(), torch.get_num_threads(), cpu_kernels.loaded() and cpu_kernels.isa()),
             "kernels": lowering.fingerprint(Target.detect(torch.device("cpu"))),
             "function": describer.function(self.function, strict=False),
-            "arguments": describer.value({name: value for name, value in self.arguments.items()}),
-            "settings": tuple(_settings(config, describer) for config in (inductor_config, dynamo_config, functorch_config)),
+            "arguments": describer.value(self.arguments),
+            "settings": tuple(
+                _settings(config, describer) for config in (inductor_config, dynamo_config, functorch_config)
+            ),
             "tensors": _tensors(self.owner) if isinstance(self.owner, nn.Module) else "",
         }
         return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
@@ -165,11 +170,20 @@ def keeper(function: Callable[..., Any], arguments: dict[str, Any]) -> Keeper | 
     return Keeper(function, arguments)
 
 
+_HOOKS_OF_ALL = [
+    name for name, value in vars(nn.modules.module).items() if name.startswith("_global") and isinstance(value, dict)
+]
 _PYTHON = f"{sys.version} {sys.implementation.cache_tag}"
 
 
-def _transformers() -> str:
-    return version("transformers") if "transformers" in sys.modules else ""
+@cache
+def _installed() -> list[str]:
+    """Names and versions of installed packages: whether one is there, code asks while it is traced, and no guard remembers."""
+    found = set()
+    for folder_of_packages in sys.path:
+        with contextlib.suppress(OSError):
+            found |= {name for name in os.listdir(folder_of_packages or ".") if name.endswith((".dist-info", ".egg-info"))}
+    return sorted(found)
 
 
 @cache
@@ -194,5 +208,7 @@ def _tensors(model: nn.Module) -> str:
         for name, tensor in chain(model.named_parameters(), model.named_buffers())
     ]
     fp8 = [(name, repr(how.info.scheme), repr(how.constants)) for name, _, how in quantized_parameters(model)]
-    variables = sorted((k, v) for k, v in os.environ.items() if k.startswith("CTFP8_") and not k.startswith("CTFP8_CACHE"))
+    variables = sorted(
+        (k, v) for k, v in os.environ.items() if k.startswith("CTFP8_") and not k.startswith("CTFP8_CACHE")
+    )
     return repr((plain, fp8, variables))

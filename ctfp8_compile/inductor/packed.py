@@ -1,4 +1,4 @@
-"""Parameters of a compiled graph that are packed in memory: where they are moved there (`pack_lowering`: how Inductor reads them).
+"""Parameters of a compiled graph that are packed in memory: they are moved there. `pack_lowering`: how Inductor reads them.
 
 `horizontal_fusion.declare` says which. A graph may be called with other parameters than it was compiled with (another layer, a
 model moved to another device), so that they do is made sure at every call, by comparing addresses.

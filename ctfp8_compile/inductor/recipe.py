@@ -115,7 +115,9 @@ class Compiled:
         """By what an earlier process compiled, if it fits; else as `torch.compile` does, and what that compiles is kept."""
         if self._asked_to_keep:
             self._asked_to_keep = False
-            self._keeper = importlib.import_module(".kept", __package__).keeper(self._torchdynamo_orig_callable, self.arguments)
+            self._keeper = importlib.import_module(".kept", __package__).keeper(
+                self._torchdynamo_orig_callable, self.arguments
+            )
         if self._keeper is None:
             return self._run(*args, **kwargs)
         if (kept := self._keeper.fitting(args, kwargs)) is not None:

@@ -27,7 +27,10 @@ from ..compat import (
     TracingContext,
     convert_frame,
     inductor_config,
+    take_vector_isas,
     tracing,
+    vector_isas,
+    without_precompiled_headers,
 )
 from ..kept.guards import Guards, Unfit, install, recorded, take
 from ..kept.portable import NotPortable
@@ -47,6 +50,7 @@ class KeptGraph:
         called: what the bytecode calls the graph.
         compiled: pickled, what AOTAutograd keeps of it; Inductor's part lies in Inductor's own cache.
         options: of Inductor, that it was compiled with.
+        vectors: the sets of vector instructions that Inductor found to work on this processor.
     """
 
     guards: Guards
@@ -55,6 +59,7 @@ class KeptGraph:
     compiled: bytes
     options: dict[str, Any]
     around: Finished
+    vectors: tuple[str, ...]
 
     def revived(self, function: types.FunctionType) -> Callable[..., Any]:
         """The function, compiled; its guards must have been built, which puts what it names into the globals.
@@ -65,7 +70,7 @@ class KeptGraph:
         code = marshal.loads(self.bytecode)
         scope = function.__globals__
         if self.called not in scope:
-            scope[self.called] = self.around.around(_revived(pickle.loads(self.compiled), self.options))
+            scope[self.called] = self.around.around(_revived(pickle.loads(self.compiled), self.options, self.vectors))
         made = types.FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
         made.__kwdefaults__ = function.__kwdefaults__
         return made
@@ -95,7 +100,7 @@ class Record:
         called, imported = _named_by(self.bytecode, self.function, self.guards)
         guards = Guards(**{**vars(self.guards), "imported": imported})
         try:
-            return KeptGraph(guards, marshal.dumps(self.bytecode), called, *self.compiled)
+            return KeptGraph(guards, marshal.dumps(self.bytecode), called, *self.compiled, vector_isas())
         except ValueError as error:
             raise NotPortable("its bytecode holds an object") from error
 
@@ -108,7 +113,9 @@ def recording(record: Record) -> Iterator[None]:
     """While dynamo compiles, perhaps the record's function."""
 
     def bytecode(code: types.CodeType, made: types.CodeType) -> None:
-        record.graphs += code is not record.function.__code__  # of a graph break, or of a function dynamo does not inline
+        record.graphs += (
+            code is not record.function.__code__
+        )  # of a graph break, or of a function dynamo does not inline
         if code is record.function.__code__:
             record.bytecode = made
 
@@ -160,11 +167,12 @@ def _pickled(value: Any) -> bytes:
     return file.getvalue()
 
 
-def _revived(entry: Any, options: dict[str, Any]) -> Callable[..., Any]:
+def _revived(entry: Any, options: dict[str, Any], vectors: tuple[str, ...]) -> Callable[..., Any]:
     """As AOTAutograd does at a hit in its cache, without the graph that a hit begins with."""
+    take_vector_isas(vectors)
     entry.guards_expr = None  # those are among dynamo's
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
-    with inductor_config.patch(options), tracing(context):
+    with inductor_config.patch(options), tracing(context), without_precompiled_headers():
         settings = {"cudagraphs": BoxedBool(False), "boxed_forward_device_index": BoxedDeviceIndex(None)}
         try:
             compiled = entry.wrap_post_compile([], entry.sanitized_aot_config, settings)

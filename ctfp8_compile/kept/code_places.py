@@ -37,16 +37,16 @@ def places_of(
     for code in codes:
         if _of_a_release(code.co_filename):
             continue
-        digest, module = describer.code(code), by_file.get(code.co_filename, "")
-        if module and any(describer.code(there) == digest for there in codes_at(module, code.co_qualname)):
-            found.add((module, code.co_qualname, digest))
+        digest, module, name = describer.code(code), by_file.get(code.co_filename, ""), _name(code)
+        if module and any(describer.code(there) == digest for there in codes_at(module, name)):
+            found.add((module, name, digest))
         else:
             elsewhere.add(code)
     if elsewhere:
         generated = _generated({*modules, *(module for module, _, _ in found)}, describer)
         for code in elsewhere:
             if (place := generated.get(describer.code(code))) is None:
-                raise NotPortable(f"{code.co_qualname} of {code.co_filename}, which no module has under that name")
+                raise NotPortable(f"{_name(code)} of {code.co_filename}, which no module has under that name")
             found.add((*place, describer.code(code)))
     return tuple(sorted(found))
 
@@ -60,13 +60,18 @@ def codes_at(module: str, name: str) -> Iterator[types.CodeType]:
     yield from codes_in(found)
 
 
+def _name(code: types.CodeType) -> str:
+    """Before Python 3.11 code does not know which class it is of; such a function is not found, and its graph not kept."""
+    return getattr(code, "co_qualname", code.co_name)
+
+
 def _of_a_release(file: str) -> bool:
     return file.startswith(_OF_RELEASES) or (file.startswith(_STANDARD) and not file.startswith(_INSTALLED))
 
 
 def _generated(modules: Iterable[str], describer: Describer) -> dict[str, tuple[str, str]]:
     """By digest: module and name of the functions in classes that these modules have."""
-    places = {}
+    places: dict[str, tuple[str, str]] = {}
     for module in sorted(modules):
         for name, cls in list(vars(importlib.import_module(module)).items()):
             for member, value in vars(cls).items() if isinstance(cls, type) else ():

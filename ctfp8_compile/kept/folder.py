@@ -1,7 +1,7 @@
 """The folder of kept graphs: `CTFP8_CACHE_DIR`, or `ctfp8` in the user's cache folder.
 
-A kept graph is pickled, and to unpickle is to run code. So each file begins with an HMAC of all that follows, under a key that lies
-in the user's *config* folder, readable by this user alone: a file that anybody else wrote or changed is never unpickled.
+A kept graph is pickled, and to unpickle is to run code. So each file begins with an HMAC of all that follows, under a key that
+lies in the user's *config* folder, readable by this user alone: a file that anybody else wrote or changed is never unpickled.
 
     <folder>/<of this key>/<of a model>/<of a graph>.kept
     magic, HMAC-SHA256, length of the facts, facts (JSON: what `ctfp8 cache list` shows), what is kept
@@ -101,7 +101,11 @@ def read(model: str, graph: str) -> bytes | None:
 
 
 def write(model: str, graph: str, facts: dict[str, Any], kept: bytes) -> bool:
-    """Keeps a graph, and drops those that were not used for longest where the folder would be too large; says whether it is kept."""
+    """Keeps a graph, and drops those that were not used for longest where the folder would be too large.
+
+    Returns:
+        Whether it is kept.
+    """
     if limit() < len(kept):
         return False
     with _unusable("written"):

@@ -107,9 +107,18 @@ def take(guards: list[Any], graph: Any, shapes: Any) -> Guards:
         kind, how = _made_by(guard.create_fn)
         sizes = graph.input_source_to_sizes_strides.get(guard.originating_source)
         kept.append(
-            Guard(guard.originating_source, kind, how, _seen(describer, look, guard.originating_source, kind, how, sizes))
+            Guard(
+                guard.originating_source, kind, how, _seen(describer, look, guard.originating_source, kind, how, sizes)
+            )
         )
-    names = ("guard_on_key_order", "dual_level", "functorch_layers", "current_device", "global_state_guard", "export_constraints")
+    names = (
+        "guard_on_key_order",
+        "dual_level",
+        "functorch_layers",
+        "current_device",
+        "global_state_guard",
+        "export_constraints",
+    )
     state = {name: getattr(graph, name) for name in names}
     state["_aotautograd_guards"] = list(graph.aotautograd_guards)
     state["input_source_to_sizes_strides"] = {
@@ -198,7 +207,8 @@ class _Looking:
     """Values where guards look."""
 
     def __init__(self, scope: dict[str, Any]):
-        self.scope, self.closure, self.cache = scope, guard_closure_vars(), {}
+        self.scope, self.closure = scope, guard_closure_vars()
+        self.cache: dict[Any, Any] = {}
 
     def at(self, source: Any) -> Any:
         return source.get_value(self.scope, self.closure, self.cache)

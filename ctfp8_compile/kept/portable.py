@@ -18,12 +18,18 @@ import torch
 _DEEP = 8
 #: Of a class's attributes: made by Python, and nothing a forward pass depends on.
 _SKIPPED = {
-    "__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__orig_bases__", "__parameters__", "__abstractmethods__",
-    "_abc_impl", "__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__", "__classdictcell__",
+    "__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__orig_bases__", "__parameters__",
+    "__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__annotate_func__",
+    "__annotations_cache__", "__classdictcell__",
 }  # fmt: skip
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-_OF_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType)
+_OF_C = (
+    types.BuiltinFunctionType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.ClassMethodDescriptorType,
+)
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 
 
@@ -39,7 +45,7 @@ class Describer:
         self._codes: dict[types.CodeType, str] = {}
 
     def value(self, value: Any, depth: int = 0) -> str:
-        """A constant, a container of them, or something with an identity of its own: a class, a function, a module, an operator, ….
+        """A constant, a container of them, or something with an identity of its own: a class, a function, an operator, ….
 
         Raises:
             NotPortable: an object like any other.
@@ -114,7 +120,7 @@ class Describer:
                 raise
             return f"a {type(value).__module__}.{type(value).__qualname__}"
 
-    def type(self, cls: type) -> str:
+    def type(self, cls: Any) -> str:
         """A class: its name, and all functions and constants of it and its bases. Those of C are their names."""
         if cls not in self._classes:
             name = self._classes[cls] = f"class {cls.__module__}.{cls.__qualname__}"
@@ -124,7 +130,7 @@ class Describer:
                 self._classes[cls] = f"{name} {_digest(inside)}"
         return self._classes[cls]
 
-    def _own(self, cls: type) -> str:
+    def _own(self, cls: Any) -> str:
         if not cls.__flags__ & _HEAP:
             return f"{cls.__module__}.{cls.__qualname__}"
         own = sorted(item for item in vars(cls).items() if item[0] not in _SKIPPED)
@@ -150,8 +156,9 @@ class Describer:
                 for c in code.co_consts
             ]
             parts = (
-                code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags, code.co_argcount,
-                code.co_posonlyargcount, code.co_kwonlyargcount, getattr(code, "co_exceptiontable", b""), consts,
+                code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
+                code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, consts,
+                getattr(code, "co_exceptiontable", b""),
             )  # fmt: skip
             self._codes[code] = _digest(repr(parts))
         return self._codes[code]

@@ -222,7 +222,8 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _computation(node: fx.Node) -> Computation:
-    args: Any = fx.node.map_arg(node.args, lambda n: n if n.op == "placeholder" else _computation(n))
+    inner: Callable[[fx.Node], Any] = lambda n: n if n.op == "placeholder" else _computation(n)  # noqa: E731
+    args: Any = fx.node.map_arg(node.args, inner)
     return Computation(node.target, args, fx.Node)
 
 
