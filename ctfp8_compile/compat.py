@@ -69,6 +69,8 @@ PRIVATE = {
     "invoke_subgraph": ("torch._higher_order_ops.invoke_subgraph.invoke_subgraph", "2.11 2.13 2.14"),
     "OpOverloadPacket": ("torch._ops.OpOverloadPacket", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
+    "AsyncCompile": ("torch._inductor.async_compile.AsyncCompile", "2.11 2.13 2.14"),  # cpp_pybinding
+    "LambdaFuture": ("torch._inductor.codecache.LambdaFuture", "2.11 2.13 2.14"),
     # of graphs kept between processes; a release without one of them keeps none
     "CheckFunctionManager": ("torch._dynamo.guards.CheckFunctionManager", "2.13 2.14"),
     "GuardBuilder": ("torch._dynamo.guards.GuardBuilder", "2.13 2.14"),

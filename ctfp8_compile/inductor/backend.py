@@ -23,9 +23,11 @@ from ..passes.regions import Regions
 from ..report import Ran, Report
 from ..target import Target
 from . import pack_lowering as pack_lowering  # Inductor knows it from here on
+from .counting import counting_cpp
 from .finished import Finished
 from .packed import places_of
 from .prepacked import made_of
+from .progress import stage
 from .record import finished
 from .sources import source_hash
 from .toolchain import missing
@@ -84,6 +86,7 @@ def backend(
     pipeline, said = _pipeline(ours, target, config)
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), pipeline)
     context = passes.Context(target, "compile", regions=Regions(said))
+    stage("passes")
     if marked:
         pipeline.run("traced", gm.graph, context)
     return _finished(gm, _inputs(gm, example_inputs, context), config, context, len(marked))
@@ -152,7 +155,8 @@ def _compile(
     gm.recompile()
     before = len(_reports)
     try:
-        return compile_fx(gm, inputs, config_patches=config), repeated
+        with counting_cpp():
+            return compile_fx(gm, inputs, config_patches=config), repeated
     except RestartAnalysis:  # dynamo traces again
         raise
     except Exception as error:

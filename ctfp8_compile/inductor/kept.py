@@ -46,8 +46,8 @@ log = logging.getLogger("ctfp8_compile")
 class Keeper:
     """The kept graphs of one function, a model's `forward`."""
 
-    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any]):
-        self.arguments = arguments
+    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any], what: str = ""):
+        self.arguments, self.what = arguments, what
         self.owner = getattr(function, "__self__", None)
         self.function: Any = getattr(function, "__func__", function)
         self.signature = Signature.from_callable(self.function, follow_wrapped=False)
@@ -89,7 +89,8 @@ class Keeper:
                 continue
             self._waiting.remove((graph, kept))
             self._graphs.append((guards, compiled))
-            log.info("what was compiled before is run again: %s, in %.1f s", graph, time.monotonic() - begin)
+            took = time.monotonic() - begin
+            log.info("%s, compiled before, starts in %.1f s: kept graph %s", self.what or self._name(), took, graph)
             return compiled
         return None
 
@@ -136,11 +137,13 @@ class Keeper:
                 log.info("this graph is not kept: %s %s", type(why).__name__, why)
                 continue
             data = zlib.compress(pickle.dumps(kept), 3)
-            facts = {"model": type(self.owner).__name__ if self.owner is not None else self.function.__qualname__,
-                     "torch": str(torch.__version__), "made": time.time(), "guards": len(kept.guards.guards)}  # fmt: skip
+            facts = {"model": self._name(), "of": self.what, "torch": str(torch.__version__), "made": time.time()}
             graph = f"{int(time.time() * 1e3):x}{secrets.token_hex(4)}"
             if folder.write(model, graph, facts, data):
                 log.info("kept for the next process: %s, %.1f MB", graph, len(data) / 1e6)
+
+    def _name(self) -> str:
+        return self.function.__qualname__ if self.owner is None else type(self.owner).__name__
 
     def _key(self) -> str:
         describer = Describer()
@@ -160,14 +163,14 @@ class Keeper:
         return hashlib.sha256(repr(about).encode()).hexdigest()[:32]
 
 
-def keeper(function: Callable[..., Any], arguments: dict[str, Any]) -> Keeper | None:
+def keeper(function: Callable[..., Any], arguments: dict[str, Any], what: str) -> Keeper | None:
     """Who keeps what is compiled of a function; None if nobody: it is no plain function, or of one of several ranks."""
     plain = getattr(function, "__func__", function)
     if not isinstance(plain, types.FunctionType):
         return None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None
-    return Keeper(function, arguments)
+    return Keeper(function, arguments, what)
 
 
 _HOOKS_OF_ALL = [
@@ -182,7 +185,9 @@ def _installed() -> list[str]:
     found = set()
     for folder_of_packages in sys.path:
         with contextlib.suppress(OSError):
-            found |= {name for name in os.listdir(folder_of_packages or ".") if name.endswith((".dist-info", ".egg-info"))}
+            found |= {
+                name for name in os.listdir(folder_of_packages or ".") if name.endswith((".dist-info", ".egg-info"))
+            }
     return sorted(found)
 
 

@@ -35,7 +35,7 @@ from ..kept import folder
 from ..ops import FP8
 from ..paused_gc import paused_gc
 from ..registry import backend
-from .progress import Progress
+from .progress import Progress, stage
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -116,7 +116,7 @@ class Compiled:
         if self._asked_to_keep:
             self._asked_to_keep = False
             self._keeper = importlib.import_module(".kept", __package__).keeper(
-                self._torchdynamo_orig_callable, self.arguments
+                self._torchdynamo_orig_callable, self.arguments, weights_of(self._model())
             )
         if self._keeper is None:
             return self._run(*args, **kwargs)
@@ -129,13 +129,18 @@ class Compiled:
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         return Compiled(copy.deepcopy(self._torchdynamo_orig_callable, memo), self.arguments)
 
+    def _model(self) -> nn.Module | None:
+        return getattr(self._torchdynamo_orig_callable, "__self__", None)
+
     def compiling(self) -> contextlib.ExitStack:
         """A compilation of this function begins; closed when it ends."""
         self._graphs += 1
-        model = getattr(self._torchdynamo_orig_callable, "__self__", None)
-        progress = Progress(f"compiling {_weights(model)}{f', graph {self._graphs}' if self._graphs > 1 else ''}")
+        progress = Progress(
+            f"compiling {weights_of(self._model())}{f', graph {self._graphs}' if self._graphs > 1 else ''}"
+        )
         during = contextlib.ExitStack()
         during.callback(progress.stop)
+        stage("tracing")
         during.enter_context(paused_gc())
         if self._keeper is not None:
             during.enter_context(self._keeper.recording())
@@ -208,7 +213,7 @@ def _fp8(model: nn.Module) -> list[str]:
     return [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.dtype == FP8]
 
 
-def _weights(model: nn.Module | None) -> str:
+def weights_of(model: nn.Module | None) -> str:
     """`35 FP8 weights in 5 layers for cpu`."""
     names = [] if model is None else _fp8(model)
     if model is None or not names:
