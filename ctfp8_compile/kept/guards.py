@@ -31,6 +31,7 @@ from ..compat import (
     builtins_dict,
     compile_context,
     convert_frame,
+    dispatch_keys,
     guard_closure_vars,
     metrics_context,
 )
@@ -254,7 +255,7 @@ def _tensor(describer: Describer, value: Tensor, sizes: Any) -> str:
         ["*" if want is None else have for want, have in zip(_concrete(sizes[what]), actual, strict=True)]
         for what, actual in (("size", value.size()), ("stride", value.stride()))
     ]
-    keys = torch._C._dispatch_keys(value).raw_repr()
+    keys = dispatch_keys(value).raw_repr()
     return (
         f"{describer.type(type(value))} {value.dtype} {value.device} {value.layout} {value.requires_grad} {keys} "
         f"{value.is_inference()} {static} {describer.value(marks)}"

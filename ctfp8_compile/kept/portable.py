@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..compat import HigherOrderOperator, OpOverload, OpOverloadPacket
+
 _DEEP = 8
 #: Of a class's attributes: made by Python, and nothing a forward pass depends on.
 _SKIPPED = {
@@ -30,7 +32,7 @@ _OF_C = (
     types.WrapperDescriptorType,
     types.ClassMethodDescriptorType,
 )
-_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
+_OPERATORS = (OpOverload, OpOverloadPacket, HigherOrderOperator)
 
 
 class NotPortable(Exception):
