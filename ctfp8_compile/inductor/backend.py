@@ -24,11 +24,10 @@ from ..report import Ran, Report
 from ..target import Target
 from . import pack_lowering as pack_lowering  # Inductor knows it from here on
 from .counting import counting_cpp
-from .finished import Finished
+from .finished import Finished, tell
 from .packed import places_of
 from .prepacked import made_of
 from .progress import stage
-from .record import finished
 from .sources import source_hash
 from .toolchain import missing
 
@@ -145,7 +144,7 @@ def _finished(
         places_of(gm.graph, context.packed),
         leaves_files=bool(marked) and context.target.device == "cpu",
     )
-    finished(compiled, config, around, context.target)
+    tell(compiled, config, around, context.target)
     return around.around(compiled)
 
 

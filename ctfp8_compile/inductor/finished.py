@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,26 @@ class Finished:
             compiled = WithPacked(compiled, self.packed)
         # outermost: what is packed in a file must not be taken for moved, and then leave it one by one
         return _detaching_first(compiled) if self.leaves_files else compiled
+
+
+#: Told: whoever records what this thread compiles.
+_listening = threading.local()
+
+
+@contextmanager
+def telling(listener: Callable[..., None]) -> Iterator[None]:
+    """The listener is told of each graph that our backend finishes in this thread: as `tell` is."""
+    outer, _listening.told = getattr(_listening, "told", None), listener
+    try:
+        yield
+    finally:
+        _listening.told = outer
+
+
+def tell(*about: Any) -> None:
+    """Our backend has finished a graph: compiled, Inductor's options, what is around it, the target."""
+    if (told := getattr(_listening, "told", None)) is not None:
+        told(*about)
 
 
 def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:

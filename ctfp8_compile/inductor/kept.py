@@ -97,7 +97,7 @@ class Keeper:
     def _read(self) -> Iterator[tuple[str, KeptGraph]]:
         try:
             self._model = self._key()
-        except NotPortable as why:
+        except Exception as why:
             log.info("compiled graphs are not kept: %s", why)
             return
         for graph in folder.names(self._model):
@@ -130,11 +130,8 @@ class Keeper:
             try:
                 kept = record.kept()
                 model = self._key()
-            except NotPortable as why:
+            except Exception as why:  # whatever cannot be kept runs as it was compiled
                 log.info("this graph is not kept: %s", why)
-                continue
-            except Exception as why:
-                log.info("this graph is not kept: %s %s", type(why).__name__, why)
                 continue
             data = zlib.compress(pickle.dumps(kept), 3)
             facts = {"model": self._name(), "of": self.what, "torch": str(torch.__version__), "made": time.time()}

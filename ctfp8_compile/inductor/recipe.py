@@ -37,6 +37,7 @@ from ..paused_gc import paused_gc
 from ..registry import backend
 from .progress import Progress, stage
 
+log = logging.getLogger("ctfp8_compile")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -115,9 +116,7 @@ class Compiled:
         """By what an earlier process compiled, if it fits; else as `torch.compile` does, and what that compiles is kept."""
         if self._asked_to_keep:
             self._asked_to_keep = False
-            self._keeper = importlib.import_module(".kept", __package__).keeper(
-                self._torchdynamo_orig_callable, self.arguments, weights_of(self._model())
-            )
+            self._keeper = _keeper(self._torchdynamo_orig_callable, self.arguments, weights_of(self._model()))
         if self._keeper is None:
             return self._run(*args, **kwargs)
         if (kept := self._keeper.fitting(args, kwargs)) is not None:
@@ -159,6 +158,15 @@ class Compiled:
             warnings.warn(
                 f"{self._at_limit} From now on, what fits none of them runs uncompiled, and slowly.", stacklevel=2
             )
+
+
+def _keeper(*arguments: Any) -> Any:
+    """Of a release of torch that has not what keeping needs, nothing is kept."""
+    try:
+        return importlib.import_module(".kept", __package__).keeper(*arguments)
+    except UsageError as why:
+        log.info("compiled graphs are not kept: %s", why)
+        return None
 
 
 def _why(limit: int, failed: list[str]) -> str:

@@ -1,6 +1,6 @@
 """One compilation, recorded to be kept: dynamo's guards and bytecode, and what Inductor made of the graph.
 
-`recording` is around dynamo's compilation; dynamo calls our backend inside, which says what came of it (`finished`).
+`recording` is around dynamo's compilation; dynamo calls our backend inside, which tells what came of it (`Record.finished`).
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import dis
 import importlib
 import io
-import logging
 import marshal
 import pickle
 import re
-import threading
+import secrets
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,12 +31,10 @@ from ..compat import (
     vector_isas,
     without_precompiled_headers,
 )
-from ..kept.guards import Guards, Unfit, install, recorded, take
+from ..kept.guards import Guards, Unfit, recorded, take
 from ..kept.portable import NotPortable
 from ..target import Target
-from .finished import Finished
-
-log = logging.getLogger("ctfp8_compile")
+from .finished import Finished, telling
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,15 @@ class KeptGraph:
         Raises:
             Unfit: Inductor has its part no more.
         """
-        code = marshal.loads(self.bytecode)
-        scope = function.__globals__
-        if self.called not in scope:
-            scope[self.called] = self.around.around(_revived(pickle.loads(self.compiled), self.options, self.vectors))
+        compiled = self.around.around(_revived(pickle.loads(self.compiled), self.options, self.vectors))
+        code, scope = marshal.loads(self.bytecode), function.__globals__
+        # under names of our own: those that are dynamo's, it takes away when it forgets what it compiled
+        names = {self.called: f"__ctfp8_{secrets.token_hex(8)}"} | {
+            name: f"__ctfp8{name}" for name in self.guards.imported
+        }
+        scope |= {names[name]: importlib.import_module(module) for name, module in self.guards.imported.items()}
+        scope[names[self.called]] = compiled
+        code = code.replace(co_names=tuple(names.get(name, name) for name in code.co_names))
         made = types.FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
         made.__kwdefaults__ = function.__kwdefaults__
         return made
@@ -86,6 +88,24 @@ class Record:
         self.compiled: tuple[bytes, dict[str, Any], Finished] | None = None
         self.graphs = 0
         self.why = ""
+
+    def finished(self, compiled: Any, config: dict[str, Any], around: Finished, target: Target) -> None:
+        """What our backend made of a graph."""
+        self.graphs += 1
+        serialize = getattr(compiled, "serialize", None)
+        if target.device != "cpu":
+            self.why = f"graphs for {target.device} are not kept"
+        elif config.get("freezing") or config.get("cpp_wrapper"):
+            self.why = "graphs of frozen weights or with a C++ wrapper are not kept"
+        elif serialize is None:
+            self.why = "AOTAutograd did not cache it"
+        else:
+            plain = {name: value for name, value in config.items() if name not in _OURS}
+            try:
+                self.compiled = _pickled(serialize()), plain, around
+                _pickled(plain)
+            except Exception as why:
+                self.why = f"{type(why).__name__} {why}"
 
     def kept(self) -> KeptGraph:
         """What is to be kept.
@@ -105,9 +125,6 @@ class Record:
             raise NotPortable("its bytecode holds an object") from error
 
 
-_now = threading.local()
-
-
 @contextmanager
 def recording(record: Record) -> Iterator[None]:
     """While dynamo compiles, perhaps the record's function."""
@@ -119,7 +136,9 @@ def recording(record: Record) -> Iterator[None]:
         if code is record.function.__code__:
             record.bytecode = made
 
-    def guards(found: list[Any], graph: Any, shapes: Any) -> None:
+    def guards(code: types.CodeType, found: list[Any], graph: Any, shapes: Any) -> None:
+        if code is not record.function.__code__:
+            return
         try:
             record.guards = take(found, graph, shapes)
         except NotPortable as why:
@@ -127,34 +146,12 @@ def recording(record: Record) -> Iterator[None]:
         except Exception as why:
             record.why = f"{type(why).__name__} {why}"
 
-    outer, _now.record = getattr(_now, "record", None), record
     hook = convert_frame.register_bytecode_hook(bytecode)
     try:
-        with recorded(guards):
+        with recorded(guards), telling(record.finished):
             yield
     finally:
         hook.remove()
-        _now.record = outer
-
-
-def finished(compiled: Any, config: dict[str, Any], around: Finished, target: Target) -> None:
-    """Our backend's word of a graph, to whom records this compilation."""
-    record: Record | None = getattr(_now, "record", None)
-    if record is None:
-        return
-    record.graphs += 1
-    serialize = getattr(compiled, "serialize", None)
-    if target.device != "cpu":
-        record.why = f"graphs for {target.device} are not kept"
-    elif serialize is None:
-        record.why = "AOTAutograd did not cache it"
-    else:
-        try:
-            plain = {name: value for name, value in config.items() if name not in _OURS}
-            record.compiled = _pickled(serialize()), plain, around
-            _pickled(plain)
-        except Exception as why:
-            record.why = f"{type(why).__name__} {why}"
 
 
 #: Options of Inductor that hold functions; the code they made is part of what is kept.
@@ -204,6 +201,3 @@ def _named_by(code: types.CodeType, function: types.FunctionType, guards: Guards
         if importlib.import_module(module) is not scope.get(name, importlib.import_module(module)):
             raise NotPortable(f"{name} is not the module {module}")
     return graphs[0], imported
-
-
-__all__ = ["KeptGraph", "Record", "Unfit", "finished", "install", "recording"]

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..compat import convert_frame
 from .portable import Describer, NotPortable, codes_in
 
 #: Of one release each, which the key of a model names: the standard library, and what dynamo puts in the place of functions.
-_OF_RELEASES = ("<frozen", str(Path(torch.__file__).parent / "_dynamo") + os.sep)
+_OF_RELEASES = ("<frozen", str(Path(convert_frame.__file__).parent) + os.sep)
 _STANDARD = str(Path(sysconfig.get_paths()["stdlib"])) + os.sep
 _INSTALLED = tuple(sysconfig.get_paths()[name] + os.sep for name in ("purelib", "platlib"))
 

@@ -171,9 +171,8 @@ def install(kept: Guards, scope: dict[str, Any]) -> None:
         found = importlib.import_module(module)
         if scope.setdefault(alias, found) is not found:
             raise Unfit(f"{alias} is another module")
-    if kept.builtins:
-        if scope.setdefault(kept.builtins, builtins_dict(scope)) is not builtins_dict(scope):
-            raise Unfit(f"{kept.builtins} are other builtins")
+    if kept.builtins and scope.setdefault(kept.builtins, builtins_dict(scope)) is not builtins_dict(scope):
+        raise Unfit(f"{kept.builtins} are other builtins")
 
 
 def _built(kept: Guards, code: types.CodeType, local: dict[str, Any], scope: dict[str, Any]) -> Any:
@@ -333,16 +332,23 @@ _LOOKS: dict[str, _Look] = {
 
 
 @contextmanager
-def recorded(taken: Callable[[list[Any], Any, Any], None]) -> Iterator[None]:
-    """While dynamo compiles: `taken` gets its guards, its graph, and what it made of the guards of sizes."""
+def recorded(taken: Callable[[types.CodeType, list[Any], Any, Any], None]) -> Iterator[None]:
+    """While dynamo compiles: `taken` gets a function's code, its guards, its graph, and what was made of the guards of sizes."""
     plain = convert_frame.CheckFunctionManager
+
+    if not hasattr(
+        plain, "serialize_guards"
+    ):  # a release that serializes them elsewhere: nothing is recorded, nor kept
+        yield
+        return
 
     class Recording(plain):  # type: ignore[misc, valid-type]
         def __init__(self, f_code: Any, output_graph: Any, *args: Any, **kwargs: Any):
+            self.code = f_code
             super().__init__(f_code, output_graph, *args, **{**kwargs, "save_guards": True})
 
         def serialize_guards(self, builder: Any, sorted_guards: list[Any], output_graph: Any) -> bytes:
-            taken(sorted_guards, output_graph, self.shape_code_parts)
+            taken(self.code, sorted_guards, output_graph, self.shape_code_parts)
             return b"kept"
 
     convert_frame.CheckFunctionManager = Recording

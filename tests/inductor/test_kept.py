@@ -202,7 +202,7 @@ def test_another_call_is_compiled_anew(once, call):
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("FACTOR", 4.0),
         ("shifted", doubled(lambda x: x - 2)),
@@ -217,7 +217,7 @@ def test_another_call_is_compiled_anew(once, call):
 def test_other_code_is_compiled_anew(once, monkeypatch, name, value):
     """As an edited file, a monkey patch, or another release of a library would have it."""
     owner, _, attribute = f"{__name__}.{name}".rpartition(".")
-    module, _, cls = owner.removeprefix(__name__).rpartition(".")
+    _, _, cls = owner.removeprefix(__name__).rpartition(".")
     found = getattr(sys.modules[__name__], cls) if cls else sys.modules[__name__]
     if value is None:
         monkeypatch.setattr(times, "__code__", (lambda x, by=2.0: x * by + 1).__code__)
