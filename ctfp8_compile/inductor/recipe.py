@@ -92,7 +92,7 @@ class Compiled:
             callback_handler.register_end_callback(_ended)
         self._one_at_a_time = threading.RLock()  # dynamo's guards fail at times where threads evaluate them together
         self._keeper: Any = None  # asked for at the first call: it takes Inductor along
-        self._asked_to_keep = arguments["backend"] == "ctfp8" and folder.place() is not None
+        self._asked_to_keep = arguments["backend"] == "ctfp8" and folder.place() is not None and folder.limit() > 0
         self._graphs = 0
         self._at_limit: str | None = None
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import os
+import subprocess
 import sys
 from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import fp8_config, quantize
+from conftest import DATA, fp8_config, quantize
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -343,3 +345,37 @@ def test_inductors_part_gone_is_compiled_anew(once, tmp_path, monkeypatch):
     for graph in [name for name in net.__globals__ if name.startswith("__compiled_fn")]:
         monkeypatch.delitem(net.__globals__, graph)  # this process has it, another would not
     assert fits(net(), X) is None
+
+
+RUN = """
+import logging, sys, torch
+import ctfp8_compile as ctfp8
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+model = ctfp8.from_pretrained(sys.argv[1], compile=True)
+ids = torch.arange(5, 14)[None]
+print(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False).tolist())
+with torch.no_grad():
+    print(model(ids).logits.double().sum().item())
+"""
+
+
+@pytest.mark.ci(True)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["llama/FP8_DYNAMIC", "qwen3moe/FP8_BLOCK"])
+def test_another_process_compiles_nothing(name, tmp_path):
+    """A growing cache, whose graphs a process makes one after the other; the same bits come out."""
+    env = {
+        **os.environ, "CTFP8_CACHE_DIR": str(tmp_path / "cache"), "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }  # fmt: skip
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(DATA / name)], env=env, capture_output=True, text=True, check=True
+        )
+        said.append(done)
+    first, second = said
+    assert "kept for the next process" in first.stderr, first.stderr
+    assert "compiled before, starts in" in second.stderr, second.stderr
+    assert "compiling" not in second.stderr, second.stderr
+    assert second.stdout == first.stdout

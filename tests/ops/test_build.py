@@ -139,7 +139,10 @@ def test_openmp_of_apples_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("avx2 fma f16c avx512f avx512bw", ("avx2",)),
         ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq", ("avx512", "avx2")),
         ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16", ("avx512", "avx2")),
-        ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_bf16 amx_bf16", ("avx512_bf16", "avx512", "avx2")),
+        (
+            "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_bf16 amx_bf16",
+            ("avx512_bf16", "avx512", "avx2"),
+        ),
         (None, ()),
     ],
 )
