@@ -76,6 +76,7 @@ PRIVATE = {
     "GuardBuilder": ("torch._dynamo.guards.GuardBuilder", "2.13 2.14"),
     "guard_closure_vars": ("torch._dynamo.guards._get_closure_vars", "2.13 2.14"),
     "dispatch_keys": ("torch._C._dispatch_keys", "2.13 2.14"),
+    "GlobalSource": ("torch._dynamo.source.GlobalSource", "2.13 2.14"),
     "DynamoGuard": ("torch._guards.Guard", "2.13 2.14"),
     "GuardsSet": ("torch._guards.GuardsSet", "2.13 2.14"),
     "OrderedSet": ("torch.utils._ordered_set.OrderedSet", "2.13 2.14"),

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ..compat import (
     BoxedBool,
     BoxedDeviceIndex,
@@ -31,7 +33,7 @@ from ..compat import (
     vector_isas,
     without_precompiled_headers,
 )
-from ..kept.guards import Guards, Unfit, recorded, take
+from ..kept.guards import OF_DYNAMO, Guards, Unfit, recorded, renamed, take
 from ..kept.portable import NotPortable
 from ..target import Target
 from .finished import Finished, telling
@@ -43,7 +45,7 @@ class KeptGraph:
 
     Attributes:
         guards: when it is right.
-        bytecode: dynamo's, marshalled: takes the graph's inputs from the function's arguments, calls it.
+        bytecode: dynamo's, marshalled, and constants that cannot be: takes inputs from the function's arguments, calls the graph.
         called: what the bytecode calls the graph.
         compiled: pickled, what AOTAutograd keeps of it; Inductor's part lies in Inductor's own cache.
         options: of Inductor, that it was compiled with.
@@ -51,7 +53,7 @@ class KeptGraph:
     """
 
     guards: Guards
-    bytecode: bytes
+    bytecode: tuple[bytes, dict[int, Any]]
     called: str
     compiled: bytes
     options: dict[str, Any]
@@ -65,7 +67,7 @@ class KeptGraph:
             Unfit: Inductor has its part no more.
         """
         compiled = self.around.around(_revived(pickle.loads(self.compiled), self.options, self.vectors))
-        code, scope = marshal.loads(self.bytecode), function.__globals__
+        code, scope = _unmarshalled(*self.bytecode), function.__globals__
         # under names of our own: those that are dynamo's, it takes away when it forgets what it compiled
         names = {self.called: f"__ctfp8_{secrets.token_hex(8)}"} | {
             name: f"__ctfp8{name}" for name in self.guards.imported
@@ -118,11 +120,10 @@ class Record:
         if self.guards is None or self.bytecode is None or self.compiled is None or self.graphs != 1:
             raise NotPortable(f"dynamo made {self.graphs} graphs of it")
         called, imported = _named_by(self.bytecode, self.function, self.guards)
-        guards = Guards(**{**vars(self.guards), "imported": imported})
-        try:
-            return KeptGraph(guards, marshal.dumps(self.bytecode), called, *self.compiled, vector_isas())
-        except ValueError as error:
-            raise NotPortable("its bytecode holds an object") from error
+        names = {name: f"__ctfp8{name}" for name in (called, *imported, self.guards.builtins) if name}
+        code = self.bytecode.replace(co_names=tuple(names.get(name, name) for name in self.bytecode.co_names))
+        guards = renamed(Guards(**{**vars(self.guards), "imported": imported}), names)
+        return KeptGraph(guards, _marshalled(code), names[called], *self.compiled, vector_isas())
 
 
 @contextmanager
@@ -156,6 +157,34 @@ def recording(record: Record) -> Iterator[None]:
 
 #: Options of Inductor that hold functions; the code they made is part of what is kept.
 _OURS = ("post_grad_custom_pre_pass",)
+
+
+def _marshalled(code: types.CodeType) -> tuple[bytes, dict[int, Any]]:
+    """Code, and by their places those of its constants that marshal does not know: devices, dtypes.
+
+    Raises:
+        NotPortable: one is an object of another kind.
+    """
+    odd = {i: const for i, const in enumerate(code.co_consts) if not _marshals(const)}
+    if strange := {
+        type(const).__name__ for const in odd.values() if not isinstance(const, (torch.device, torch.dtype))
+    }:
+        raise NotPortable(f"its bytecode holds objects of {', '.join(sorted(strange))}")
+    plain = tuple(None if i in odd else const for i, const in enumerate(code.co_consts))
+    return marshal.dumps(code.replace(co_consts=plain)), odd
+
+
+def _unmarshalled(data: bytes, odd: dict[int, Any]) -> types.CodeType:
+    code: types.CodeType = marshal.loads(data)
+    return code.replace(co_consts=tuple(odd.get(i, const) for i, const in enumerate(code.co_consts)))
+
+
+def _marshals(const: Any) -> bool:
+    try:
+        marshal.dumps(const)
+    except ValueError:
+        return False
+    return True
 
 
 def _pickled(value: Any) -> bytes:
@@ -193,7 +222,7 @@ def _named_by(code: types.CodeType, function: types.FunctionType, guards: Guards
             imported[name] = value.__name__
         elif name in imported or name == guards.builtins:
             continue
-        elif re.search(r"^__|_c\d+$", name) and name in scope and name not in ("__name__", "__file__"):
+        elif re.search(OF_DYNAMO, name) and name in scope:
             raise NotPortable(f"its bytecode needs {name}")
     if len(graphs) != 1:
         raise NotPortable(f"its bytecode calls {len(graphs)} graphs")

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
+import pickle
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from ..compat import (
     CheckFunctionManager,
     CompileContext,
     DynamoGuard,
+    GlobalSource,
     GuardBuilder,
     GuardsSet,
     OrderedSet,
@@ -129,6 +133,32 @@ def take(guards: list[Any], graph: Any, shapes: Any) -> Guards:
     codes = places_of(set(graph.traced_code), set(graph.import_sources.values()), describer)
     builtins = graph.name_of_builtins_dict_key_in_fglobals or ""
     return Guards(tuple(kept), state, shapes, codes, dict(graph.import_sources), builtins)
+
+
+def renamed(kept: Guards, names: Mapping[str, str]) -> Guards:
+    """With other names for what dynamo put into a function's globals: it refuses a name that is there when it comes by it again.
+
+    Raises:
+        NotPortable: a guard looks at something else that dynamo put there.
+    """
+
+    class Renaming(pickle.Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            if type(value) is not GlobalSource or value.global_name.startswith("__ctfp8"):
+                return NotImplemented
+            if value.global_name not in names and re.search(OF_DYNAMO, value.global_name):
+                raise NotPortable(f"a guard looks at {value.global_name}")
+            return GlobalSource, (names.get(value.global_name, value.global_name),)
+
+    file = io.BytesIO()
+    Renaming(file, protocol=5).dump(kept)
+    found: Guards = pickle.loads(file.getvalue())
+    imported = {names.get(name, name): module for name, module in found.imported.items()}
+    return replace(found, imported=imported, builtins=names.get(found.builtins, found.builtins))
+
+
+#: Names of globals that dynamo makes up; `__name__` and its like are Python's.
+OF_DYNAMO = r"^__(?!(?:name|file|doc|package|builtins)__$)|_c\d+$"
 
 
 def build(kept: Guards, code: types.CodeType, local: dict[str, Any], scope: dict[str, Any]) -> Any:
