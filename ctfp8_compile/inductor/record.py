@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..compat import (
+    AsyncCompile,
     BoxedBool,
     BoxedDeviceIndex,
     FakeTensorMode,
@@ -196,6 +197,7 @@ def _pickled(value: Any) -> bytes:
 def _revived(entry: Any, options: dict[str, Any], vectors: tuple[str, ...]) -> Callable[..., Any]:
     """As AOTAutograd does at a hit in its cache, without the graph that a hit begins with."""
     take_vector_isas(vectors)
+    _ = AsyncCompile  # the code that Inductor wrote finds its module there, where Inductor was imported
     entry.guards_expr = None  # those are among dynamo's
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     with inductor_config.patch(options), tracing(context), without_precompiled_headers():

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..compat import HigherOrderOperator, OpOverload, OpOverloadPacket
 
@@ -24,6 +25,8 @@ _SKIPPED = {
     "__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__annotate_func__",
     "__annotations_cache__", "__classdictcell__",
 }  # fmt: skip
+#: Dynamo wraps them when it first compiles something, to see which modules are new; a forward pass calls neither.
+_WRAPPED = {"__init__", "__setstate__", "___needs_generation_tag_patch"}
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _OF_C = (
@@ -135,7 +138,8 @@ class Describer:
     def _own(self, cls: Any) -> str:
         if not cls.__flags__ & _HEAP:
             return f"{cls.__module__}.{cls.__qualname__}"
-        own = sorted(item for item in vars(cls).items() if item[0] not in _SKIPPED)
+        skipped = _SKIPPED | _WRAPPED if cls is nn.Module else _SKIPPED
+        own = sorted(item for item in vars(cls).items() if item[0] not in skipped)
         return f"{cls.__module__}.{cls.__qualname__}({'; '.join(f'{name}={self._member(v)}' for name, v in own)})"
 
     def _member(self, value: Any) -> str:
