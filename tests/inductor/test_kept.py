@@ -299,6 +299,24 @@ def test_guards_hold_after_it_was_taken(once):
         assert found.fitting((X,), {}) is None
 
 
+def test_what_does_not_fit_is_compiled_beside_it(once):
+    """Dynamo puts names into the function's globals, and refuses one that is there: ours are others."""
+    model = net()
+    run = Compiled(model.forward, ARGUMENTS)
+    more = torch.ones(64)
+    with torch.no_grad():
+        assert torch.equal(run(X), once)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+        torch.testing.assert_close(run(X, more), model(X, more), atol=1e-2, rtol=1e-2)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert torch.equal(run(X), once)
+    assert len(folder.entries()) == 2
+    torch._dynamo.reset()
+    torch.testing.assert_close(fits(net(1), X, more), net(1)(X, more).detach(), atol=1e-2, rtol=1e-2)
+    assert torch.equal(fits(net(), X), once)
+    max((entry.path for entry in folder.entries()), key=lambda path: path.stem).unlink()  # the later one
+
+
 def kept_file():
     (entry,) = folder.entries()
     return entry.path
