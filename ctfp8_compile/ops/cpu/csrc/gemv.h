@@ -52,6 +52,9 @@ constexpr int kInTurn = PlainVector<V> ? kAtOnce
 
 template <Vector V>
 bool in_turn(const Weight& w, int64_t m) {
+  if constexpr (requires { V::runs(); }) {
+    if (!V::runs()) return false;
+  }
   return PlainVector<V> || m * w.segments * padded<V>(w) <= V::in_turn;
 }
 
@@ -248,7 +251,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
         typename V::Chunk chunk[R];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          V::prefetch_once(row + r * w.row_stride + next);
+          V::prefetch(row + r * w.row_stride + next);
           chunk[r] = decode<V, kind>(v, p + r * w.row_stride + k, exponents[r] + k / kMxCols);
         }
 #pragma GCC unroll 16
@@ -261,7 +264,7 @@ inline void dot_rows(const V& v, const Weight& w, int64_t n, const typename V::X
       } else {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          V::prefetch_once(row + r * w.row_stride + next);
+          V::prefetch(row + r * w.row_stride + next);
           if constexpr (kind == Scales::bytes && requires { &V::shift_dot; }) {
             const auto chunk = v.decode(p + r * w.row_stride + k);
 #pragma GCC unroll 16

@@ -25,6 +25,8 @@ struct Exponents {
 };
 constexpr Exponents exponents;
 
+bool intel = false;  // set when kernels are chosen
+
 struct Avx512Bf16 {
   using X = uint16_t;
   using Acc = __m512;
@@ -43,6 +45,7 @@ struct Avx512Bf16 {
 
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
   static void prefetch_once(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
+  static bool runs() { return !intel; }
   static Acc zero() { return _mm512_setzero_ps(); }
 
   // Unpacking works within 128-bit lanes, so `first` holds columns 0-7, 16-23, 32-39, 48-55 and `second` the others.
@@ -174,15 +177,23 @@ struct Avx512Bf16 {
 #include "panel.h"
 
 namespace ctfp8 {
+namespace {
+
+struct Intel : Avx512Bf16 {
+  static void prefetch_once(const uint8_t* p) { prefetch(p); }
+};
+
+}  // namespace
 
 void set_brgemm(Brgemm function) { brgemm = function; }
 
 const Kernels* avx512_bf16() {
   using V = Avx512Bf16;
+  if (!avx512() || !__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+  intel = __builtin_cpu_is("intel");
   static const Kernels kernels = {"avx512-bf16",   2,         kPanelCols, panel_bytes<V>, panel_prepare<V>,
-                                  panel_matmul<V>, finish<V>, nullptr,    attention<V>,   dense<V>};
-  const bool here = avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
-  return here ? &kernels : nullptr;
+                                  panel_matmul<V>, finish<V>, nullptr,    attention<V>,   intel ? dense<Intel> : dense<V>};
+  return &kernels;
 }
 
 }  // namespace ctfp8

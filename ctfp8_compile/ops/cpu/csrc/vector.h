@@ -24,6 +24,7 @@ concept Vector =
       // Bytes ahead of the FP8 values being read that are worth asking for.
       { V::ahead } -> std::convertible_to<int>;
       // Activations, at most, that each weight row may read again for weight rows to pass one by one; 0 where that is no faster.
+      // A static `runs()` says whether this processor likes that at all: Intel's with bfloat16 like rows abreast.
       { V::in_turn } -> std::convertible_to<int>;
       // What `decode` divides values by; sums are multiplied with it once, together with the scale.
       { V::gain } -> std::convertible_to<float>;
