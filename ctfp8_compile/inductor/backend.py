@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -144,7 +145,8 @@ def _finished(
         places_of(gm.graph, context.packed),
         leaves_files=bool(marked) and context.target.device == "cpu",
     )
-    tell(compiled, config, around, context.target)
+    if not any(True for _ in chain(gm.parameters(), gm.buffers())):  # else it is more than its arguments
+        tell(compiled, config, around, context.target)
     return around.around(compiled)
 
 

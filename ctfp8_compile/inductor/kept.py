@@ -17,6 +17,7 @@ import sys
 import time
 import types
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,6 +54,7 @@ class Keeper:
         self.signature = Signature.from_callable(self.function, follow_wrapped=False)
         self._graphs: list[tuple[Any, Callable[..., Any]]] = []  # guards, the function compiled
         self._waiting: list[tuple[str, KeptGraph]] | None = None  # read, and not right for any call so far
+        self._tried: Counter[str] = Counter()
         self._records: list[Record] = []
         self._model = ""
 
@@ -75,8 +77,12 @@ class Keeper:
         """From the folder."""
         if self._waiting is None:
             self._waiting = list(self._read())
-        for graph, kept in self._waiting:
+        for graph, kept in list(self._waiting):
             begin = time.monotonic()
+            self._tried[graph] += 1
+            if self._tried[graph] == _TRIES:
+                self._waiting.remove((graph, kept))
+                continue
             try:
                 with paused_gc():
                     guards = build(kept.guards, self.function.__code__, local, self.function.__globals__)
@@ -170,6 +176,8 @@ def keeper(function: Callable[..., Any], arguments: dict[str, Any], what: str) -
     return Keeper(function, arguments, what)
 
 
+#: A kept graph that so many calls did not fit is looked at no more: each look takes as long as a step of a small model.
+_TRIES = 16
 _HOOKS_OF_ALL = [
     name for name, value in vars(nn.modules.module).items() if name.startswith("_global") and isinstance(value, dict)
 ]

@@ -35,6 +35,8 @@ _MAC = 32
 _ENDING = ".kept"
 #: Bytes that the folder may hold, unless `CTFP8_CACHE_SIZE` says another number of megabytes.
 _LIMIT_MB = 1024
+#: Graphs of one model: all are read when it starts.
+_MOST = 16
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def write(model: str, graph: str, facts: dict[str, Any], kept: bytes) -> bool:
         folder = _folder(model)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _replace(folder / f"{graph}{_ENDING}", _MAGIC + _mac(model, body) + body)
+        for old in names(model)[_MOST:]:
+            forget(model, old)
         _evict()
         return True
     return False

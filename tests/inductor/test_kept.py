@@ -317,6 +317,20 @@ def test_what_does_not_fit_is_compiled_beside_it(once):
     max((entry.path for entry in folder.entries()), key=lambda path: path.stem).unlink()  # the later one
 
 
+def test_a_graph_that_fits_no_call_is_looked_at_no_more(once, monkeypatch):
+    """Else each step of a model that was compiled in this process would look at it first."""
+    looked = []
+    monkeypatch.setattr(kept, "build", lambda *args: looked.append(1) or kept_build(*args))
+    found = kept.Keeper(net().forward, ARGUMENTS)
+    with torch.no_grad():
+        for _ in range(40):
+            assert found.fitting((X.bfloat16(),), {}) is None
+    assert len(looked) == kept._TRIES - 1
+
+
+kept_build = kept.build
+
+
 def kept_file():
     (entry,) = folder.entries()
     return entry.path

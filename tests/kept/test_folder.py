@@ -122,6 +122,14 @@ def test_what_was_unused_for_longest_goes_first(place, monkeypatch):
     assert sum(path.stat().st_size for path in files(place)) <= 10_000
 
 
+def test_a_models_graphs_are_sixteen(place):
+    for i in range(18):
+        folder.write(MODEL, f"{i:02}", FACTS, b"x")
+        os.utime(place / folder._name_of(folder._key()) / MODEL / f"{i:02}.kept", (i, i))
+    folder.write(MODEL, "new", FACTS, b"x")
+    assert sorted(folder.names(MODEL)) == [*(f"{i:02}" for i in range(3, 18)), "new"]
+
+
 @pytest.mark.parametrize("size", ["much", "-1", "nan", "inf", ""])
 def test_a_size_that_is_none(monkeypatch, size):
     monkeypatch.setenv("CTFP8_CACHE_SIZE", size)
