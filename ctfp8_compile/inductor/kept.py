@@ -7,7 +7,9 @@ down where to look, no more: whether a graph is right for a call, its guards say
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
+import io
 import logging
 import os
 import pickle
@@ -16,7 +18,6 @@ import secrets
 import sys
 import time
 import types
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ class Keeper:
         for graph in folder.names(self._model):
             if (data := folder.read(self._model, graph)) is not None:
                 try:
-                    yield graph, pickle.loads(zlib.decompress(data))
+                    yield graph, pickle.loads(gzip.open(io.BytesIO(data)).read())
                 except Exception as why:  # of a class that is no more, though the key should say so
                     log.info("kept graph %s cannot be read: %s", graph, why)
 
@@ -139,7 +140,7 @@ class Keeper:
             except Exception as why:  # whatever cannot be kept runs as it was compiled
                 log.info("this graph is not kept: %s", why)
                 continue
-            data = zlib.compress(pickle.dumps(kept), 3)
+            data = gzip.compress(pickle.dumps(kept), 3)
             facts = {"model": self._name(), "of": self.what, "torch": str(torch.__version__), "made": time.time()}
             graph = f"{int(time.time() * 1e3):x}{secrets.token_hex(4)}"
             if folder.write(model, graph, facts, data):
