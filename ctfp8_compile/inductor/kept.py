@@ -110,7 +110,7 @@ class Keeper:
         for graph in folder.names(self._model):
             if (data := folder.read(self._model, graph)) is not None:
                 try:
-                    yield graph, pickle.loads(gzip.open(io.BytesIO(data)).read())
+                    yield graph, pickle.loads(gzip.GzipFile(fileobj=io.BytesIO(data)).read())
                 except Exception as why:  # of a class that is no more, though the key should say so
                     log.info("kept graph %s cannot be read: %s", graph, why)
 
