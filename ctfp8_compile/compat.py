@@ -69,6 +69,32 @@ PRIVATE = {
     "invoke_subgraph": ("torch._higher_order_ops.invoke_subgraph.invoke_subgraph", "2.11 2.13 2.14"),
     "OpOverloadPacket": ("torch._ops.OpOverloadPacket", "2.11 2.13 2.14"),
     "OpOverload": ("torch._ops.OpOverload", "2.11 2.13 2.14"),
+    "AsyncCompile": ("torch._inductor.async_compile.AsyncCompile", "2.11 2.13 2.14"),  # cpp_pybinding
+    "LambdaFuture": ("torch._inductor.codecache.LambdaFuture", "2.11 2.13 2.14"),
+    # of graphs kept between processes; a release without one of them keeps none
+    "CheckFunctionManager": ("torch._dynamo.guards.CheckFunctionManager", "2.13 2.14"),
+    "GuardBuilder": ("torch._dynamo.guards.GuardBuilder", "2.13 2.14"),
+    "guard_closure_vars": ("torch._dynamo.guards._get_closure_vars", "2.13 2.14"),
+    "dispatch_keys": ("torch._C._dispatch_keys", "2.13 2.14"),
+    "GlobalSource": ("torch._dynamo.source.GlobalSource", "2.13 2.14"),
+    "DynamoGuard": ("torch._guards.Guard", "2.13 2.14"),
+    "GuardsSet": ("torch._guards.GuardsSet", "2.13 2.14"),
+    "OrderedSet": ("torch.utils._ordered_set.OrderedSet", "2.13 2.14"),
+    "CompileContext": ("torch._guards.CompileContext", "2.13 2.14"),
+    "compile_context": ("torch._guards.compile_context", "2.13 2.14"),
+    "TracingContext": ("torch._guards.TracingContext", "2.13 2.14"),
+    "tracing": ("torch._guards.tracing", "2.13 2.14"),
+    "metrics_context": ("torch._dynamo.utils.get_metrics_context", "2.13 2.14"),
+    "OutputGraphCommon": ("torch._dynamo.output_graph.OutputGraphCommon", "2.13 2.14"),
+    "OutputGraphGuardsState": ("torch._dynamo.output_graph.OutputGraphGuardsState", "2.13 2.14"),
+    "builtins_dict": ("torch._dynamo.output_graph.get_builtins_dict", "2.13 2.14"),
+    "convert_frame": ("torch._dynamo.convert_frame", "2.13 2.14"),  # CheckFunctionManager, register_bytecode_hook
+    "codecache": ("torch._inductor.codecache", "2.13 2.14"),  # _precompile_header
+    "functorch_config": ("torch._functorch.config", "2.13 2.14"),
+    "BoxedBool": ("torch._inductor.utils.BoxedBool", "2.13 2.14"),
+    "BoxedDeviceIndex": ("torch._inductor.cudagraph_utils.BoxedDeviceIndex", "2.13 2.14"),
+    "FakeTensorMode": ("torch._subclasses.FakeTensorMode", "2.13 2.14"),
+    "ShapeEnv": ("torch.fx.experimental.symbolic_shapes.ShapeEnv", "2.13 2.14"),
 }
 RECOMPILE_LOGGER = (
     "torch._dynamo.convert_frame"  # 2.11 2.13 2.14; warns as follows, with limit's name, limit, function, reason
@@ -120,6 +146,36 @@ def small_loops_alone(threads: int) -> dict[str, Any]:
     """
     least = __getattr__("inductor_config").cpp.min_chunk_size
     return {"cpp.min_chunk_size": max(least, 16384 // threads)}
+
+
+def vector_isas() -> tuple[str, ...]:
+    """The sets of vector instructions that Inductor found to work, best first."""
+    return tuple(map(str, __getattr__("valid_vec_isa_list")()))
+
+
+def take_vector_isas(known: tuple[str, ...]) -> None:
+    """Tells Inductor what it found on this very processor before; it tries each in a process of its own, for half a second.
+
+    Where the processor's flags promise others than it found then, it is left to find out.
+    """
+    found = __getattr__("valid_vec_isa_list")
+    if not found.cache_info().currsize:
+        with __getattr__("inductor_config").patch({"cpp.vec_isa_ok": True}):
+            promised = vector_isas()
+        if promised != known:
+            found.cache_clear()
+
+
+@contextmanager
+def without_precompiled_headers() -> Iterator[None]:
+    """While code is loaded that was compiled: Inductor runs the preprocessor over torch's headers first, used or not."""
+    codecache = __getattr__("codecache")
+    plain = codecache._precompile_header
+    codecache._precompile_header = lambda *args, **kwargs: ""
+    try:
+        yield
+    finally:
+        codecache._precompile_header = plain
 
 
 def following(program: ExportedProgram) -> AbstractContextManager[Any]:

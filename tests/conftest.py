@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import ctfp8_compile as ctfp8
 from ctfp8_compile import lowering, passes
 from ctfp8_compile.target import KernelLibrary
 
+os.environ["CTFP8_CPU_ISAS"] = "all"  # tests run one instruction set after the other
 DATA = Path(__file__).parent / "data"
 ARCHITECTURES = ("llama", "qwen3", "mixtral", "qwen3moe")
 SCHEMES = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK")
@@ -155,6 +157,7 @@ def quantize(
 @pytest.fixture(autouse=True, scope="session")
 def _no_code_cache() -> Iterator[None]:
     """Our passes run only when Inductor compiles, so a cache hit from an earlier run would test nothing."""
+    os.environ["CTFP8_CACHE_DIR"] = ""  # nor are graphs kept, here or in processes that tests start
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         yield
 

@@ -1,4 +1,4 @@
-"""The command line: `ctfp8 inspect | explain | export | generate | serve | bench`.
+"""The command line: `ctfp8 inspect | explain | export | generate | serve | bench | cache`.
 
 Results go to stdout (`--json`: nothing but JSON), progress and errors to stderr. Exit codes: 0 done, 1 an error, 2 a wrong
 command line.
@@ -31,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+cache = typer.Typer(help="What was compiled and is kept for the next start.", no_args_is_help=True)
+app.add_typer(cache, name="cache")
 _debug = False
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint folder, or a hub id.", metavar="CKPT")]
@@ -77,7 +79,7 @@ def main(
     _debug = debug
 
 
-def _command(function: Callable[..., None], **options: Any) -> Callable[..., None]:
+def _command(function: Callable[..., None], of: typer.Typer = app, **options: Any) -> Callable[..., None]:
     """Turns errors into a line or two on stderr and exit code 1; `--debug` lets them through."""
 
     @functools.wraps(function)
@@ -103,7 +105,7 @@ def _command(function: Callable[..., None], **options: Any) -> Callable[..., Non
                     _print(error)
                 raise typer.Exit(1) from None
 
-    return app.command(**options)(command)
+    return of.command(**options)(command)
 
 
 def _print(error: Exception) -> None:
@@ -372,3 +374,25 @@ def bench(
         print(json.dumps({way: speed._asdict() for way, speed in results.items()}))
         return
     out().print(speeds(results, prompt_tokens, bool(drafts)))
+
+
+@functools.partial(_command, of=cache, name="list")
+def list_kept(as_json: AsJson = False) -> None:
+    """The graphs that were compiled before and start without being compiled again; CTFP8_CACHE_DIR names their folder.
+
+    [dim]ctfp8 cache list[/]
+    """
+    from .cache import show
+
+    show(as_json)
+
+
+@functools.partial(_command, of=cache, name="clear")
+def clear_kept(as_json: AsJson = False) -> None:
+    """Drop them all. Inductor's own cache, TORCHINDUCTOR_CACHE_DIR, stays as it is.
+
+    [dim]ctfp8 cache clear[/]
+    """
+    from .cache import clear
+
+    clear(as_json)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,14 +17,19 @@ from .. import lowering, passes
 from ..compat import CompileWrapper, CustomGraphPass, RestartAnalysis, compile_fx, inductor_config, small_loops_alone
 from ..errors import TargetError, UsageError
 from ..graph import fake_value, is_traced_marker, name_markers
-from ..model.storage import detach_from_mmap, some_loaded
+from ..model.storage import some_loaded
 from ..passes import regions
 from ..passes.collectives import WAYS
 from ..passes.regions import Regions
 from ..report import Ran, Report
 from ..target import Target
-from .packed import WithPacked
-from .prepacked import WithPrepacked
+from . import pack_lowering as pack_lowering  # Inductor knows it from here on
+from .counting import counting_cpp
+from .finished import Finished, tell
+from .packed import places_of
+from .prepacked import made_of
+from .progress import stage
+from .sources import source_hash
 from .toolchain import missing
 
 log = logging.getLogger("ctfp8_compile")
@@ -82,6 +86,7 @@ def backend(
     pipeline, said = _pipeline(ours, target, config)
     config["post_grad_custom_pre_pass"] = Fp8Pass(target, config.get("post_grad_custom_pre_pass"), pipeline)
     context = passes.Context(target, "compile", regions=Regions(said))
+    stage("passes")
     if marked:
         pipeline.run("traced", gm.graph, context)
     return _finished(gm, _inputs(gm, example_inputs, context), config, context, len(marked))
@@ -135,12 +140,14 @@ def _finished(
         ran = Ran.summed([context.ran, *(part.passes for part in parts)])
         _reports[before:] = [replace(repeated.report(parts), passes=ran)]
         log.info("%s", _reports[-1].summary())
-    if context.prepacked:
-        compiled = WithPrepacked(compiled, gm.graph, context.prepacked)
-    if context.packed:
-        compiled = WithPacked(compiled, gm.graph, context.packed)
-    # outermost: what is packed in a file must not be taken for moved, and then leave it one by one
-    return _detaching_first(compiled) if marked and context.target.device == "cpu" else compiled
+    around = Finished(
+        made_of(gm.graph, context.prepacked),
+        places_of(gm.graph, context.packed),
+        leaves_files=bool(marked) and context.target.device == "cpu",
+    )
+    if not any(True for _ in chain(gm.parameters(), gm.buffers())):  # else it is more than its arguments
+        tell(compiled, config, around, context.target)
+    return around.around(compiled)
 
 
 def _compile(
@@ -149,7 +156,8 @@ def _compile(
     gm.recompile()
     before = len(_reports)
     try:
-        return compile_fx(gm, inputs, config_patches=config), repeated
+        with counting_cpp():
+            return compile_fx(gm, inputs, config_patches=config), repeated
     except RestartAnalysis:  # dynamo traces again
         raise
     except Exception as error:
@@ -163,20 +171,6 @@ def _compile(
         del _reports[before:]
         regions.inline(gm, repeated.stacks)
         return _compile(gm, inputs, config, Regions(f"layers compiled one by one: {type(error).__name__} as regions"))
-
-
-def _detaching_first(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The weights are among the graph's arguments: at its first call they, and no input, leave the checkpoint's files."""
-    called = False
-
-    def call(*args: Any) -> Any:
-        nonlocal called
-        if not called:
-            detach_from_mmap(args)
-            called = True
-        return compiled(*args)
-
-    return call
 
 
 class Fp8Pass(CustomGraphPass):
@@ -205,7 +199,7 @@ class Fp8Pass(CustomGraphPass):
                 if theirs[-1] is None:
                     return None  # a pass Inductor cannot identify: no caching, as it would do itself
         return (
-            _source_hash(),
+            source_hash(),
             passes.fingerprint(),
             str(self.pipeline),
             str(self.target),
@@ -221,16 +215,6 @@ _reports: list[Report] = []
 def compiled_reports() -> tuple[Report, ...]:
     """The reports of all graphs this process compiled (Inductor cache hits excepted: they skip the passes)."""
     return tuple(_reports)
-
-
-@functools.cache
-def _source_hash() -> str:
-    """Over every file that decides what a pass does."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.parent.rglob("*")):
-        if file.suffix in (".py", ".cpp", ".h"):
-            digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _split_options(options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Parameters of a compiled graph that are packed in memory: where they are moved there, and how Inductor reads them.
+"""Parameters of a compiled graph that are packed in memory: they are moved there. `pack_lowering`: how Inductor reads them.
 
 `horizontal_fusion.declare` says which. A graph may be called with other parameters than it was compiled with (another layer, a
 model moved to another device), so that they do is made sure at every call, by comparing addresses.
@@ -18,30 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..compat import ir, lowerings, register_lowering
 from ..graph import fake_value
 from ..model.storage import outliving
-from ..passes.horizontal_fusion import PACK
-
-aten = torch.ops.aten
-
 
 _MOST = 4096  # sets of parameters that one graph remembers
 #: Where in its allocation a group begins, bytes: allocations on GPUs begin at multiples of twice as many.
 _BEGIN = 256
 
 
+#: Of each group: `(argument, its distance in bytes from the first)`.
+Groups = Sequence[Sequence[tuple[int, int]]]
+
+
+def places_of(graph: fx.Graph, groups: Sequence[Sequence[fx.Node]]) -> Groups:
+    """What is packed, by places among a graph's arguments."""
+    at = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    found = []
+    for group in groups:
+        ends = itertools.accumulate(fake_value(node).nbytes for node in group)
+        found.append([(at[node], begin) for node, begin in zip(group, (0, *ends), strict=False)])
+    return found
+
+
 class WithPacked:
     """Calls a compiled graph after making sure that the parameters of each group are packed."""
 
-    def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, groups: Sequence[Sequence[fx.Node]]):
-        at = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
-        self.compiled = compiled
-        #: Of each group: `(argument, its distance in bytes from the first)`.
-        self.groups: list[list[tuple[int, int]]] = []
-        for group in groups:
-            ends = itertools.accumulate(fake_value(node).nbytes for node in group)
-            self.groups.append([(at[node], begin) for node, begin in zip(group, (0, *ends), strict=False)])
+    def __init__(self, compiled: Callable[..., Any], groups: Groups):
+        self.compiled, self.groups = compiled, groups
         self.pick = itemgetter(*(i for group in self.groups for i, _ in group))
         #: Addresses that were found packed: at the last call, and at calls before it.
         self.last: tuple[int, ...] = ()
@@ -105,14 +108,3 @@ def move_together(tensors: Sequence[Tensor]) -> None:
         getattr(torch, whole.device.type).synchronize()  # other threads have streams of their own
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.data = part
-
-
-@register_lowering(PACK, type_promotion_kind=None)
-def _pack(parts: Any) -> Any:
-    inputs = [getattr(getattr(part, "data", None), "data", None) for part in parts]
-    if not all(isinstance(i, ir.InputBuffer) and not isinstance(i, ir.ConstantBuffer) for i in inputs):
-        return lowerings[aten.cat.default](parts, 0)  # frozen to constants, or copied: no longer parameters
-    _, *inner = parts[0].get_size()
-    return lowerings[aten.as_strided.default](
-        parts[0], [sum(part.get_size()[0] for part in parts), *inner], list(parts[0].get_stride())
-    )

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from ..model.storage import outliving
-from ..passes.prepack import Prepacked
+from ..passes.prepack import Computation, Prepacked
 
 _MOST = 4096  # sets of parameters that one graph keeps scales for
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Values:
     """What was made of one set of scales: `sources` keep its memory, so that an address is not given to another tensor.
 
     Attributes:
@@ -40,16 +40,36 @@ class _Made:
         return self.versions == _versions(tensors) and all(map(torch.equal, tensors, self.copies))
 
 
+@dataclass(frozen=True)
+class Argument:
+    """The graph's argument at a place."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """What takes the place of an argument."""
+
+    place: int
+    of: Computation
+
+
+def made_of(graph: fx.Graph, prepacked: Sequence[Prepacked]) -> tuple[Made, ...]:
+    """What is prepacked, by places among a graph's arguments."""
+    at = {node: Argument(i) for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    return tuple(Made(at[one.sources[0]].place, one.of.calling(at, Argument)) for one in prepacked)
+
+
 class WithPrepacked:
     """Calls a compiled graph with scales prepacked in the place of what they are made of."""
 
-    def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, prepacked: Sequence[Prepacked]):
-        at = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    def __init__(self, compiled: Callable[..., Any], prepacked: Sequence[Made]):
         self.compiled, self.prepacked = compiled, prepacked
-        self.places = [at[one.sources[0]] for one in prepacked]
-        self.sources = tuple(dict.fromkeys(source for one in prepacked for source in one.sources))
-        self.at = [at[source] for source in self.sources]
-        self.made: dict[tuple[int, ...], _Made] = {}
+        self.places = [one.place for one in prepacked]
+        self.sources = tuple(dict.fromkeys(source for one in prepacked for source in one.of.parameters()))
+        self.at = [source.place for source in self.sources]
+        self.made: dict[tuple[int, ...], _Values] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
@@ -70,14 +90,14 @@ class WithPrepacked:
         return made.values
 
     @outliving
-    def _make(self, tensors: Sequence[Tensor]) -> _Made:
+    def _make(self, tensors: Sequence[Tensor]) -> _Values:
         versions = _versions(tensors)
         values = dict(zip(self.sources, tensors, strict=True))
         made = tuple(one.of(values) for one in self.prepacked)
         if made[0].device.type != "cpu":
             getattr(torch, made[0].device.type).synchronize()  # other threads have streams of their own
         copies = tuple(t.detach().clone() for t in tensors if t.device.type == "cpu")
-        return _Made(tuple(t.detach() for t in tensors), versions, copies, made)
+        return _Values(tuple(t.detach() for t in tensors), versions, copies, made)
 
 
 _address = Tensor.data_ptr

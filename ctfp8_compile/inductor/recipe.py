@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import logging
 import re
@@ -30,11 +31,13 @@ from ..compat import (
 )
 from ..counted import counted
 from ..errors import Ctfp8Error, UsageError
+from ..kept import folder
 from ..ops import FP8
 from ..paused_gc import paused_gc
 from ..registry import backend
-from .progress import Progress
+from .progress import Progress, stage
 
+log = logging.getLogger("ctfp8_compile")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -88,6 +91,8 @@ class Compiled:
             callback_handler.register_start_callback(_started)
             callback_handler.register_end_callback(_ended)
         self._one_at_a_time = threading.RLock()  # dynamo's guards fail at times where threads evaluate them together
+        self._keeper: Any = None  # asked for at the first call: it takes Inductor along
+        self._asked_to_keep = arguments["backend"] == "ctfp8" and folder.place() is not None and folder.limit() > 0
         self._graphs = 0
         self._at_limit: str | None = None
 
@@ -97,7 +102,7 @@ class Compiled:
         outer, _running.now = getattr(_running, "now", None), self
         try:
             with self._one_at_a_time:
-                return self._run(*args, **kwargs)
+                return self._call(args, kwargs)
         except FailOnRecompileLimitHit as error:
             raise UsageError(self._at_limit or str(error)) from None
         except Exception as error:
@@ -107,17 +112,37 @@ class Compiled:
         finally:
             _running.now = outer
 
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """By what an earlier process compiled, if it fits; else as `torch.compile` does, and what that compiles is kept."""
+        if self._asked_to_keep:
+            self._asked_to_keep = False
+            self._keeper = _keeper(self._torchdynamo_orig_callable, self.arguments, weights_of(self._model()))
+        if self._keeper is None:
+            return self._run(*args, **kwargs)
+        if (kept := self._keeper.fitting(args, kwargs)) is not None:
+            return kept(*self._keeper.given(args), **kwargs)
+        result = self._run(*args, **kwargs)
+        self._keeper.save()
+        return result
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Compiled:
         return Compiled(copy.deepcopy(self._torchdynamo_orig_callable, memo), self.arguments)
+
+    def _model(self) -> nn.Module | None:
+        return getattr(self._torchdynamo_orig_callable, "__self__", None)
 
     def compiling(self) -> contextlib.ExitStack:
         """A compilation of this function begins; closed when it ends."""
         self._graphs += 1
-        model = getattr(self._torchdynamo_orig_callable, "__self__", None)
-        progress = Progress(f"compiling {_weights(model)}{f', graph {self._graphs}' if self._graphs > 1 else ''}")
+        progress = Progress(
+            f"compiling {weights_of(self._model())}{f', graph {self._graphs}' if self._graphs > 1 else ''}"
+        )
         during = contextlib.ExitStack()
         during.callback(progress.stop)
+        stage("tracing")
         during.enter_context(paused_gc())
+        if self._keeper is not None:
+            during.enter_context(self._keeper.recording())
         if self.arguments["backend"] == "ctfp8" and not _asked.is_set():
             _asked.set()  # it tries each in a process of its own; a second, for which it would wait when tracing is done
             threading.Thread(target=valid_vec_isa_list, daemon=True).start()
@@ -133,6 +158,15 @@ class Compiled:
             warnings.warn(
                 f"{self._at_limit} From now on, what fits none of them runs uncompiled, and slowly.", stacklevel=2
             )
+
+
+def _keeper(*arguments: Any) -> Any:
+    """Of a release of torch that has not what keeping needs, nothing is kept."""
+    try:
+        return importlib.import_module(".kept", __package__).keeper(*arguments)
+    except UsageError as why:
+        log.info("compiled graphs are not kept: %s", why)
+        return None
 
 
 def _why(limit: int, failed: list[str]) -> str:
@@ -187,7 +221,7 @@ def _fp8(model: nn.Module) -> list[str]:
     return [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.dtype == FP8]
 
 
-def _weights(model: nn.Module | None) -> str:
+def weights_of(model: nn.Module | None) -> str:
     """`35 FP8 weights in 5 layers for cpu`."""
     names = [] if model is None else _fp8(model)
     if model is None or not names:

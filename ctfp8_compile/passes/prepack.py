@@ -121,7 +121,52 @@ class Prepacked:
 
     node: fx.Node
     sources: tuple[fx.Node, ...]
-    of: Callable[[Mapping[fx.Node, Tensor]], Tensor]
+    of: Computation
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What computes a node from parameters; it is still there when the node is not.
+
+    Attributes:
+        op: an operator.
+        args: its arguments; those that are made of parameters are `Computation`s, or what the parameter is called.
+        called: how `args` call parameters.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    called: type
+
+    def __call__(self, values: Mapping[Any, Tensor]) -> Tensor:
+        result: Tensor = self.op(*self._map(self.args, lambda parameter: values[parameter], lambda one: one(values)))
+        return result
+
+    def __reduce__(self) -> Any:
+        return _computation_of, (self.op._schema.name, self.op._overloadname, self.args, self.called)
+
+    def calling(self, names: Mapping[Any, Any], called: type) -> Computation:
+        """The same, with other names for its parameters."""
+        args = self._map(self.args, lambda parameter: names[parameter], lambda one: one.calling(names, called))
+        return Computation(self.op, tuple(args), called)
+
+    def parameters(self) -> Iterator[Any]:
+        """Its parameters, as it calls them; one that is used several times is named as often."""
+        found: list[Any] = []
+        self._map(self.args, found.append, lambda one: found.extend(one.parameters()))
+        yield from found
+
+    def _map(self, found: Any, parameter: Callable[[Any], Any], inner: Callable[[Computation], Any]) -> Any:
+        if isinstance(found, self.called):
+            return parameter(found)
+        if isinstance(found, Computation):
+            return inner(found)
+        return [self._map(item, parameter, inner) for item in found] if isinstance(found, (list, tuple)) else found
+
+
+def _computation_of(op: str, overload: str, args: tuple[Any, ...], called: type) -> Computation:
+    namespace, name = op.split("::")
+    return Computation(getattr(getattr(getattr(torch.ops, namespace), name), overload or "default"), args, called)
 
 
 def take_out(graph: fx.Graph) -> list[Prepacked]:
@@ -176,20 +221,10 @@ def _sources(node: fx.Node) -> Iterator[fx.Node]:
             yield from _sources(source)
 
 
-def _computation(node: fx.Node) -> Callable[[Mapping[fx.Node, Tensor]], Tensor]:
-    """What computes a node; it is still there when the node is not."""
-    if node.op == "placeholder":
-        return lambda values: values[node]
-    op: Callable[..., Any] = node.target  # type: ignore[assignment]
-    args = node.args
-    inner = {source: _computation(source) for source in node.all_input_nodes}
-
-    def compute(values: Mapping[fx.Node, Tensor]) -> Tensor:
-        found: Any = fx.node.map_arg(args, lambda source: inner[source](values))
-        result: Tensor = op(*found)
-        return result
-
-    return compute
+def _computation(node: fx.Node) -> Computation:
+    inner: Callable[[fx.Node], Any] = lambda n: n if n.op == "placeholder" else _computation(n)  # noqa: E731
+    args: Any = fx.node.map_arg(node.args, inner)
+    return Computation(node.target, args, fx.Node)
 
 
 def _replace(graph: fx.Graph, one: Prepacked, first: fx.Node) -> None:

@@ -244,5 +244,6 @@ def test_a_terminal_shows_what_is_compiled(module, monkeypatch, stream, caplog):
     assert ("graph 2" in text) == (stream is Terminal)
     logged = [record.getMessage() for record in caplog.records]
     assert logged[0] == "compiling 2 FP8 weights in 2 layers for cpu …"
-    assert logged[1].startswith("compiling 2 FP8 weights in 2 layers for cpu took ")
-    assert len(logged) == 4
+    assert logged[1] == "compiling 2 FP8 weights in 2 layers for cpu: tracing"
+    assert logged[2].startswith("compiling 2 FP8 weights in 2 layers for cpu took ")
+    assert len(logged) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -11,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from ctfp8_compile.ops import cpu as cpu_kernels
-from ctfp8_compile.ops.cpu import build
+from ctfp8_compile.ops.cpu import build, processor
 
 # In a process of its own, whose compiler takes no time: it installs the library that was compiled for this process.
 SCRIPT = """
 import os, shutil, sys, time
 from pathlib import Path
-from ctfp8_compile.ops.cpu import build
+from ctfp8_compile.ops.cpu import build, processor
 from torch.utils import cpp_extension
 
 def compiled(name, sources, build_directory, **kwargs):
@@ -45,8 +46,6 @@ def real() -> Path:
 
 
 def start(real: Path, root: Path, **env: str) -> subprocess.Popen[str]:
-    import os
-
     env = {**os.environ, "LIBRARY": str(real), "TORCH_EXTENSIONS_DIR": str(root), **env}
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -130,3 +129,55 @@ def test_openmp_of_apples_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "omp.h").touch()
     assert build._openmp() == ["-Xclang", "-fopenmp", f"-I{tmp_path}/include"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("sse4_2 avx", ()),
+        ("avx2 fma f16c", ("avx2",)),
+        ("avx2 fma f16c avx512f avx512bw", ("avx2",)),
+        ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq", ("avx512", "avx2")),
+        ("avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16", ("avx512", "avx2")),
+        (
+            "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi avx512_bf16 amx_bf16",
+            ("avx512_bf16", "avx512", "avx2"),
+        ),
+        (None, ()),
+    ],
+)
+def test_what_this_processor_runs_is_compiled(monkeypatch, tmp_path, flags, wanted):
+    def cpuinfo(path: Path) -> str:
+        if flags is None:
+            raise FileNotFoundError(path)
+        return f"processor\t: 0\nflags\t\t: {flags}\n"
+
+    monkeypatch.delenv("CTFP8_CPU_ISAS")
+    monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(processor.Path, "read_text", cpuinfo)
+    assert processor.needed() == wanted
+    for name, value in (("CTFP8_CPU_ISA", "avx2"), ("CTFP8_CPU_ISAS", "all")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert processor.needed() == ()
+    monkeypatch.setattr(processor.platform, "machine", lambda: "aarch64")
+    assert processor.needed() == ()
+
+
+@pytest.mark.long
+def test_the_library_for_this_processor_is_the_whole_ones_part_of_it(tmp_path):
+    script = (
+        "import torch, ctfp8_compile.ops.cpu as cpu; cpu.load()\n"
+        "w, s = torch.arange(64 * 64).remainder(120).to(torch.uint8).view(64, 64).view(torch.float8_e4m3fn), torch.ones(64, 1)\n"
+        "x = torch.linspace(-1, 1, 3 * 64).view(3, 64)\n"
+        "for dtype in (torch.bfloat16, torch.float32):\n"
+        "    y = torch.ops.ctfp8.dequantized_linear(x.to(dtype), w, s, None, [1, 64])\n"
+        "    print(cpu.isa(), y.double().sum().item())\n"
+    )
+    said = []
+    for env in ({"CTFP8_CPU_ISAS": "", "TORCH_EXTENSIONS_DIR": str(tmp_path)}, {}):
+        done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **env}, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1]
+    assert len(said[0].splitlines()) == 2

@@ -178,7 +178,7 @@ def test_first_calls_of_several_threads_read_the_right_weights(monkeypatch):
         moves.append("end")
 
     monkeypatch.setattr(packed, "move_together", slowly)
-    packing = packed.WithPacked(reads, graph, [nodes])
+    packing = packed.WithPacked(reads, packed.places_of(graph, [nodes]))
     with ThreadPoolExecutor(4) as pool:
         for trial in range(5):
             tensors = [torch.full((rows, cols), float(i)) for i in range(parts)]

@@ -1,8 +1,8 @@
 """Compiles the C++ CPU kernels on first use and registers them for the `ctfp8::` operators.
 
 The library is cached in torch's extension folder under a name that holds the hash of the sources and torch's version, so
-a new version of either is compiled again and an old one is never loaded. One binary serves every CPU: the instruction set
-is chosen when it is loaded (`isa`), or by the environment variable `CTFP8_CPU_ISA`.
+a new version of either is compiled again and an old one is never loaded. It holds the instruction sets that this processor
+runs (`processor`); where the environment variable `CTFP8_CPU_ISA` asks for one, all of them, and serves every CPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 # The operators' schemas must exist before their CPU implementations, and outlive them.
 from ... import ops as ops
 from ...errors import Ctfp8Error
+from .processor import needed
 
 _FOLDER = Path(__file__).parent / "csrc"
 _SOURCES = sorted(_FOLDER.glob("*.cpp"))
@@ -87,7 +88,8 @@ def load(build: bool = True) -> None:
     global _loaded
     if _loaded:
         return
-    name = f"ctfp8_cpu_{_digest()}"
+    isas = needed()
+    name = "_".join(["ctfp8_cpu", _digest(), *isas])
     try:
         library = _folder_for(name) / f"{name}.so"
         if not _intact(library):
@@ -95,7 +97,7 @@ def load(build: bool = True) -> None:
                 return
             with _lock(library.parent):
                 if not _intact(library):
-                    _compile(name, library)
+                    _compile(name, library, isas)
         torch.ops.load_library(str(library))
         torch.ops.ctfp8_cpu.isa()  # now, not at the first call, should CTFP8_CPU_ISA be wrong
     except KernelBuildError:
@@ -177,7 +179,7 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(name: str, library: Path) -> None:
+def _compile(name: str, library: Path, isas: tuple[str, ...]) -> None:
     """Compiles in a folder of its own, then moves the library into place: no process ever sees half of it."""
     cpp_extension = _cpp_extension()
     compiler = cpp_extension.get_cxx_compiler()
@@ -195,7 +197,7 @@ def _compile(name: str, library: Path) -> None:
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), path])
         cpp_extension.load(
             name,
-            [str(_operators(work)), *(str(source) for source in _SOURCES if source.name.startswith("isa_"))],
+            [str(_operators(work, isas)), *(str(source) for source in _SOURCES if _isa(source) in (isas or _ISAS))],
             extra_cflags=_FLAGS,
             extra_include_paths=[str(_FOLDER)],
             build_directory=str(work),
@@ -210,11 +212,25 @@ def _compile(name: str, library: Path) -> None:
     print(f"ctfp8: done in {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
 
 
-def _operators(folder: Path) -> Path:
-    """One file of all that includes torch, whose headers take longer than the rest of it."""
+def _operators(folder: Path, isas: tuple[str, ...]) -> Path:
+    """One file of all that includes torch, whose headers take longer than the rest of it; an instruction set left out is none."""
+    lines = [f'#include "{source.name}"' for source in _SOURCES if not _isa(source)]
+    left_out = [isa for isa in _ISAS if isas and isa not in isas]
+    if left_out:  # as on a processor of another kind
+        lines += ["#undef __x86_64__", "#undef __aarch64__", "#undef __linux__"]
+        lines += [f'#include "isa_{isa}.cpp"' for isa in left_out if isa != "portable"]
+        lines += ["const ctfp8::Kernels* ctfp8::portable() { return nullptr; }"]
     file = folder / "operators.cpp"
-    file.write_text("".join(f'#include "{source.name}"\n' for source in _SOURCES if not source.name.startswith("isa_")))
+    file.write_text("\n".join([*lines, ""]))
     return file
+
+
+def _isa(source: Path) -> str:
+    """`isa_avx2.cpp` as `avx2`; nothing of another file."""
+    return source.stem.removeprefix("isa_") if source.name.startswith("isa_") else ""
+
+
+_ISAS = tuple(filter(None, map(_isa, _SOURCES)))
 
 
 def _cpp_extension() -> Any:
