@@ -26,6 +26,7 @@ NEEDS = {
     "sentence-transformers, and the folder of an encoder": 1,
     "a network, then a GPU": 1,
     "the server above": 1,
+    "openvino-tokenizers": 1,
 }
 #: Commands that are quick, and run in this process.
 QUICK = ("ctfp8 inspect", "ctfp8 explain")

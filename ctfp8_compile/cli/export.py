@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,13 +77,15 @@ def write_other(
     Raises:
         UsageError: one of these was given; the path is in no folder; what writes the file is not installed.
     """
-    check_place(output)
     if wrong := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"{output}: --{wrong[0]} is for .pt2 files; leave it out.")
     if wanted.stateless and output.suffix != ".xml":
         raise UsageError(f"{output}: --stateless is for .xml files; in an .onnx the cache goes in and out anyway.")
     if wanted.folder:
         check_folder(checkpoint, output)
+        with contextlib.suppress(OSError):  # said below
+            output.absolute().parent.mkdir(exist_ok=True)
+    check_place(output)
     needs(output.suffix)  # before a long load
     model = load(checkpoint, debug)
     with err().status("tracing, translating and writing …"):

@@ -44,7 +44,8 @@ def check_folder(checkpoint: str, file: Path) -> None:
         raise UsageError(
             f"{file}: other programs look for {name} in a folder. Write {file.with_name(name)}, or leave --folder out."
         )
-    if Path(checkpoint).is_dir() and Path(checkpoint).samefile(file.absolute().parent):
+    folder = file.absolute().parent
+    if Path(checkpoint).is_dir() and folder.is_dir() and folder.samefile(checkpoint):
         raise UsageError(
             f"{file}: --folder writes a config.json, and that folder has the checkpoint's. Write to another one, or leave "
             "--folder out."

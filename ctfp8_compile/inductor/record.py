@@ -34,6 +34,7 @@ from ..compat import (
     vector_isas,
     without_precompiled_headers,
 )
+from ..counted import counted
 from ..kept.guards import OF_DYNAMO, Guards, Unfit, recorded, renamed, take
 from ..kept.portable import NotPortable
 from ..target import Target
@@ -227,7 +228,7 @@ def _named_by(code: types.CodeType, function: types.FunctionType, guards: Guards
         elif re.search(OF_DYNAMO, name) and name in scope:
             raise NotPortable(f"its bytecode needs {name}")
     if len(graphs) != 1:
-        raise NotPortable(f"its bytecode calls {len(graphs)} graphs")
+        raise NotPortable(f"its bytecode calls {counted(len(graphs), 'graph')}")
     for name, module in imported.items():
         if importlib.import_module(module) is not scope.get(name, importlib.import_module(module)):
             raise NotPortable(f"{name} is not the module {module}")

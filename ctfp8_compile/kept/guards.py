@@ -332,7 +332,7 @@ def _keys(describer: Describer, value: Any, how: Mapping[str, Any]) -> str:
 
 
 def _hooks(describer: Describer, value: Any, how: Mapping[str, Any]) -> str:
-    return f"{len(value)} hooks"
+    return f"hooks: {len(value)}"
 
 
 def _has(describer: Describer, value: Any, how: Mapping[str, Any]) -> str:
