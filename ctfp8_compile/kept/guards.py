@@ -132,7 +132,14 @@ def take(guards: list[Any], graph: Any, shapes: Any) -> Guards:
     }
     codes = places_of(set(graph.traced_code), set(graph.import_sources.values()), describer)
     builtins = graph.name_of_builtins_dict_key_in_fglobals or ""
-    return Guards(tuple(kept), state, shapes, codes, dict(graph.import_sources), builtins)
+    torch_itself = {
+        name: "torch" for name, value in graph.global_scope.items() if _NAMELESS.match(name) and value is torch
+    }
+    return Guards(tuple(kept), state, shapes, codes, {**graph.import_sources, **torch_itself}, builtins)
+
+
+#: A global that dynamo puts there without a word for it: torch, where it asks for the type of a tensor.
+_NAMELESS = re.compile(r"_\d+_c\d+$")
 
 
 def renamed(kept: Guards, names: Mapping[str, str]) -> Guards:

@@ -388,6 +388,7 @@ ids = torch.arange(5, 14)[None]
 print(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False).tolist())
 with torch.no_grad():
     print(model(ids).logits.double().sum().item())
+    print(model(ids, use_cache=False).logits.double().sum().item())
 """
 
 
@@ -395,7 +396,7 @@ with torch.no_grad():
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["llama/FP8_DYNAMIC", "qwen3moe/FP8_BLOCK"])
 def test_another_process_compiles_nothing(name, tmp_path):
-    """A growing cache, whose graphs a process makes one after the other; the same bits come out."""
+    """With a growing cache, whose graphs a process makes one after the other, and with none; the same bits come out."""
     env = {
         **os.environ, "CTFP8_CACHE_DIR": str(tmp_path / "cache"), "XDG_CONFIG_HOME": str(tmp_path / "config"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
