@@ -63,7 +63,10 @@ class Room:
             Refused: it is longer than the context.
         """
         if len(text) > _SHORT:
-            ids = (await asyncio.to_thread(tokenizer._tokenizer.encode, text)).ids
+            # a fast tokenizer's own `encode` sets truncation on what other threads use; others have no backend
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            found: Any = await asyncio.to_thread((tokenizer if backend is None else backend).encode, text)
+            ids = found if backend is None else found.ids
             if len(ids) >= self.context:
                 raise self._too_long(len(ids))
 

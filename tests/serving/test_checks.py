@@ -170,7 +170,7 @@ def test_tools_that_a_template_has_no_place_for_are_refused():
 
 def test_a_long_prompt_is_refused_beside_others():
     class Tokenizer:
-        class _tokenizer:
+        class backend_tokenizer:
             @staticmethod
             def encode(text):
                 time.sleep(0.3)
@@ -188,6 +188,16 @@ def test_a_long_prompt_is_refused_beside_others():
         return longest
 
     assert asyncio.run(run()) < 0.25
+
+
+def test_a_long_prompt_of_a_tokenizer_without_a_backend():
+    class Tokenizer:
+        @staticmethod
+        def encode(text):
+            return [1] * len(text)
+
+    with pytest.raises(Refused, match="The prompt has 40000 tokens"):
+        asyncio.run(Room(1, 1 << 15).check("x" * 40_000, Tokenizer))
 
 
 def test_without_a_template_the_other_route_is_named():
