@@ -83,10 +83,11 @@ def write_other(
         raise UsageError(f"{output}: --stateless is for .xml files; in an .onnx the cache goes in and out anyway.")
     if wanted.folder:
         check_folder(checkpoint, output)
+    needs(output.suffix)  # before a long load
+    if wanted.folder:
         with contextlib.suppress(OSError):  # said below
             output.absolute().parent.mkdir(exist_ok=True)
     check_place(output)
-    needs(output.suffix)  # before a long load
     model = load(checkpoint, debug)
     with err().status("tracing, translating and writing …"):
         found = export(

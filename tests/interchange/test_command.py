@@ -26,21 +26,21 @@ def command(*arguments, code=0):
 @pytest.mark.parametrize("options", [["model.onnx"], ["openvino_model.xml", "--stateless"]], ids=["onnx", "xml"])
 def test_what_it_writes_runs(options, tmp_path):
     """And what lies beside it says what is in it; the programs that read it are not installed here (docs/export.md)."""
-    checkpoint, file = DATA / "llama/FP8", tmp_path / options[0]
+    checkpoint, file = DATA / "llama/FP8", tmp_path / "new" / options[0]
     said = json.loads(command(checkpoint, file, *options[1:], "--folder", "--json").stdout)
-    beside = tmp_path / ("model.onnx.data" if file.suffix == ".onnx" else "openvino_model.bin")
+    beside = file.parent / ("model.onnx.data" if file.suffix == ".onnx" else "openvino_model.bin")
     assert said["bytes"] == file.stat().st_size + beside.stat().st_size
     assert (said["path"], said["weights"], said["dtype"]) == (str(file), 14, "float32")
     model = ctfp8.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         want = model(IDS).logits.numpy()
     config = model.config
-    kept = json.loads((tmp_path / "config.json").read_text())
+    kept = json.loads((file.parent / "config.json").read_text())
     assert (kept["model_type"], kept["architectures"], kept["dtype"]) == ("llama", ["LlamaForCausalLM"], "float32")
     assert "quantization_config" not in kept
-    assert (tmp_path / "generation_config.json").is_file()
+    assert (file.parent / "generation_config.json").is_file()
     if file.suffix == ".onnx":
-        _names_are_the_files(json.loads((tmp_path / "genai_config.json").read_text())["model"], said, config)
+        _names_are_the_files(json.loads((file.parent / "genai_config.json").read_text())["model"], said, config)
     nothing = np.zeros((2, config.num_key_value_heads, 0, config.head_dim), np.float32)
     feed = {name: nothing for name in said["inputs"] if name.startswith("past_key_values.")}
     mask = np.ones(IDS.shape, np.int64)
