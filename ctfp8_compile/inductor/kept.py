@@ -57,10 +57,11 @@ class Keeper:
         self._waiting: list[tuple[str, KeptGraph]] | None = None  # read, and not right for any call so far
         self._tried: Counter[str] = Counter()
         self._records: list[Record] = []
-        self._model = ""
 
     def fitting(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
         """What was compiled for such a call; it takes what the function takes."""
+        if self._waiting == [] and not self._graphs:
+            return None
         try:
             local = self._local(self.given(args), kwargs)
         except TypeError:  # wrong arguments: the function itself says so
@@ -103,12 +104,12 @@ class Keeper:
 
     def _read(self) -> Iterator[tuple[str, KeptGraph]]:
         try:
-            self._model = self._key()
+            model = self._key()
         except Exception as why:
             log.info("compiled graphs are not kept: %s", why)
             return
-        for graph in folder.names(self._model):
-            if (data := folder.read(self._model, graph)) is not None:
+        for graph in folder.names(model):
+            if (data := folder.read(model, graph)) is not None:
                 try:
                     yield graph, pickle.loads(gzip.GzipFile(fileobj=io.BytesIO(data)).read())
                 except Exception as why:  # of a class that is no more, though the key should say so

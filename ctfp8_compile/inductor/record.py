@@ -13,7 +13,7 @@ import pickle
 import re
 import secrets
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,13 +70,9 @@ class KeptGraph:
         """
         compiled = self.around.around(_revived(pickle.loads(self.compiled), self.options, self.vectors))
         code, scope = _unmarshalled(*self.bytecode), function.__globals__
-        # under names of our own: those that are dynamo's, it takes away when it forgets what it compiled
-        names = {self.called: f"__ctfp8_{secrets.token_hex(8)}"} | {
-            name: f"__ctfp8{name}" for name in self.guards.imported
-        }
-        scope |= {names[name]: importlib.import_module(module) for name, module in self.guards.imported.items()}
-        scope[names[self.called]] = compiled
-        code = code.replace(co_names=tuple(names.get(name, name) for name in code.co_names))
+        name = f"__ctfp8_{secrets.token_hex(8)}"
+        scope[name] = compiled
+        code = _renamed(code, {self.called: name})
         made = types.FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
         made.__kwdefaults__ = function.__kwdefaults__
         return made
@@ -122,10 +118,11 @@ class Record:
         if self.guards is None or self.bytecode is None or self.compiled is None or self.graphs != 1:
             raise NotPortable(f"dynamo made {self.graphs} graphs of it")
         called, imported = _named_by(self.bytecode, self.function, self.guards)
+        # to names of our own: those that are dynamo's, it takes away when it forgets what it compiled
         names = {name: f"__ctfp8{name}" for name in (called, *imported, self.guards.builtins) if name}
-        code = self.bytecode.replace(co_names=tuple(names.get(name, name) for name in self.bytecode.co_names))
-        guards = renamed(Guards(**{**vars(self.guards), "imported": imported}), names)
-        return KeptGraph(guards, _marshalled(code), names[called], *self.compiled, vector_isas())
+        guards = renamed(Guards(**{**vars(self.guards), "imported": imported}), names, self.function.__globals__)
+        code = _marshalled(_renamed(self.bytecode, names))
+        return KeptGraph(guards, code, names[called], *self.compiled, vector_isas())
 
 
 @contextmanager
@@ -208,6 +205,11 @@ def _revived(entry: Any, options: dict[str, Any], vectors: tuple[str, ...]) -> C
         except Exception as why:
             raise Unfit(f"Inductor has its part no more ({type(why).__name__} {why})") from why
     return lambda *args: compiled(list(args))
+
+
+def _renamed(code: types.CodeType, names: Mapping[str, str]) -> types.CodeType:
+    """With other names for globals."""
+    return code.replace(co_names=tuple(names.get(name, name) for name in code.co_names))
 
 
 def _named_by(code: types.CodeType, function: types.FunctionType, guards: Guards) -> tuple[str, dict[str, str]]:

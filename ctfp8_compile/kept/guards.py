@@ -132,35 +132,36 @@ def take(guards: list[Any], graph: Any, shapes: Any) -> Guards:
     }
     codes = places_of(set(graph.traced_code), set(graph.import_sources.values()), describer)
     builtins = graph.name_of_builtins_dict_key_in_fglobals or ""
-    torch_itself = {
-        name: "torch" for name, value in graph.global_scope.items() if _NAMELESS.match(name) and value is torch
-    }
-    return Guards(tuple(kept), state, shapes, codes, {**graph.import_sources, **torch_itself}, builtins)
+    return Guards(tuple(kept), state, shapes, codes, dict(graph.import_sources), builtins)
 
 
-#: A global that dynamo puts there without a word for it: torch, where it asks for the type of a tensor.
-_NAMELESS = re.compile(r"_\d+_c\d+$")
-
-
-def renamed(kept: Guards, names: Mapping[str, str]) -> Guards:
+def renamed(kept: Guards, names: Mapping[str, str], scope: Mapping[str, Any]) -> Guards:
     """With other names for what dynamo put into a function's globals: it refuses a name that is there when it comes by it again.
+
+    Args:
+        scope: those globals. Modules that guards alone name, as dynamo does torch, become imports, too.
 
     Raises:
         NotPortable: a guard looks at something else that dynamo put there.
     """
+    modules: dict[str, str] = {}
 
     class Renaming(pickle.Pickler):
         def reducer_override(self, value: Any) -> Any:
             if type(value) is not GlobalSource or value.global_name.startswith("__ctfp8"):
                 return NotImplemented
-            if value.global_name not in names and re.search(OF_DYNAMO, value.global_name):
-                raise NotPortable(f"a guard looks at {value.global_name}")
-            return GlobalSource, (names.get(value.global_name, value.global_name),)
+            name = value.global_name
+            if name not in names and re.search(OF_DYNAMO, name):
+                if not isinstance(module := scope.get(name), types.ModuleType):
+                    raise NotPortable(f"a guard looks at {name}")
+                modules[f"__ctfp8{name}"] = module.__name__
+                return GlobalSource, (f"__ctfp8{name}",)
+            return GlobalSource, (names.get(name, name),)
 
     file = io.BytesIO()
     Renaming(file, protocol=5).dump(kept)
     found: Guards = pickle.loads(file.getvalue())
-    imported = {names.get(name, name): module for name, module in found.imported.items()}
+    imported = {names.get(name, name): module for name, module in found.imported.items()} | modules
     return replace(found, imported=imported, builtins=names.get(found.builtins, found.builtins))
 
 
