@@ -59,7 +59,8 @@ def _forged(kind, folder, monkeypatch):
     return forge(name, scheme, folder, odd=True).folder
 
 
-@pytest.mark.nightly
+@pytest.mark.long
+@pytest.mark.ci("sliding windows-.onnx", "latent attention-.xml")
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_of_decoder(kind, suffix, tmp_path, monkeypatch):
@@ -78,7 +79,8 @@ def test_a_kind_of_decoder(kind, suffix, tmp_path, monkeypatch):
         assert np.abs(in_steps(run, ids, mask, steps) - want)[mask.astype(bool)].max() < 1e-4
 
 
-@pytest.mark.nightly
+@pytest.mark.long
+@pytest.mark.ci("lfm2_moe")
 @pytest.mark.parametrize("name", ["qwen3_5_moe", "lfm2_moe", "jamba", "nemotron_h"])
 def test_a_state_that_is_no_cache_is_refused_and_one_call_works(name, tmp_path):
     forged = forge(name, "FP8_DYNAMIC", tmp_path / "ckpt", odd=True)

@@ -103,7 +103,8 @@ def test_a_process_without_torch_writes_the_text_of_ours(name, suffix, files):
     assert out.stdout.rstrip("\n") == tokens.decode(text, skip_special_tokens=True).rstrip("\n")
 
 
-@pytest.mark.nightly
+@pytest.mark.long
+@pytest.mark.ci("qwen3/FP8-.onnx", "qwen3moe/MXFP8-.xml")
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 @pytest.mark.parametrize("name", ["llama/FP8_BLOCK", "llama/MXFP8", "qwen3/FP8", "qwen3moe/MXFP8", "mixtral/FP8_BLOCK"])
 def test_schemes_of_checkpoints(name, suffix, tmp_path):
@@ -193,7 +194,8 @@ def test_a_model_that_sees_says_how(name, config, tmp_path):
         ctfp8.export(model, path=tmp_path / "m.onnx")
 
 
-@pytest.mark.nightly
+@pytest.mark.long
+@pytest.mark.ci(".onnx")
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 def test_one_call_of_a_model_that_sees(suffix, tmp_path):
     """What it returns within others is an output by the names of both."""
